@@ -1,0 +1,38 @@
+"""Settings: frozen records with no torch behind them."""
+
+from nautilus.config.layer import (
+    KINDS,
+    Attention,
+    Experts,
+    Layer,
+    Linear,
+    Mamba,
+    Mlp,
+    Nothing,
+    Rotary,
+    describe,
+    lay,
+    pattern_of,
+)
+from nautilus.config.model import Config, from_dict, to_dict, weight_count
+from nautilus.config.override import apply_overrides
+
+__all__ = [
+    "KINDS",
+    "Attention",
+    "Config",
+    "Experts",
+    "Layer",
+    "Linear",
+    "Mamba",
+    "Mlp",
+    "Nothing",
+    "Rotary",
+    "apply_overrides",
+    "describe",
+    "from_dict",
+    "lay",
+    "pattern_of",
+    "to_dict",
+    "weight_count",
+]

@@ -1,0 +1,133 @@
+"""What a model is, before any tensor exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+
+from nautilus.config.layer import KINDS, Attention, Experts, Layer, Mamba, Rotary, pattern_of, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A stack of layers between an embedding and a head.
+
+    `mtp` holds the layers of the one multi-token-prediction block (empty: none); training and drafting apply the same
+    block several times over. `init_std` = 0 means 0.9 / sqrt(width), which reproduces the published values.
+    """
+
+    vocab: int
+    width: int
+    layers: tuple[Layer, ...]
+    mtp: tuple[Layer, ...] = ()
+    tied: bool = False
+    norm_eps: float = 1e-5
+    init_std: float = 0.0
+    positions: int = 262144
+    bos: int = 1
+    eos: tuple[int, ...] = (2,)
+    pad: int = 0
+
+    def __post_init__(self):
+        require(self.vocab >= 1 and self.width >= 1, f"vocab={self.vocab} and width={self.width} must be positive")
+        require(len(self.layers) > 0, "layers is empty; a model needs at least one layer")
+        require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
+        require(self.init_std >= 0, f"init_std={self.init_std} must be 0 (0.9/sqrt(width)) or positive")
+        strange = [layer for layer in self.mtp if not isinstance(layer, (Attention, Experts))]
+        require(not strange, f"mtp={pattern_of(self.mtp)!r} may hold only attention (*) and experts (E)")
+
+    @property
+    def pattern(self) -> str:
+        return pattern_of(self.layers)
+
+    @property
+    def std(self) -> float:
+        """Standard deviation of the initial weights."""
+        return self.init_std or 0.9 / self.width**0.5
+
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of every setting; equal exactly when the configs are equal."""
+        return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def to_dict(value):
+    """Plain JSON values for a (nested) settings record; layers carry their letter."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        letter = {"kind": value.letter} if isinstance(value, tuple(KINDS.values())) else {}
+        return letter | {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, (tuple, list)):
+        return [to_dict(item) for item in value]
+    return value
+
+
+def from_dict(values: dict) -> Config:
+    """The inverse of `to_dict` for a Config. Unknown and missing names are a ValueError."""
+    values = dict(values)
+    for name in ("layers", "mtp"):
+        values[name] = tuple(layer_from_dict(item) for item in values.get(name, ()))
+    values["eos"] = tuple(values.get("eos", (2,)))
+    return build(Config, values)
+
+
+def layer_from_dict(values: dict) -> Layer:
+    values = dict(values)
+    letter = values.pop("kind", None)
+    require(letter in KINDS, f"layer record {values} has kind {letter!r}; known kinds are {' '.join(KINDS)}")
+    if values.get("rotary") is not None:
+        values["rotary"] = build(Rotary, values["rotary"])
+    return build(KINDS[letter], values)
+
+
+def build(kind: type, values: dict):
+    known = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    require(not unknown, f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    try:
+        return kind(**values)
+    except TypeError as bad:
+        raise ValueError(f"{kind.__name__} cannot be built from {values}: {bad}") from bad
+
+
+def weight_count(config: Config) -> dict[str, int]:
+    """Number of stored elements (load-balancing biases included) as {'main', 'mtp', 'active'}.
+
+    `active` counts what one token multiplies with in the main stack: the active experts only, the head but not the
+    embedding (architecture table of the three reports, arXiv 2512.20848, 2604.12374, 2606.15007).
+    """
+    width = config.width
+    main = sum(width + layer_weights(layer, width) for layer in config.layers)
+    main += width + config.vocab * width * (1 if config.tied else 2)
+    mtp = 0
+    if config.mtp:
+        mtp = sum(width + layer_weights(layer, width) for layer in config.mtp) + 3 * width + 2 * width * width
+    idle = sum(idle_weights(layer, width) for layer in config.layers)
+    return {"main": main, "mtp": mtp, "active": main - idle - (0 if config.tied else config.vocab * width)}
+
+
+def layer_weights(layer: Layer, width: int) -> int:
+    """Stored elements of one mixer, its norm before it not included."""
+    match layer:
+        case Mamba():
+            rows = layer.inner + layer.conv_width + layer.heads
+            return rows * width + layer.conv_width * (layer.taps + 1) + 3 * layer.heads + layer.inner * (1 + width)
+        case Attention():
+            norms = 2 * layer.head_width if layer.head_norm else 0
+            return 2 * (layer.heads + layer.groups) * layer.head_width * width + norms
+        case Experts():
+            matrices = 3 if layer.gated else 2
+            latent = 2 * layer.latent * width
+            routed = layer.experts * matrices * layer.hidden * (layer.latent or width)
+            return layer.experts * (width + 1) + routed + matrices * layer.shared * width + latent
+    sizes = {"-": (3 if getattr(layer, "gated", False) else 2) * getattr(layer, "hidden", 0) * width, "L": width * width}
+    return sizes.get(layer.letter, 0)
+
+
+def idle_weights(layer: Layer, width: int) -> int:
+    """Elements of the experts that one token does not visit."""
+    if not isinstance(layer, Experts):
+        return 0
+    matrices = 3 if layer.gated else 2
+    return (layer.experts - layer.active) * matrices * layer.hidden * (layer.latent or width)

@@ -1,0 +1,237 @@
+"""Held-out loss: bits per byte by source, with general-purpose compressors beside it.
+
+    bits per byte = (nats of all tokens) / ln 2 / (bytes of the text in UTF-8)
+
+It does not depend on the tokenizer, as long as that loses nothing. The convention, which moves the number when
+documents are short: each document is scored alone, from a fresh state. The model is fed the start token (`config.bos`)
+and the document's tokens but the last; it is charged for every token of the text, the first included, which it must
+predict from the start token alone. The start token itself is given, and the end of the document is not charged, since
+neither stands for a byte.
+
+`xz -9e` and `bzip2 -9` compress the same bytes, all documents of a source in one stream. They start from nothing, and
+the model's own size is not counted: the comparison says how much the model has learned, not how to store files.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+
+from nautilus.ops.loss import token_logprob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One source's held-out text: what it costs the model, and what it costs two compressors."""
+
+    source: str
+    documents: int
+    tokens: int
+    bytes: int
+    nats: float
+    standard_error: float  # of bits_per_byte, over documents; nan where there is only one
+    xz_bytes: int
+    bz2_bytes: int
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+    @property
+    def xz_bits_per_byte(self) -> float:
+        return 8 * self.xz_bytes / self.bytes
+
+    @property
+    def bz2_bits_per_byte(self) -> float:
+        return 8 * self.bz2_bytes / self.bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """Positions first..last of a document (0 is its first token): how many tokens were there, their mean nats."""
+
+    first: int
+    last: int
+    tokens: int
+    nats: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """One Score per source, and the loss by position over all of them."""
+
+    scores: tuple[Score, ...]
+    spans: tuple[Span, ...]
+
+    @property
+    def total(self) -> Score:
+        return pooled(self.scores)
+
+
+def held_out(
+    model,
+    encode: Callable[[str], Sequence[int]],
+    sources: Mapping[str, Sequence[str]],
+    *,
+    limit_bytes: int = 1 << 20,
+    start: int | None = None,
+    chunk: int = 2048,
+    budget: int = 16384,
+    watch: Callable[[int, int], None] | None = None,
+) -> HeldOut:
+    """Scores the first `limit_bytes` of every source: a mapping from its name to its documents.
+
+    `encode` gives the tokens of a text and nothing around them. `chunk` and `budget` bound one forward pass, see
+    `document_nats`; they do not change the numbers. `watch(done, total)` hears about tokens as they are scored.
+    """
+    texts = {source: cut(documents, limit_bytes) for source, documents in sources.items()}
+    for source in sources:
+        if not texts[source]:
+            raise ValueError(
+                f"held-out loss of source {source!r}: its {len(sources[source])} documents hold no text within the "
+                f"first limit_bytes={limit_bytes}; hold out more text, raise the limit or leave the source out"
+            )
+    tokens = [list(encode(text)) for source in texts for text in texts[source]]
+    nats = document_nats(model, tokens, start=start, chunk=chunk, budget=budget, watch=watch)
+    scores, at = [], 0
+    for source, documents in texts.items():
+        scores.append(score(source, documents, nats[at : at + len(documents)]))
+        at += len(documents)
+    return HeldOut(scores=tuple(scores), spans=nats_by_position(nats))
+
+
+def cut(documents: Sequence[str], limit_bytes: int) -> list[str]:
+    """The documents that make up the first `limit_bytes` bytes; the last one is cut between two characters."""
+    kept, room = [], limit_bytes
+    for text in documents:
+        part = text.encode()[:room].decode(errors="ignore")
+        if part:
+            kept.append(part)
+        room -= len(text.encode())
+        if room <= 0:
+            break
+    return kept
+
+
+def document_nats(
+    model,
+    documents: Sequence[Sequence[int]],
+    *,
+    start: int | None = None,
+    chunk: int = 2048,
+    budget: int = 16384,
+    watch: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """nats[d][t] = -log p(token t of document d | start, the tokens before it), in float64 on the CPU.
+
+    Documents of similar length share a padded batch of at most `budget` tokens. A row is fed `chunk` tokens at a
+    time, its State carried from one to the next, so a document may be of any length.
+    """
+    start = model.config.bos if start is None else start
+    device = model.head_weight.device
+    nats, done, total = [torch.zeros(0)] * len(documents), 0, sum(map(len, documents))
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches([len(document) for document in documents], budget):
+                rows = [torch.tensor(documents[i], dtype=torch.int64, device=device) for i in batch]
+                nats_BT = row_nats(model, pad_sequence(rows, batch_first=True, padding_value=start), start, chunk)
+                for i, row, nats_T in zip(batch, rows, nats_BT.cpu(), strict=True):
+                    nats[i] = nats_T[: len(row)].clone()
+                    done += len(row)
+                if watch is not None:
+                    watch(done, total)
+    finally:
+        model.train(was_training)
+    return nats
+
+
+def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Indices, longest first, in groups whose padded size stays within `budget`; a longer document goes alone."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        rows = max(1, budget // max(1, lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
+
+
+def row_nats(model, tokens_BT: Tensor, start: int, chunk: int) -> Tensor:
+    """-log p of every token of rows that each begin a document; right padding comes after all that counts."""
+    fed_BT = pad(tokens_BT, (1, 0), value=start)[:, :-1]
+    pieces, state = [tokens_BT.new_zeros(len(tokens_BT), 0, dtype=torch.float64)], None
+    for low in range(0, tokens_BT.shape[1], chunk):
+        hidden_BTD, state = model.hidden(fed_BT[:, low : low + chunk], state=state)
+        target_BT = tokens_BT[:, low : low + chunk]
+        logprob_R = token_logprob(hidden_BTD.flatten(0, 1), model.head_weight, target_BT.flatten())
+        pieces.append(-logprob_R.double().view_as(target_BT))
+    return torch.cat(pieces, dim=1)
+
+
+def score(source: str, documents: Sequence[str], nats: Sequence[Tensor]) -> Score:
+    """The Score of texts whose tokens cost these nats. A loss that is not a number is an error, not a score."""
+    sizes = torch.tensor([len(text.encode()) for text in documents], dtype=torch.float64)
+    costs = torch.stack([document.sum() for document in nats])
+    if not costs.isfinite().all():
+        raise ValueError(
+            f"held-out loss of source {source!r} is not a number in {int((~costs.isfinite()).sum())} of {len(costs)} "
+            f"documents; the model's weights hold NaN or infinity: go back to an earlier checkpoint"
+        )
+    data = "".join(documents).encode()
+    return Score(
+        source=source,
+        documents=len(documents),
+        tokens=sum(map(len, nats)),
+        bytes=len(data),
+        nats=costs.sum().item(),
+        standard_error=ratio_error(costs, sizes) / math.log(2),
+        xz_bytes=len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)),
+        bz2_bytes=len(bz2.compress(data, 9)),
+    )
+
+
+def ratio_error(tops: Tensor, bottoms: Tensor) -> float:
+    """Standard error of sum(tops) / sum(bottoms) when the pairs are drawn independently (linearised ratio estimator)."""
+    pairs = len(tops)
+    if pairs < 2:
+        return math.nan
+    residual = tops - tops.sum() / bottoms.sum() * bottoms
+    return (residual.square().sum() * pairs / (pairs - 1)).sqrt().item() / bottoms.sum().item()
+
+
+def pooled(scores: Sequence[Score], source: str = "all") -> Score:
+    """All sources as one, each byte counting the same; the compressors' streams stay apart."""
+    size = sum(score.bytes for score in scores)
+    return Score(
+        source=source,
+        documents=sum(score.documents for score in scores),
+        tokens=sum(score.tokens for score in scores),
+        bytes=size,
+        nats=math.fsum(score.nats for score in scores),
+        standard_error=math.hypot(*(score.standard_error * score.bytes / size for score in scores)),
+        xz_bytes=sum(score.xz_bytes for score in scores),
+        bz2_bytes=sum(score.bz2_bytes for score in scores),
+    )
+
+
+def nats_by_position(nats: Sequence[Tensor]) -> tuple[Span, ...]:
+    """Mean nats of the tokens at positions 0, 1, 2-3, 4-7, 8-15 and so on of their documents.
+
+    A model that uses what it has read shows a fall; the position where the fall ends is how far back it looks.
+    """
+    spans, first = [], 0
+    longest = max(map(len, nats), default=0)
+    while first < longest:
+        last = max(2 * first - 1, first)
+        inside = torch.cat([document[first : last + 1] for document in nats])
+        spans.append(Span(first=first, last=last, tokens=len(inside), nats=inside.mean().item()))
+        first = last + 1
+    return tuple(spans)

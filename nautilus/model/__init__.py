@@ -1,0 +1,1 @@
+"""The stack: tokens or embeddings, documents and State in; hidden states out. Written for one device."""

@@ -1,0 +1,47 @@
+"""The attention mixer. Letters: B batch, T time, D width, H heads, G groups (key-value heads), P head width."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nautilus.config import Attention
+from nautilus.model.linear import Linear
+from nautilus.model.norm import RmsNorm
+from nautilus.model.state import Cache, Span, start_cache
+from nautilus.ops.attention import attention, rotary_frequencies, rotate
+
+
+class AttentionMixer(nn.Module):
+    """o_proj(attention(q_proj(u), k_proj(u), v_proj(u))), no biases.
+
+    The Nemotron models use no positions at all; rotary positions and per-head norms of q and k serve the relatives.
+    """
+
+    def __init__(self, layer: Attention, width: int, eps: float, *, device=None, dtype=None):
+        super().__init__()
+        self.layer = layer
+        place = {"device": device, "dtype": dtype}
+        self.q_proj = Linear(width, layer.heads * layer.head_width, **place)
+        self.k_proj = Linear(width, layer.groups * layer.head_width, **place)
+        self.v_proj = Linear(width, layer.groups * layer.head_width, **place)
+        self.o_proj = Linear(layer.heads * layer.head_width, width, **place)
+        if layer.head_norm:
+            self.q_norm = RmsNorm(layer.head_width, eps, **place)
+            self.k_norm = RmsNorm(layer.head_width, eps, **place)
+
+    def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | None) -> tuple[Tensor, Cache]:
+        layer = self.layer
+        q, k, v = (
+            projection(hidden_BTD).unflatten(-1, (-1, layer.head_width))
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if layer.head_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if layer.rotary is not None:
+            r = layer.rotary
+            frequency = rotary_frequencies(layer.head_width, r.theta, r.factor, r.low, r.high, r.original)
+            q, k = (rotate(t, span.rotary_BT, frequency) for t in (q, k))
+        cache = start_cache(k, v) if state is None else state.append(k, v)
+        keys, values = cache.keys_values
+        out = attention(q, keys, values, first_BT=span.first_BT, window=layer.window)
+        return self.o_proj(out.flatten(-2)), cache

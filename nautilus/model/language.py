@@ -1,0 +1,163 @@
+"""The language model: embedding, a stack of pre-norm residual layers, final norm, head. Letters: B batch, T time,
+D width, V vocabulary.
+
+    x = Emb[tokens];   x = x + mixer_i(norm_i(x)) for each layer;   hidden = norm_f(x);   logits = hidden head^T
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing
+from nautilus.model.attention import AttentionMixer
+from nautilus.model.linear import Linear as LinearMap
+from nautilus.model.mamba import MambaMixer
+from nautilus.model.mlp import LinearMixer, MlpMixer
+from nautilus.model.moe import ExpertsMixer
+from nautilus.model.mtp import MtpBlock
+from nautilus.model.norm import RmsNorm
+from nautilus.model.state import Cache, MambaState, Span, State, advance, place
+from nautilus.ops.ssd import wide
+
+Tap = Callable[[int, Tensor], None]
+
+
+def build_mixer(layer: Layer, config: Config, *, device=None, dtype=None) -> nn.Module | None:
+    where = {"device": device, "dtype": dtype}
+    match layer:
+        case Mamba():
+            return MambaMixer(layer, config.width, config.norm_eps, **where)
+        case Attention():
+            return AttentionMixer(layer, config.width, config.norm_eps, **where)
+        case Experts():
+            return ExpertsMixer(layer, config.width, **where)
+        case Mlp():
+            return MlpMixer(layer, config.width, **where)
+        case Linear():
+            return LinearMixer(config.width, **where)
+        case Nothing():
+            return None
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)); the identity, without parameters, where the mixer is nothing."""
+
+    def __init__(self, layer: Layer, config: Config, *, device=None, dtype=None):
+        super().__init__()
+        self.mixer = build_mixer(layer, config, device=device, dtype=dtype)
+        self.norm = None if self.mixer is None else RmsNorm(config.width, config.norm_eps, device=device, dtype=dtype)
+
+    def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | MambaState | None):
+        if self.mixer is None or self.norm is None:
+            return hidden_BTD, None
+        mixed, state = self.mixer(self.norm(hidden_BTD), span, state)
+        return hidden_BTD + mixed, state
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: Config, *, device=None, dtype=None):
+        super().__init__()
+        where = {"device": device, "dtype": dtype}
+        self.embeddings = nn.Embedding(config.vocab, config.width, **where)
+        self.layers = nn.ModuleList(Block(layer, config, **where) for layer in config.layers)
+        self.norm_f = RmsNorm(config.width, config.norm_eps, **where)
+
+
+class Language(nn.Module):
+    """A model of any Config. Parameters carry the names of the released checkpoints, experts stacked.
+
+    `compute` is the dtype of activations. Parameters may be wider: float32 masters with bf16 compute train as the
+    published models did.
+    """
+
+    def __init__(self, config: Config, *, device=None, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.config, self.compute = config, dtype
+        where = {"device": device, "dtype": dtype}
+        self.backbone = Backbone(config, **where)
+        if not config.tied:
+            self.lm_head = LinearMap(config.width, config.vocab, **where)
+        if config.mtp:
+            self.mtp = MtpBlock(config, build_mixer, **where)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The (V, D) matrix of the head: its own, or the embedding's when tied."""
+        return self.backbone.embeddings.weight if self.config.tied else self.lm_head.weight
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """Logits, float32 whatever the compute dtype."""
+        return nn.functional.linear(hidden_BTD, self.head_weight.to(hidden_BTD.dtype)).to(wide(hidden_BTD.dtype))
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        return self.backbone.embeddings(tokens_BT).to(self.compute)
+
+    def hidden(
+        self,
+        tokens_BT: Tensor | None = None,
+        *,
+        embeds_BTD: Tensor | None = None,
+        state: State | None = None,
+        document_BT: Tensor | None = None,
+        taps: Sequence[Tap] = (),
+    ) -> tuple[Tensor, State]:
+        """Hidden states after the final norm, and the state to continue from.
+
+        Give tokens or embeddings. Neighbouring tokens with equal `document_BT` numbers see each other, across calls
+        too; a change of number starts afresh. Left padding is a document of its own before the text's. Each tap is
+        called as tap(layer index, residual_BTD) after each layer. The state passed in stays valid.
+        """
+        if (tokens_BT is None) == (embeds_BTD is None):
+            raise ValueError("hidden() takes either tokens_BT or embeds_BTD, and exactly one of the two")
+        x = embeds_BTD.to(self.compute) if tokens_BT is None else self.embed(tokens_BT)  # type: ignore[union-attr]
+        batch, time, _ = x.shape
+        if time == 0:
+            raise ValueError(f"hidden() was given {batch} rows of 0 tokens; it needs at least one")
+        span = place(state, document_BT, batch, time, x.device)
+        remembered = []
+        for index, block in enumerate(self.backbone.layers):
+            x, kept = block(x, span, None if state is None else state.layers[index])
+            remembered.append(kept)
+            for tap in taps:
+                tap(index, x)
+        return self.backbone.norm_f(x), advance(state, span, document_BT, remembered)
+
+    def forward(self, tokens_BT: Tensor, state: State | None = None, document_BT: Tensor | None = None):
+        hidden_BTD, state = self.hidden(tokens_BT, state=state, document_BT=document_BT)
+        return self.head(hidden_BTD), state
+
+    def mtp_hidden(
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, depths: int, document_BT: Tensor | None = None
+    ) -> list[Tensor]:
+        """Hidden states of each depth; entry k-1 at position t predicts token t+1+k.
+
+        The last k positions of a row, and of a document, have no such target: mask them.
+        """
+        if not self.config.mtp:
+            raise ValueError("this model has no multi-token-prediction block; set mtp=*E and train it, or use depths=0")
+        batch, time = tokens_BT.shape
+        span = place(None, document_BT, batch, time, tokens_BT.device)
+        out, embeds_BTD = [], self.embed(tokens_BT)
+        for depth in range(1, depths + 1):
+            ahead_BTD = nn.functional.pad(embeds_BTD[:, depth:], (0, 0, 0, min(depth, time)))
+            hidden_BTD = self.mtp(hidden_BTD, ahead_BTD, span)
+            out.append(hidden_BTD)
+        return out
+
+    def experts_mixers(self) -> dict[str, ExpertsMixer]:
+        """Every mixture-of-experts mixer by its name, the multi-token-prediction block's included."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, ExpertsMixer)}
+
+    @property
+    def auxiliary(self) -> list[tuple[Tensor, Tensor]]:
+        """(sum, count) of the sequence balance loss of each mixer, as the last training forward left them."""
+        return [mixer.balance for mixer in self.experts_mixers().values() if mixer.balance is not None]
+
+    def initialise(self, seed: int) -> Language:
+        from nautilus.model.initialise import initialise
+
+        initialise(self, seed)
+        return self

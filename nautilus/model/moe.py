@@ -1,0 +1,98 @@
+"""The mixture-of-experts mixer, at full or latent width. Letters: B batch, T time, D width, R tokens, E experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nautilus.config import Experts, Mlp
+from nautilus.model.linear import Linear
+from nautilus.model.mlp import MlpMixer
+from nautilus.model.state import Span
+from nautilus.ops.balance import sequence_balance_loss
+from nautilus.ops.experts import experts, route
+from nautilus.ops.ssd import wide
+
+
+class ExpertsMixer(nn.Module):
+    """fc2_latent(sum_k w_k expert_k(fc1_latent u)) + shared(u); the latent projections are absent at full width.
+
+    The router reads the full-width u in float32. `load_E` counts the tokens sent to each expert in training since it
+    was last set to zero; with `aux_weight` > 0 a training forward leaves the sequence balance loss in `balance`.
+    """
+
+    load_E: Tensor
+
+    def __init__(self, layer: Experts, width: int, *, device=None, dtype=None):
+        super().__init__()
+        self.layer = layer
+        place = {"device": device, "dtype": dtype}
+        self.gate = Router(width, layer.experts, biased=layer.score == "sigmoid", **place)
+        self.experts = ExpertWeights(layer, layer.latent or width, **place)
+        if layer.latent:
+            self.fc1_latent_proj = Linear(width, layer.latent, **place)
+            self.fc2_latent_proj = Linear(layer.latent, width, **place)
+        if layer.shared:
+            self.shared_experts = MlpMixer(Mlp(hidden=layer.shared, gated=layer.gated), width, **place)
+        self.register_buffer("load_E", torch.zeros(layer.experts, device=device), persistent=False)
+        self.aux_weight = 0.0
+        self.balance: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, hidden_BTD: Tensor, span: Span, state: None) -> tuple[Tensor, None]:
+        layer = self.layer
+        hidden_RD = hidden_BTD.flatten(0, 1)
+        index_RK, weight_RK, score_RE = route(
+            self.gate(hidden_RD),
+            self.gate.bias,
+            layer.active,
+            scale=layer.scale,
+            score=layer.score,
+            normalise=layer.normalise,
+            expert_groups=layer.expert_groups,
+            active_groups=layer.active_groups,
+        )
+        if self.training:
+            self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]))
+        inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
+        weights = self.experts
+        up, down, gate = (None if w is None else w.to(inner_RX.dtype) for w in (weights.up_proj, weights.down_proj, weights.gate_proj))
+        routed = experts(inner_RX, index_RK, weight_RK, up, down, gate)
+        out = self.fc2_latent_proj(routed) if layer.latent else routed
+        if layer.shared:
+            out = out + self.shared_experts(hidden_RD)[0]
+        return out.view_as(hidden_BTD), None
+
+    def observe(self, index_RK: Tensor, score_BTE: Tensor) -> None:
+        with torch.no_grad():
+            self.load_E += torch.bincount(index_RK.flatten(), minlength=self.layer.experts).to(self.load_E.dtype)
+        self.balance = sequence_balance_loss(score_BTE, self.layer.active) if self.aux_weight > 0 else None
+
+
+class Router(nn.Module):
+    """Scores in float32. `e_score_correction_bias`, the load-balancing bias, is a buffer: no gradient, no decay."""
+
+    def __init__(self, width: int, experts: int, *, biased: bool, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width, device=device, dtype=dtype))
+        bias = torch.zeros(experts, device=device, dtype=torch.float32) if biased else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.e_score_correction_bias  # type: ignore[return-value]
+
+    def forward(self, hidden_RD: Tensor) -> Tensor:
+        dtype = wide(hidden_RD.dtype)
+        return nn.functional.linear(hidden_RD.to(dtype), self.weight.to(dtype))
+
+
+class ExpertWeights(nn.Module):
+    """All experts' matrices, stacked. Parameters only."""
+
+    def __init__(self, layer: Experts, width: int, *, device=None, dtype=None):
+        super().__init__()
+        place = {"device": device, "dtype": dtype}
+        self.up_proj = nn.Parameter(torch.empty(layer.experts, layer.hidden, width, **place))
+        self.down_proj = nn.Parameter(torch.empty(layer.experts, width, layer.hidden, **place))
+        gate = nn.Parameter(torch.empty(layer.experts, layer.hidden, width, **place)) if layer.gated else None
+        self.register_parameter("gate_proj", gate)

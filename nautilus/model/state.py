@@ -1,0 +1,130 @@
+"""What a model remembers between calls, and where documents begin.
+
+State is passed in and handed back; the one passed in stays valid, so a prefix can be continued in several ways.
+Letters: B rows, T new tokens, S cached positions, G key-value groups, P head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the new tokens of a call stand. `before` tokens came in earlier calls.
+
+    first_BT: position at which each token's document begins (None: all begin at 0). start_BT: the token begins one.
+    """
+
+    before: int
+    position_T: Tensor
+    first_BT: Tensor | None = None
+    start_BT: Tensor | None = None
+
+    @property
+    def reach_BT(self) -> Tensor | None:
+        """How many earlier tokens of its own document each token has (None: all tokens so far)."""
+        return None if self.first_BT is None else self.position_T - self.first_BT
+
+    @property
+    def rotary_BT(self) -> Tensor:
+        """Position inside the document."""
+        return self.position_T[None] if self.first_BT is None else self.position_T - self.first_BT
+
+
+class Cache:
+    """Keys and values seen so far, in buffers that grow by doubling.
+
+    Several caches may share a buffer. The one that is extended first writes in place; another that is extended from the
+    same point finds the place taken and moves to a buffer of its own.
+    """
+
+    def __init__(self, k_BSGP: Tensor, v_BSGP: Tensor, length: int, taken: list[int]):
+        self.k_buffer, self.v_buffer, self.length, self.taken = k_BSGP, v_BSGP, length, taken
+
+    def append(self, k_BTGP: Tensor, v_BTGP: Tensor) -> Cache:
+        length = self.length + k_BTGP.shape[1]
+        if torch.is_grad_enabled() and (k_BTGP.requires_grad or self.k_buffer.requires_grad):
+            return start_cache(*(torch.cat(pair, 1) for pair in zip(self.keys_values, (k_BTGP, v_BTGP), strict=True)))
+        roomy = self
+        if self.taken[0] != self.length or length > self.k_buffer.shape[1]:
+            k, v = (larger(old, self.length, 2 * length) for old in (self.k_buffer, self.v_buffer))
+            roomy = Cache(k, v, self.length, [self.length])
+        roomy.k_buffer[:, self.length : length] = k_BTGP
+        roomy.v_buffer[:, self.length : length] = v_BTGP
+        roomy.taken[0] = length
+        return Cache(roomy.k_buffer, roomy.v_buffer, length, roomy.taken)
+
+    @property
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        return self.k_buffer[:, : self.length], self.v_buffer[:, : self.length]
+
+    def rows(self, index: Tensor) -> Cache:
+        return start_cache(*(t[index] for t in self.keys_values))
+
+
+def start_cache(k_BTGP: Tensor, v_BTGP: Tensor) -> Cache:
+    return Cache(k_BTGP, v_BTGP, k_BTGP.shape[1], [k_BTGP.shape[1]])
+
+
+def larger(old: Tensor, used: int, size: int) -> Tensor:
+    new = old.new_empty(old.shape[0], size, *old.shape[2:])
+    new[:, :used] = old[:, :used]
+    return new
+
+
+@dataclass(frozen=True)
+class MambaState:
+    tail_BRC: Tensor
+    ssm_BHPN: Tensor
+
+    def rows(self, index: Tensor) -> MambaState:
+        return MambaState(self.tail_BRC[index], self.ssm_BHPN[index])
+
+
+@dataclass(frozen=True)
+class State:
+    """`layers` holds one entry per layer: a Cache, a MambaState, or None for layers that remember nothing."""
+
+    length: int
+    layers: tuple[Cache | MambaState | None, ...]
+    first_B: Tensor | None = None
+    document_B: Tensor | None = None
+
+    def rows(self, index: Tensor) -> State:
+        """The state of some rows only, in the given order; a row may be taken several times."""
+        pick = lambda t: None if t is None else t[index]  # noqa: E731
+        layers = tuple(None if layer is None else layer.rows(index) for layer in self.layers)
+        return replace(self, layers=layers, first_B=pick(self.first_B), document_B=pick(self.document_B))
+
+
+def place(state: State | None, document_BT: Tensor | None, batch: int, time: int, device) -> Span:
+    """The Span of `time` new tokens. Neighbours with equal document numbers belong together, across calls too."""
+    before = 0 if state is None else state.length
+    position_T = torch.arange(before, before + time, device=device)
+    known_B = None if state is None else state.document_B
+    if document_BT is None:
+        if state is None or state.first_B is None:
+            return Span(before, position_T)
+        return Span(before, position_T, first_BT=state.first_B[:, None].expand(batch, time))
+    if document_BT.shape != (batch, time):
+        raise ValueError(f"document_BT has shape {tuple(document_BT.shape)}, the tokens {(batch, time)}; make them equal")
+    if state is not None and known_B is None:
+        raise ValueError("document_BT was given, but the state began without; give document_BT from the first call on")
+    ahead_B = document_BT[:, 0] - 1 if known_B is None else known_B
+    start_BT = document_BT != torch.cat([ahead_B[:, None], document_BT[:, :-1]], dim=1)
+    if state is None and not start_BT[:, 1:].any():
+        return Span(before, position_T)
+    zero = torch.zeros_like(document_BT[:, :1]) if state is None or state.first_B is None else state.first_B[:, None]
+    first_BT = torch.where(start_BT, position_T, zero).cummax(dim=1).values
+    return Span(before, position_T, first_BT=first_BT, start_BT=start_BT)
+
+
+def advance(state: State | None, span: Span, document_BT: Tensor | None, layers: list) -> State:
+    """The state after a call that produced `layers`."""
+    document_B = document_BT[:, -1] if document_BT is not None else None if state is None else state.document_B
+    first_B = None if span.first_BT is None else span.first_BT[:, -1]
+    return State(span.before + span.position_T.shape[0], tuple(layers), first_B, document_B)

@@ -1,0 +1,1 @@
+"""Functions on tensors. Each has a slow, obvious reference and may have fast twins with the same signature."""
