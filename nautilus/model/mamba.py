@@ -55,7 +55,7 @@ class MambaMixer(nn.Module):
             start_BT=span.start_BT,
             chunk=min(layer.chunk, 64),
         )
-        y = (y_BTHP + x_BTHP * self.D.to(x.dtype)[:, None]).flatten(-2)
+        y = torch.addcmul(y_BTHP, x_BTHP, self.D.to(x.dtype)[:, None]).flatten(-2)
         out = self.out_proj(gated_group_norm(y, z, self.norm.weight, layer.groups, self.eps))
         return out, MambaState(tail, ssm)
 

@@ -1,4 +1,4 @@
-"""The sequence-level load-balancing loss of a router. Letters: B sequences, T time, E experts."""
+"""The sequence-level load-balancing loss of a router. Letters: B sequences, T time, E experts, K active experts."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ def sequence_balance_loss(score_BTE: Tensor, active: int, valid_BT: Tensor | Non
 
     f_i: share of the T*K assignments that go to expert i, counted by top-K of the *unbiased* scores; P_i: mean over
     tokens of s_i / sum(s). Balanced routing gives 1. Gradient flows through P only (arXiv 2101.03961; the
-    sequence-level form of Megatron-LM).
+    sequence-level form of Megatron-LM). Tokens where `valid_BT` is 0 do not exist, nor does a row of such tokens.
     """
-    experts = score_BTE.shape[-1]
-    weight_BT1 = torch.ones_like(score_BTE[..., :1]) if valid_BT is None else valid_BT[..., None].to(score_BTE.dtype)
-    tokens_B1 = weight_BT1.sum(1).clamp_min(1)
-    chosen = torch.zeros_like(score_BTE).scatter_(-1, score_BTE.detach().topk(active, dim=-1).indices, 1.0)
-    f_BE = (chosen * weight_BT1).sum(1) / (tokens_B1 * active)
-    p_BE = (score_BTE / score_BTE.sum(-1, keepdim=True).clamp_min(1e-20) * weight_BT1).sum(1) / tokens_B1
-    sequences = (weight_BT1.sum(1) > 0).sum().to(score_BTE.dtype)
-    return experts * (f_BE * p_BE).sum(), sequences
+    batch, time, experts = score_BTE.shape
+    weight_BT = score_BTE.new_ones(batch, time) if valid_BT is None else valid_BT.to(score_BTE.dtype)
+    tokens_B1 = weight_BT.sum(1, keepdim=True).clamp_min(1)
+    index_BTK = score_BTE.detach().topk(active, dim=-1, sorted=False).indices
+    counts_BE = torch.zeros_like(score_BTE[:, 0]).detach()
+    counts_BE.scatter_add_(1, index_BTK.flatten(1), weight_BT.repeat_interleave(active, dim=1))
+    share_BTE = score_BTE / score_BTE.sum(-1, keepdim=True).clamp_min(1e-20)
+    f_BE = counts_BE / (tokens_B1 * active)
+    p_BE = torch.einsum("bte,bt->be", share_BTE, weight_BT) / tokens_B1
+    return experts * (f_BE * p_BE).sum(), (weight_BT.sum(1) > 0).sum().to(score_BTE.dtype)

@@ -4,6 +4,8 @@ the experts read and write (the model's, or the latent one), Z token-expert pair
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -78,18 +80,41 @@ def experts_reference(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None
     return out.to(x_RX.dtype)
 
 
+@dataclass
+class Pairs:
+    """Token-expert pairs sorted by expert. Letters: Z pairs, expert after expert.
+
+    In bf16 each expert's rows are rounded up to a multiple of 32 with pairs of weight zero: the CPU's matmul library
+    prepares one kernel per shape, and otherwise every expert of every step would have a new one.
+    """
+
+    token_Z: Tensor
+    weight_Z: Tensor
+    place_RK: Tensor
+    counts: list[int]
+
+
+def sort_pairs(index_RK: Tensor, weight_RK: Tensor, experts: int, multiple: int) -> Pairs:
+    order = index_RK.flatten().argsort(stable=True)
+    chosen = torch.bincount(index_RK.flatten(), minlength=experts)
+    rounded = (chosen + multiple - 1) // multiple * multiple
+    begin = rounded.cumsum(0) - rounded - (chosen.cumsum(0) - chosen)
+    slot = torch.arange(order.shape[0], device=order.device) + begin[index_RK.flatten()[order]]
+    counts = rounded.tolist()
+    token_Z = order.new_zeros(sum(counts))
+    token_Z[slot] = order // index_RK.shape[1]
+    weight_Z = weight_RK.new_zeros(token_Z.shape)
+    weight_Z[slot] = weight_RK.detach().flatten()[order]
+    place_RK = torch.empty_like(order)
+    place_RK[order] = slot
+    return Pairs(token_Z, weight_Z, place_RK.view_as(index_RK), counts)
+
+
 def experts_sorted(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """Pairs sorted by expert, one matmul per expert and matrix on contiguous rows."""
-    order_Z = index_RK.flatten().argsort(stable=True)
-    counts = torch.bincount(index_RK.flatten(), minlength=up_EFX.shape[0]).tolist()
-    if gate_EFX is None:
-        return SortedExperts.apply(x_RX, weight_RK, up_EFX, down_EXF, order_Z, counts)
-    token_Z = order_Z // index_RK.shape[1]
-    x_ZX = x_RX[token_Z]
-    hidden = activate(GroupedLinear.apply(x_ZX, up_EFX, counts), GroupedLinear.apply(x_ZX, gate_EFX, counts))
-    y_ZX = GroupedLinear.apply(hidden, down_EXF, counts)
-    weighted = y_ZX.to(weight_RK.dtype) * weight_RK.flatten()[order_Z, None]
-    return torch.zeros_like(x_RX, dtype=weight_RK.dtype).index_add(0, token_Z, weighted).to(x_RX.dtype)
+    multiple = 32 if x_RX.dtype == torch.bfloat16 and x_RX.device.type == "cpu" and len(x_RX) > 64 else 1
+    pairs = sort_pairs(index_RK, weight_RK, up_EFX.shape[0], multiple)
+    return SortedExperts.apply(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs)
 
 
 def spans(counts: list[int]):
@@ -117,62 +142,49 @@ def grouped_outer(left: Tensor, right: Tensor, counts: list[int]) -> Tensor:
     return out
 
 
-class GroupedLinear(torch.autograd.Function):
-    """y[span of e] = x[span of e] @ weight[e]^T."""
-
-    @staticmethod
-    def forward(ctx, x_ZX, weight_EFX, counts):
-        ctx.save_for_backward(x_ZX, weight_EFX)
-        ctx.counts = counts
-        return grouped_matmul(x_ZX, weight_EFX.transpose(1, 2), counts)
-
-    @staticmethod
-    def backward(ctx, dy_ZF):  # type: ignore[override]
-        x_ZX, weight_EFX = ctx.saved_tensors
-        dy_ZF = dy_ZF.contiguous()
-        return grouped_matmul(dy_ZF, weight_EFX, ctx.counts), grouped_outer(dy_ZF, x_ZX, ctx.counts), None
-
-
 class SortedExperts(torch.autograd.Function):
-    """Squared-ReLU experts. The output of `down` is never kept: its inner product with the output's gradient, which the
-    routing weight needs, equals that of the activation with the activation's gradient."""
+    """All experts, gated or not. The output of `down` is never kept: its inner product with the output's gradient,
+    which the routing weight needs, equals that of the activation with the activation's gradient."""
 
     @staticmethod
-    def forward(ctx, x_RX, weight_RK, up_EFX, down_EXF, order_Z, counts):
-        active = weight_RK.shape[1]
-        x_ZX = x_RX[order_Z // active]
-        relu_ZF = grouped_matmul(x_ZX, up_EFX.transpose(1, 2), counts).relu_()
-        y_ZX = grouped_matmul(relu_ZF.square(), down_EXF.transpose(1, 2), counts)
-        ctx.save_for_backward(x_RX, weight_RK, up_EFX, down_EXF, order_Z, relu_ZF)
-        ctx.counts = counts
-        return combine(y_ZX, weight_RK, order_Z).to(x_RX.dtype)
+    def forward(ctx, x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs):
+        x_ZX = x_RX[pairs.token_Z]
+        up_ZF = grouped_matmul(x_ZX, up_EFX.transpose(1, 2), pairs.counts)
+        gate_ZF = None if gate_EFX is None else grouped_matmul(x_ZX, gate_EFX.transpose(1, 2), pairs.counts)
+        y_ZX = grouped_matmul(activate(up_ZF, gate_ZF), down_EXF.transpose(1, 2), pairs.counts)
+        ctx.save_for_backward(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF)
+        ctx.pairs = pairs
+        return combine(y_ZX, pairs.place_RK, weight_RK).to(x_RX.dtype)
 
     @staticmethod
     def backward(ctx, dout_RX):  # type: ignore[override]
-        x_RX, weight_RK, up_EFX, down_EXF, order_Z, relu_ZF = ctx.saved_tensors
-        token_Z = order_Z // weight_RK.shape[1]
-        dout_ZX = dout_RX[token_Z]
-        dact_ZF = grouped_matmul(dout_ZX, down_EXF, ctx.counts)
-        act_ZF = relu_ZF.square()
-        dweight = torch.empty_like(weight_RK).flatten()
-        dweight[order_Z] = torch.linalg.vecdot(act_ZF, dact_ZF).to(weight_RK.dtype)
-        weight_Z1 = weight_RK.flatten()[order_Z, None].to(dact_ZF.dtype)
-        ddown = grouped_outer(dout_ZX * weight_Z1, act_ZF, ctx.counts)
-        dup_ZF = dact_ZF.mul_(relu_ZF).mul_(weight_Z1 * 2)
-        dup = grouped_outer(dup_ZF, x_RX[token_Z], ctx.counts)
-        dx_ZX = grouped_matmul(dup_ZF, up_EFX, ctx.counts)
-        ones_RK = torch.ones_like(weight_RK)
-        return combine(dx_ZX, ones_RK, order_Z).to(x_RX.dtype), dweight.view_as(weight_RK), dup, ddown, None, None
+        x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF = ctx.saved_tensors
+        pairs, counts = ctx.pairs, ctx.pairs.counts
+        dout_ZX, x_ZX = dout_RX[pairs.token_Z], x_RX[pairs.token_Z]
+        dact_ZF = grouped_matmul(dout_ZX, down_EXF, counts)
+        act_ZF = activate(up_ZF, gate_ZF)
+        dweight = (act_ZF * dact_ZF).sum(-1, dtype=weight_RK.dtype)[pairs.place_RK]
+        weight_Z1 = pairs.weight_Z[:, None].to(x_RX.dtype)
+        ddown = grouped_outer(dout_ZX.mul_(weight_Z1), act_ZF, counts)
+        dact_ZF.mul_(weight_Z1)
+        if gate_ZF is None:
+            dup_ZF, dgate = dact_ZF.mul_(up_ZF.relu().mul_(2)), None
+            dx_ZX = grouped_matmul(dup_ZF, up_EFX, counts)
+        else:
+            dup_ZF = dact_ZF * torch.nn.functional.silu(gate_ZF)
+            dgate_ZF = torch.ops.aten.silu_backward(dact_ZF * up_ZF, gate_ZF)
+            dgate = grouped_outer(dgate_ZF, x_ZX, counts)
+            dx_ZX = grouped_matmul(dup_ZF, up_EFX, counts) + grouped_matmul(dgate_ZF, gate_EFX, counts)
+        dup = grouped_outer(dup_ZF, x_ZX, counts)
+        dx_RX = combine(dx_ZX, pairs.place_RK, torch.ones_like(weight_RK)).to(x_RX.dtype)
+        return dx_RX, dweight, dup, ddown, dgate, None
 
 
-def combine(y_ZX: Tensor, weight_RK: Tensor, order_Z: Tensor) -> Tensor:
+def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
     """Each token's weighted sum over its pairs, in the weights' dtype. Gathers, so that threads never collide."""
-    place_Z = torch.empty_like(order_Z)
-    place_Z[order_Z] = torch.arange(order_Z.shape[0], device=order_Z.device)
-    y_RKX = y_ZX[place_Z].view(*weight_RK.shape, -1)
-    out = y_RKX[:, 0].to(weight_RK.dtype) * weight_RK[:, 0, None]
+    out = y_ZX[place_RK[:, 0]].to(weight_RK.dtype) * weight_RK[:, 0, None]
     for k in range(1, weight_RK.shape[1]):
-        out.addcmul_(y_RKX[:, k].to(out.dtype), weight_RK[:, k, None])
+        out.addcmul_(y_ZX[place_RK[:, k]].to(out.dtype), weight_RK[:, k, None])
     return out
 
 

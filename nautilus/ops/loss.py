@@ -12,7 +12,13 @@ from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
 
-ROWS = 512  # logits held at a time: 512 rows of a 131,072-word vocabulary are 256 MiB
+ELEMENTS = 1 << 20  # logits held at a time in float32: 4 MiB, which stays in a shared cache
+HELD = 1 << 26  # logit gradients kept for one matmul with the hidden states: at most this many elements
+
+
+def rows_for(elements: int, vocabulary: int) -> int:
+    """Rows of logits that make up about `elements` numbers; at least 16."""
+    return max(16, elements // vocabulary)
 
 
 @checked
@@ -58,56 +64,72 @@ def chunk_logprob(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> tup
     return logprob_RV.gather(-1, target_R[:, None])[:, 0], logprob_RV
 
 
-def logit_gradient(logprob_RV: Tensor, target_R: Tensor, push_R: Tensor) -> Tensor:
-    """push * (one-hot(target) - softmax), overwriting `logprob_RV`."""
-    gradient = logprob_RV.exp_().mul_(-push_R[:, None])
-    return gradient.scatter_add_(-1, target_R[:, None], push_R[:, None].to(gradient.dtype))
+class Sweep:
+    """Log-probs of all rows, chunk by chunk, and on request the gradient of sum(push * log-prob).
+
+    d log p(target) / d logits = one-hot(target) - softmax. The push multiplies the narrow factors (hidden states and
+    their gradient), never the wide logits.
+    """
+
+    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor):
+        self.hidden_RD, self.target_R = hidden_RD, target_R
+        self.matrix_VD = weight_VD.to(hidden_RD.dtype)
+        self.dtype = wide(hidden_RD.dtype)
+        self.chunk = rows_for(ELEMENTS, len(weight_VD))
+
+    def logprob_R(self) -> Tensor:
+        chunks = zip(self.hidden_RD.split(self.chunk), self.target_R.split(self.chunk), strict=True)
+        return torch.cat([chunk_logprob(hidden, self.matrix_VD, target)[0] for hidden, target in chunks])
+
+    def gradients(self, push_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-probs, gradient of the hidden states, gradient of the matrix in float32)."""
+        logprob_R = torch.empty(len(self.hidden_RD), dtype=self.dtype, device=self.hidden_RD.device)
+        dhidden_RD = torch.empty_like(self.hidden_RD)
+        dmatrix_VD = torch.zeros_like(self.matrix_VD, dtype=self.dtype)
+        block = self.chunk * max(1, rows_for(HELD, len(self.matrix_VD)) // self.chunk)
+        for begin in range(0, len(self.hidden_RD), block):
+            rows = slice(begin, begin + block)
+            hidden, push_R1 = self.hidden_RD[rows], push_R[rows, None].to(self.hidden_RD.dtype)
+            dlogits = hidden.new_empty(len(hidden), len(self.matrix_VD))
+            for start in range(0, len(hidden), self.chunk):
+                part = slice(start, start + self.chunk)
+                target = self.target_R[rows][part]
+                logprob_R[rows][part], logprob_RV = chunk_logprob(hidden[part], self.matrix_VD, target)
+                softmax = logprob_RV.exp_().neg_()
+                dlogits[part] = softmax.scatter_add_(-1, target[:, None], softmax.new_ones(len(target), 1))
+            torch.mm(dlogits, self.matrix_VD, out=dhidden_RD[rows]).mul_(push_R1)
+            dmatrix_VD += dlogits.T @ (hidden * push_R1)
+        return logprob_R, dhidden_RD, dmatrix_VD
 
 
 class TokenLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, target_R):
         ctx.save_for_backward(hidden_RD, weight_VD, target_R)
-        matrix = weight_VD.to(hidden_RD.dtype)
-        parts = [chunk_logprob(h, matrix, t)[0] for h, t in zip(hidden_RD.split(ROWS), target_R.split(ROWS), strict=True)]
-        return torch.cat(parts)
+        return Sweep(hidden_RD, weight_VD, target_R).logprob_R()
 
     @staticmethod
     def backward(ctx, push_R):  # type: ignore[override]
         hidden_RD, weight_VD, target_R = ctx.saved_tensors
-        matrix, total = weight_VD.to(hidden_RD.dtype), torch.zeros_like(weight_VD, dtype=wide(hidden_RD.dtype))
-        dhidden = []
-        for h, t, p in zip(hidden_RD.split(ROWS), target_R.split(ROWS), push_R.split(ROWS), strict=True):
-            dlogits = logit_gradient(chunk_logprob(h, matrix, t)[1], t, p).to(h.dtype)
-            dhidden.append(dlogits @ matrix)
-            total += dlogits.T @ h
-        return torch.cat(dhidden), total.to(weight_VD.dtype), None
+        _, dhidden_RD, dmatrix_VD = Sweep(hidden_RD, weight_VD, target_R).gradients(push_R)
+        return dhidden_RD, dmatrix_VD.to(weight_VD.dtype), None
 
 
 class WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, target_R, weight_R):
-        matrix, dtype = weight_VD.to(hidden_RD.dtype), wide(hidden_RD.dtype)
-        needed = any(ctx.needs_input_grad[:2])
-        loss, dhidden = hidden_RD.new_zeros((), dtype=dtype), torch.empty_like(hidden_RD) if needed else None
-        dmatrix = torch.zeros_like(weight_VD, dtype=dtype) if needed else None
-        for begin in range(0, hidden_RD.shape[0], ROWS):
-            rows = slice(begin, begin + ROWS)
-            hidden, target, weight = hidden_RD[rows], target_R[rows], weight_R[rows].to(dtype)
-            logprob_R, logprob_RV = chunk_logprob(hidden, matrix, target)
-            loss -= torch.dot(logprob_R, weight)
-            if dhidden is not None and dmatrix is not None:
-                dlogits = logit_gradient(logprob_RV, target, -weight).to(hidden.dtype)
-                torch.mm(dlogits, matrix, out=dhidden[rows])
-                dmatrix += dlogits.T @ hidden
-        ctx.save_for_backward(dhidden, dmatrix)
-        ctx.dtypes = hidden_RD.dtype, weight_VD.dtype
-        return loss
+        sweep, weight_R = Sweep(hidden_RD, weight_VD, target_R), weight_R.to(wide(hidden_RD.dtype))
+        if not any(ctx.needs_input_grad[:2]):
+            return -torch.dot(sweep.logprob_R(), weight_R)
+        logprob_R, dhidden_RD, dmatrix_VD = sweep.gradients(-weight_R)
+        ctx.save_for_backward(dhidden_RD, dmatrix_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return -torch.dot(logprob_R, weight_R)
 
     @staticmethod
     def backward(ctx, push):  # type: ignore[override]
-        dhidden, dmatrix = ctx.saved_tensors
-        return (dhidden * push.to(dhidden.dtype)), (dmatrix * push).to(ctx.dtypes[1]), None, None
+        dhidden_RD, dmatrix_VD = ctx.saved_tensors
+        return dhidden_RD * push.to(dhidden_RD.dtype), (dmatrix_VD * push).to(ctx.weight_dtype), None, None
 
 
 LOGPROB_IMPLS = (Impl("torch", token_logprob_chunked), Impl("reference", token_logprob_reference))

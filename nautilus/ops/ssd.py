@@ -106,30 +106,66 @@ class Decay:
             self.through_MH = self.through_MH * (self.document_MQ[:, -1] == 0)[:, None]
 
     def inside_MHQQ(self) -> Tensor:
-        """exp of the decay from column's token to row's token; zero above the diagonal."""
-        size = self.log_keep_MHQ.shape[-1]
+        """exp of the decay from column's token to row's token; zero above the diagonal and across documents."""
         gap = self.log_keep_MHQ[..., :, None] - self.log_keep_MHQ[..., None, :]
-        hidden_QQ = torch.ones(size, size, dtype=torch.bool, device=gap.device).triu(1)
-        if self.document_MQ is None:
-            gap.masked_fill_(hidden_QQ, float("-inf"))
-        else:
+        if self.document_MQ is not None:
             apart_MQQ = self.document_MQ[:, :, None] != self.document_MQ[:, None, :]
-            gap.masked_fill_((apart_MQQ | hidden_QQ)[:, None], float("-inf"))
-        return gap.exp_()
+            gap.masked_fill_(apart_MQQ[:, None], float("-inf"))
+        return gap.exp_().tril_()
 
 
-def by_group(tensor_MQHP: Tensor, groups: int) -> Tensor:
-    """(M, Q, H, P) to (M*G, Q, heads of a group times P), contiguous."""
-    m, q, heads, head_width = tensor_MQHP.shape
-    split = tensor_MQHP.view(m, q, groups, heads // groups * head_width)
-    return split.transpose(1, 2).reshape(m * groups, q, heads // groups * head_width)
+class Layout:
+    """Sizes of one call, and views that put tokens (M, Q, H, P) into the orders the batched matmuls want.
 
+    Heads apart: (M*H, Q, P). Groups apart: (M*G, Q, heads of the group times P).
+    """
 
-def from_group(tensor: Tensor, m: int, heads: int) -> Tensor:
-    """The inverse of `by_group`, as a view (M, Q, H, P)."""
-    groups = tensor.shape[0] // m
-    split = tensor.view(m, groups, tensor.shape[1], heads // groups, -1)
-    return split.transpose(1, 2).flatten(2, 3) if groups == 1 else split.permute(0, 2, 1, 3, 4).flatten(2, 3)
+    def __init__(self, x_BTHP: Tensor, b_BTGN: Tensor, chunk: int):
+        batch, time, self.heads, self.head_width = x_BTHP.shape
+        self.groups, self.width = b_BTGN.shape[2:]
+        self.batch, self.chunk, self.m = batch, chunk, batch * time // chunk
+        self.share = self.heads // self.groups
+        self.dtype = wide(x_BTHP.dtype)
+
+    def tokens(self, tensor: Tensor) -> Tensor:
+        """(B, T, ...) as (M, Q, ...)."""
+        return tensor.reshape(self.m, self.chunk, *tensor.shape[2:])
+
+    def scaled(self, x_MQHP: Tensor, factor_MHQ: Tensor, *, order: str) -> Tensor:
+        """x times a factor per token and head, written once in the order asked for: by "head" or by "group"."""
+        out = torch.empty(x_MQHP.numel(), dtype=self.dtype, device=x_MQHP.device)
+        if order == "head":
+            out = out.view(self.m, self.heads, self.chunk, self.head_width)
+            torch.mul(x_MQHP.transpose(1, 2), factor_MHQ[..., None], out=out)
+            return out.view(self.m * self.heads, self.chunk, self.head_width)
+        out = out.view(self.m, self.groups, self.chunk, self.share, self.head_width)
+        source = x_MQHP.unflatten(2, (self.groups, self.share)).transpose(1, 2)
+        torch.mul(source, factor_MHQ.unflatten(1, (self.groups, self.share)).transpose(2, 3)[..., None], out=out)
+        return out.view(self.m * self.groups, self.chunk, self.share * self.head_width)
+
+    def group_rows(self, b_BTGN: Tensor) -> Tensor:
+        """(B, T, G, N) as (M*G, Q, N), wide."""
+        return self.tokens(b_BTGN).transpose(1, 2).to(self.dtype).reshape(self.m * self.groups, self.chunk, self.width)
+
+    def back(self, tensor: Tensor, like: Tensor) -> Tensor:
+        """The inverse of `group_rows`."""
+        rows = tensor.view(self.m, self.groups, self.chunk, self.width).transpose(1, 2)
+        return rows.reshape(like.shape).to(like.dtype)
+
+    def join(self, by_head: Tensor, by_group: Tensor, factor_MHQ: Tensor) -> Tensor:
+        """by_head + factor * by_group as (M, Q, H, P)."""
+        out = by_head.new_empty(self.m, self.chunk, self.groups, self.share, self.head_width)
+        heads = by_head.view(self.m, self.groups, self.share, self.chunk, self.head_width).permute(0, 3, 1, 2, 4)
+        groups = by_group.view(self.m, self.groups, self.chunk, self.share, self.head_width).transpose(1, 2)
+        factor = factor_MHQ.unflatten(1, (self.groups, self.share)).permute(0, 3, 1, 2)[..., None]
+        return torch.addcmul(heads, groups, factor, out=out).view(self.m, self.chunk, self.heads, self.head_width)
+
+    def states(self, tensor: Tensor) -> Tensor:
+        """(M*G, heads of the group times P, N) as (batch, chunks, H, P, N)."""
+        return tensor.view(self.batch, -1, self.heads, self.head_width, self.width)
+
+    def flat_states(self, tensor: Tensor) -> Tensor:
+        return tensor.view(self.m * self.groups, self.share * self.head_width, self.width)
 
 
 class Chunked(torch.autograd.Function):
@@ -137,104 +173,77 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN, start_BT, chunk):
-        batch, time, heads, head_width = x_BTHP.shape
-        m, groups, width = batch * time // chunk, b_BTGN.shape[2], b_BTGN.shape[3]
-        cut = Cut(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, chunk)
-        mix = cut.mix().view(m * heads, chunk, chunk)
-        y = torch.bmm(mix, cut.x_MHQP.view(m * heads, chunk, head_width)).view(m, heads, chunk, head_width)
-        added = torch.bmm(by_group(cut.to_end_MQHP(), groups).transpose(1, 2), cut.b_RQN)
-        enter, last = pass_states(added.view(batch, -1, heads, head_width, width), state_BHPN, cut.decay.through_MH)
-        before = torch.bmm(cut.c_RQN, enter.view(m * groups, -1, width).transpose(1, 2))
-        since = cut.decay.since_entry_MHQ.transpose(1, 2)[..., None]
-        y_MQHP = torch.addcmul(y.transpose(1, 2), from_group(before, m, heads), since)
-        y_BTHP = y_MQHP.reshape(batch, time, heads, head_width)
-        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_BTHP, enter)
+        lay = Layout(x_BTHP, b_BTGN, chunk)
+        x, dt_MQH, b, c = lay.tokens(x_BTHP), lay.tokens(dt_BTH), lay.group_rows(b_BTGN), lay.group_rows(c_BTGN)
+        decay = Decay(dt_MQH, a_H, None if start_BT is None else lay.tokens(start_BT))
+        dt_MHQ = dt_MQH.transpose(1, 2)
+        mix = mixing(decay.inside_MHQQ(), b, c)
+        inside = torch.bmm(mix, lay.scaled(x, dt_MHQ, order="head"))
+        written = lay.scaled(x, dt_MHQ * decay.to_end_MHQ, order="group")
+        added = lay.states(torch.bmm(written.transpose(1, 2), b))
+        states = pass_states(added, state_BHPN, decay.through_MH)
+        before = torch.bmm(c, lay.flat_states(states[:, :-1].contiguous()).transpose(1, 2))
+        y_MQHP = lay.join(inside, before, decay.since_entry_MHQ)
+        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_MQHP, states)
         ctx.chunk = chunk
-        return y_BTHP.to(x_BTHP.dtype), last
+        return y_MQHP.view(x_BTHP.shape).to(x_BTHP.dtype), states[:, -1].clone()
 
     @staticmethod
     def backward(ctx, dy_BTHP, dlast_BHPN):  # type: ignore[override]
-        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_BTHP, enter = ctx.saved_tensors
-        batch, time, heads, head_width = x_BTHP.shape
-        chunk, m, groups, width = ctx.chunk, batch * time // ctx.chunk, b_BTGN.shape[2], b_BTGN.shape[3]
-        cut = Cut(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, chunk)
-        dy_MQHP = dy_BTHP.to(y_BTHP.dtype).reshape(m, chunk, heads, head_width)
-        dy_MHQP = dy_MQHP.transpose(1, 2).contiguous()
+        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_MQHP, states = ctx.saved_tensors
+        lay = Layout(x_BTHP, b_BTGN, ctx.chunk)
+        x, dt_MQH, b, c = lay.tokens(x_BTHP), lay.tokens(dt_BTH), lay.group_rows(b_BTGN), lay.group_rows(c_BTGN)
+        decay = Decay(dt_MQH, a_H, None if start_BT is None else lay.tokens(start_BT))
+        dt_MHQ, dy = dt_MQH.transpose(1, 2), lay.tokens(dy_BTHP)
 
-        # through the state that entered each chunk
-        since = cut.decay.since_entry_MHQ.transpose(1, 2)[..., None]
-        dbefore = by_group(dy_MQHP * since, groups)
-        enter_R = enter.view(m * groups, -1, width)
-        dc = torch.bmm(dbefore, enter_R)
-        denter = torch.bmm(dbefore.transpose(1, 2), cut.c_RQN).view(batch, -1, heads, head_width, width)
-        dadded, dstate = pass_states_back(denter, dlast_BHPN, cut.decay.through_MH)
-        dadded_R = dadded.view(m * groups, -1, width)
-        db = torch.bmm(by_group(cut.to_end_MQHP(), groups), dadded_R)
-        to_end = cut.decay.to_end_MHQ.transpose(1, 2)[..., None]
-        dx_end = from_group(torch.bmm(cut.b_RQN, dadded_R.transpose(1, 2)), m, heads) * to_end
+        # through the state that entered each chunk, and the one that left it
+        dbefore = lay.scaled(dy, decay.since_entry_MHQ, order="group")
+        dc = torch.bmm(dbefore, lay.flat_states(states[:, :-1].contiguous()))
+        denter = lay.states(torch.bmm(dbefore.transpose(1, 2), c))
+        dadded, dstate = pass_states_back(denter, dlast_BHPN, decay.through_MH)
+        db = torch.bmm(lay.scaled(x, dt_MHQ * decay.to_end_MHQ, order="group"), lay.flat_states(dadded))
+        dx_end = torch.bmm(b, lay.flat_states(dadded).transpose(1, 2))
 
         # inside the chunk
-        inside = cut.decay.inside_MHQQ()
-        dmix = torch.bmm(dy_MHQP.view(m * heads, chunk, -1), cut.x_MHQP.view(m * heads, chunk, -1).transpose(1, 2))
-        dmix = dmix.view(m, groups, -1, chunk, chunk)
-        dpair = (dmix * inside.view(m, groups, -1, chunk, chunk)).sum(2).view(m * groups, chunk, chunk)
-        dc.baddbmm_(dpair, cut.b_RQN)
-        db.baddbmm_(dpair.transpose(1, 2), cut.c_RQN)
-        mix = cut.mix(inside).view(m * heads, chunk, chunk)
-        dx_in = torch.bmm(mix.transpose(1, 2), dy_MHQP.view(m * heads, chunk, -1))
-        dxdt = dx_end + dx_in.view(m, heads, chunk, -1).transpose(1, 2)
+        dy_head = lay.scaled(dy, torch.ones_like(dt_MHQ), order="head")
+        inside = decay.inside_MHQQ()
+        dmix = torch.bmm(dy_head, lay.scaled(x, dt_MHQ, order="head").transpose(1, 2)).view_as(inside).mul_(inside)
+        dpair = dmix.unflatten(1, (lay.groups, lay.share)).sum(2).flatten(0, 1)
+        dc.baddbmm_(dpair, b)
+        db.baddbmm_(dpair.transpose(1, 2), c)
+        dx_in = torch.bmm(mixing(inside, b, c).transpose(1, 2), dy_head)
+        dxdt = lay.join(dx_in, dx_end, decay.to_end_MHQ)
 
         # Every weight of y_i holds exp(log_keep_i) and every use of x_j holds exp(-log_keep_j), so the gradient of
-        # log_keep needs no (Q, Q) matrix: rows give dy*y, columns give dx*x, and the chunk's end collects the rest.
-        xdt = cut.x_MHQP.transpose(1, 2)
-        dlog = (dy_MQHP * y_BTHP.view_as(dy_MQHP)).sum(-1) - (dxdt * xdt).sum(-1)
-        kept = (dadded * enter).sum((-1, -2)).view(m, heads) * cut.decay.through_MH
-        dlog[:, -1] += (dx_end * xdt).sum((1, -1)) + kept
+        # log_keep needs no (Q, Q) matrix: rows give dy*y, columns give dx*x, and the chunk's end has the state's share.
+        dx_dot_x = (dxdt * x).sum(-1)
+        dlog = (dy * y_MQHP).sum(-1).sub_(dx_dot_x * dt_MQH)
+        dlog[:, -1] += (dadded * states[:, 1:]).sum((-1, -2)).view(lay.m, lay.heads)
         dstep = dlog.flip(1).cumsum(1).flip(1)
-        x_MQHP = x_BTHP.reshape(m, chunk, heads, head_width)
-        dt_MQH = dt_BTH.reshape(m, chunk, heads)
-        ddt = (dxdt * x_MQHP).sum(-1) + dstep * a_H
+        ddt = (dx_dot_x + dstep * a_H).view(dt_BTH.shape)
+        dx = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype, device=x_BTHP.device)
+        dx.view(dxdt.shape).copy_(dxdt.mul_(dt_MQH[..., None]))
         da = (dstep * dt_MQH).sum((0, 1))
-        dx = (dxdt * dt_MQH[..., None]).to(x_BTHP.dtype).reshape(x_BTHP.shape)
-        db, dc = (from_group(t, m, groups).reshape(b_BTGN.shape).to(b_BTGN.dtype) for t in (db, dc))
-        return dx, ddt.reshape(dt_BTH.shape), da, db, dc, dstate, None, None
+        return dx, ddt, da, lay.back(db, b_BTGN), lay.back(dc, c_BTGN), dstate, None, None
 
 
-class Cut:
-    """The inputs cut into chunks, wide, in the layouts of the batched matmuls. x_MHQP already holds dt * x."""
-
-    def __init__(self, x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, chunk):
-        batch, time, heads, head_width = x_BTHP.shape
-        m, groups, width = batch * time // chunk, *b_BTGN.shape[2:]
-        dtype = wide(x_BTHP.dtype)
-        dt_MQH = dt_BTH.reshape(m, chunk, heads)
-        self.decay = Decay(dt_MQH, a_H, None if start_BT is None else start_BT.reshape(m, chunk))
-        scaled = x_BTHP.reshape(m, chunk, heads, head_width) * dt_MQH[..., None]
-        self.x_MHQP = scaled.to(dtype).transpose(1, 2).contiguous()
-        self.b_RQN, self.c_RQN = (
-            by_group(t.reshape(m, chunk, groups, width), groups).to(dtype) for t in (b_BTGN, c_BTGN)
-        )
-
-    def mix(self, inside_MHQQ: Tensor | None = None) -> Tensor:
-        """(c_i . b_j) times the decay from j to i: what y_i takes of dt_j x_j. Overwrites `inside_MHQQ`."""
-        inside_MHQQ = self.decay.inside_MHQQ() if inside_MHQQ is None else inside_MHQQ
-        m, heads, chunk, _ = inside_MHQQ.shape
-        pair = torch.bmm(self.c_RQN, self.b_RQN.transpose(1, 2)).view(m, -1, 1, chunk, chunk)
-        inside_MHQQ.view(m, pair.shape[1], heads // pair.shape[1], chunk, chunk).mul_(pair)
-        return inside_MHQQ
-
-    def to_end_MQHP(self) -> Tensor:
-        return (self.x_MHQP * self.decay.to_end_MHQ[..., None]).transpose(1, 2).contiguous()
+def mixing(inside_MHQQ: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """(c_i . b_j) times the decay from j to i: what y_i takes of dt_j x_j, (M*H, Q, Q). Overwrites `inside_MHQQ`."""
+    m, heads, chunk, _ = inside_MHQQ.shape
+    pair = torch.bmm(c, b.transpose(1, 2)).view(m, -1, 1, chunk, chunk)
+    inside_MHQQ.unflatten(1, (pair.shape[1], -1)).mul_(pair)
+    return inside_MHQQ.view(m * heads, chunk, chunk)
 
 
-def pass_states(added: Tensor, first_BHPN: Tensor, through_MH: Tensor) -> tuple[Tensor, Tensor]:
-    """The state entering each chunk (same shape as `added`: batch, chunks, H, P, N) and the one after the last."""
-    through = through_MH.view(added.shape[0], added.shape[1], -1, 1, 1)
-    enter, state = torch.empty_like(added), first_BHPN.to(added.dtype)
-    for k in range(added.shape[1]):
-        enter[:, k] = state
-        state = torch.addcmul(added[:, k], through[:, k], state)
-    return enter, state
+def pass_states(added: Tensor, first_BHPN: Tensor, through_MH: Tensor) -> Tensor:
+    """The states at the borders of the chunks: (batch, chunks + 1, H, P, N), the first one included."""
+    batch, chunks = added.shape[:2]
+    through = through_MH.view(batch, chunks, -1, 1, 1)
+    states = added.new_empty(batch, chunks + 1, *added.shape[2:])
+    states[:, 0] = first_BHPN
+    for k in range(chunks):
+        torch.addcmul(added[:, k], through[:, k], states[:, k], out=states[:, k + 1])
+    return states
 
 
 def pass_states_back(denter: Tensor, dlast_BHPN: Tensor, through_MH: Tensor) -> tuple[Tensor, Tensor]:
