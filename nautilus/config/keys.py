@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import math
+from typing import Any
 
 from nautilus.config.layer import require
 
@@ -31,7 +32,10 @@ FRAME = frozenset(
 )
 
 
-def plain(value):
+NAMES = {str: "words", dict: "objects", int: "whole numbers", (int, float): "numbers"}
+
+
+def plain(value) -> Any:
     """The document with transformers' {"__float__": "Infinity"} turned back into floats."""
     if isinstance(value, dict):
         if set(value) == {"__float__"}:
@@ -48,7 +52,9 @@ def canonical(document: dict, aliases: dict[str, str]) -> dict:
     for name in sorted(set(document) & set(aliases)):
         first, value = aliases[name], document[name]
         clash = settings.get(first) is not None and value is not None and settings[first] != value
-        require(not clash, f"config.json has {first}={settings.get(first)} and {name}={value}; the two mean one setting")
+        require(
+            not clash, f"config.json has {first}={settings.get(first)} and {name}={value}; the two mean one setting"
+        )
         if settings.get(first) is None:
             settings[first] = value
     return settings
@@ -59,8 +65,8 @@ def refuse_unknown(settings: dict, known: frozenset[str]) -> None:
         near = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "remove it if it changes nothing that the model computes"
         raise ValueError(
-            f"config.json of type {settings.get('model_type')!r} has the unknown key {name!r} (value {settings[name]!r}); "
-            f"it may change what the model computes; {hint}"
+            f"config.json of type {settings.get('model_type')!r} has the unknown key {name!r} (value "
+            f"{settings[name]!r}), which may change what the model computes; {hint}"
         )
 
 
@@ -96,7 +102,22 @@ def switch(settings: dict, name: str, default: bool) -> bool:
     return value
 
 
-def present(settings: dict, name: str, default):
+def items(settings: dict, name: str, kind: type | tuple[type, ...]) -> list:
+    """A list of values of that type; empty when absent."""
+    value = settings.get(name) or []
+    fits = isinstance(value, list) and all(isinstance(item, kind) for item in value)
+    require(fits, f"config.json has {name}={value!r}; a list of {NAMES[kind]} is needed")
+    return value
+
+
+def group(settings: dict, name: str) -> dict:
+    """An object of settings; empty when absent."""
+    value = settings.get(name) or {}
+    require(isinstance(value, dict), f"config.json has {name}={value!r}; an object of settings is needed")
+    return value
+
+
+def present(settings: dict, name: str, default) -> Any:
     value = settings.get(name)
     value = default if value is None else value
     require(
@@ -111,12 +132,14 @@ def read_frame(settings: dict) -> dict:
     width, eos = whole(settings, "hidden_size"), settings.get("eos_token_id")
     std = real(settings, "initializer_range", 0.0)
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    require(all(isinstance(stop, int) for stop in stops), f"config.json has eos_token_id={eos!r}; ids are whole numbers")
+    require(
+        all(isinstance(stop, int) for stop in stops), f"config.json has eos_token_id={eos!r}; ids are whole numbers"
+    )
     return {
         "vocab": whole(settings, "vocab_size"),
         "width": width,
         "tied": switch(settings, "tie_word_embeddings", False),
-        "init_std": 0.0 if std == automatic_std(width) else std,
+        "init_std": 0.0 if std == automatic_std(max(width, 1)) else std,
         "positions": whole(settings, "max_position_embeddings", 262144),
         "bos": whole(settings, "bos_token_id", 1),
         "eos": tuple(stops),

@@ -10,6 +10,8 @@ from nautilus.config.keys import (
     FRAME,
     HARMLESS,
     canonical,
+    group,
+    items,
     read_frame,
     real,
     refuse_others,
@@ -73,7 +75,8 @@ def read_qwen3_moe(document: dict) -> Config:
     refuse_unknown(settings, QWEN_KNOWN)
     refuse_others(settings, QWEN_FIXED)
     attention = read_attention(settings, head_norm=True)
-    step, dense_layers = whole(settings, "decoder_sparse_step", 1), settings.get("mlp_only_layers") or []
+    step, dense_layers = whole(settings, "decoder_sparse_step", 1), items(settings, "mlp_only_layers", int)
+    require(step >= 1, f"config.json has decoder_sparse_step={step}; at least 1 is needed")
     layers: list = []
     for block in range(whole(settings, "num_hidden_layers")):
         sparse = block not in dense_layers and (block + 1) % step == 0
@@ -86,7 +89,7 @@ def read_attention(settings: dict, *, head_norm: bool = False) -> Attention:
     return Attention(
         heads=heads,
         groups=whole(settings, "num_key_value_heads", heads),
-        head_width=whole(settings, "head_dim", width // heads),
+        head_width=whole(settings, "head_dim", width // max(heads, 1)),
         rotary=read_rotary(settings),
         head_norm=head_norm,
     )
@@ -109,21 +112,26 @@ def dense(settings: dict) -> Mlp:
 
 def read_rotary(settings: dict) -> Rotary:
     """Both spellings: `rope_theta` beside `rope_scaling`, or all in `rope_parameters`."""
-    rope = dict(settings.get("rope_parameters") or settings.get("rope_scaling") or {})
-    kind = rope.pop("rope_type", None) or rope.pop("type", None) or "default"
-    rope.pop("type", None)
-    theta = real(rope | {"model_type": settings.get("model_type")}, "rope_theta", real(settings, "rope_theta", 10000.0))
-    rope.pop("rope_theta", None)
+    rope = canonical(group(settings, "rope_parameters") or group(settings, "rope_scaling"), {"type": "rope_type"})
+    kind = rope.get("rope_type") or "default"
+    theta = real(rope, "rope_theta", real(settings, "rope_theta", 10000.0))
     require(
         kind in ("default", "llama3"),
         f"config.json has rope_type={kind!r}; only 'default' and 'llama3' can be computed here; use another package",
     )
     if kind == "default":
         return Rotary(theta=theta)
-    unknown = sorted(set(rope) - set(ROTARY))
-    require(not unknown, f"config.json has {', '.join(unknown)} in its llama3 rope settings; known: {', '.join(ROTARY)}")
-    numbers = {ours: real(rope, theirs) for theirs, ours in ROTARY.items()}
-    return Rotary(theta=theta, **numbers | {"original": whole(rope, "original_max_position_embeddings")})
+    unknown = sorted(set(rope) - {*ROTARY, "rope_type", "rope_theta"})
+    require(
+        not unknown, f"config.json has {', '.join(unknown)} in its llama3 rope settings; known: {', '.join(ROTARY)}"
+    )
+    return Rotary(
+        theta=theta,
+        factor=real(rope, "factor"),
+        low=real(rope, "low_freq_factor"),
+        high=real(rope, "high_freq_factor"),
+        original=whole(rope, "original_max_position_embeddings"),
+    )
 
 
 def write_llama(config: Config) -> dict | None:
@@ -143,16 +151,21 @@ def write_qwen3_moe(config: Config) -> dict | None:
         return None
     document = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"} | write_frame(config)
     mlp = next((half for half in halves if isinstance(half, Mlp)), Mlp(hidden=experts.hidden))
-    return document | write_attention(config, attention) | {name: allowed[0] for name, allowed in QWEN_FIXED.items()} | {
-        "intermediate_size": mlp.hidden,
-        "num_experts": experts.experts,
-        "num_experts_per_tok": experts.active,
-        "moe_intermediate_size": experts.hidden,
-        "norm_topk_prob": experts.normalise,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [block for block, half in enumerate(halves) if isinstance(half, Mlp)],
-        "sliding_window": None,
-    }
+    return (
+        document
+        | write_attention(config, attention)
+        | {name: allowed[0] for name, allowed in QWEN_FIXED.items()}
+        | {
+            "intermediate_size": mlp.hidden,
+            "num_experts": experts.experts,
+            "num_experts_per_tok": experts.active,
+            "moe_intermediate_size": experts.hidden,
+            "norm_topk_prob": experts.normalise,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [block for block, half in enumerate(halves) if isinstance(half, Mlp)],
+            "sliding_window": None,
+        }
+    )
 
 
 def write_attention(config: Config, attention: Attention) -> dict:

@@ -7,7 +7,19 @@ import hashlib
 import json
 from dataclasses import dataclass
 
-from nautilus.config.layer import KINDS, Attention, Experts, Layer, Mamba, Rotary, pattern_of, require
+from nautilus.config.layer import (
+    KINDS,
+    Attention,
+    Experts,
+    Layer,
+    Linear,
+    Mamba,
+    Mlp,
+    Nothing,
+    Rotary,
+    pattern_of,
+    require,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,17 +110,21 @@ def weight_count(config: Config) -> dict[str, int]:
     embedding (architecture table of the three reports, arXiv 2512.20848, 2604.12374, 2606.15007).
     """
     width = config.width
-    main = sum(width + layer_weights(layer, width) for layer in config.layers)
+    main = sum(layer_weights(layer, width) for layer in config.layers)
     main += width + config.vocab * width * (1 if config.tied else 2)
     mtp = 0
     if config.mtp:
-        mtp = sum(width + layer_weights(layer, width) for layer in config.mtp) + 3 * width + 2 * width * width
+        mtp = sum(layer_weights(layer, width) for layer in config.mtp) + 3 * width + 2 * width * width
     idle = sum(idle_weights(layer, width) for layer in config.layers)
     return {"main": main, "mtp": mtp, "active": main - idle - (0 if config.tied else config.vocab * width)}
 
 
 def layer_weights(layer: Layer, width: int) -> int:
-    """Stored elements of one mixer, its norm before it not included."""
+    """Stored elements of one mixer and of the norm before it; a layer that adds nothing has neither."""
+    return 0 if isinstance(layer, Nothing) else width + mixer_weights(layer, width)
+
+
+def mixer_weights(layer: Layer, width: int) -> int:
     match layer:
         case Mamba():
             rows = layer.inner + layer.conv_width + layer.heads
@@ -120,9 +136,14 @@ def layer_weights(layer: Layer, width: int) -> int:
             matrices = 3 if layer.gated else 2
             latent = 2 * layer.latent * width
             routed = layer.experts * matrices * layer.hidden * (layer.latent or width)
-            return layer.experts * (width + 1) + routed + matrices * layer.shared * width + latent
-    sizes = {"-": (3 if getattr(layer, "gated", False) else 2) * getattr(layer, "hidden", 0) * width, "L": width * width}
-    return sizes.get(layer.letter, 0)
+            # Only sigmoid routers have a load-balancing bias.
+            router = layer.experts * (width + (layer.score == "sigmoid"))
+            return router + routed + matrices * layer.shared * width + latent
+        case Mlp():
+            return (3 if layer.gated else 2) * layer.hidden * width
+        case Linear():
+            return width * width
+    return 0
 
 
 def idle_weights(layer: Layer, width: int) -> int:

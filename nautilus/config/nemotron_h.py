@@ -6,6 +6,8 @@ from nautilus.config.keys import (
     FRAME,
     HARMLESS,
     canonical,
+    group,
+    items,
     read_frame,
     real,
     refuse_others,
@@ -95,9 +97,9 @@ def read_nemotron_h(document: dict) -> Config:
     refuse_unknown(settings, KNOWN)
     refuse_others(settings, FIXED)
     refuse_clamp(settings)
-    blocks = settings.get("block_configs")
+    blocks = items(settings, "block_configs", dict)
     letters = pattern(settings, "layers_block_type", "hybrid_override_pattern", blocks)
-    own = block_sizes(blocks, letters) if blocks else per_layer_sizes(settings, letters)
+    own = own_sizes(blocks or per_layer_blocks(settings, len(letters)), letters)
     return Config(
         layers=tuple(read_layer(letter, settings | sizes) for letter, sizes in zip(letters, own, strict=True)),
         mtp=read_mtp(settings),
@@ -108,19 +110,18 @@ def read_nemotron_h(document: dict) -> Config:
 
 def refuse_clamp(settings: dict) -> None:
     """Steps dt are not clamped here; a file may say so as Infinity or as a huge number."""
-    limit = settings.get("time_step_limit")
-    if limit is not None:
-        require(
-            isinstance(limit, list) and len(limit) == 2 and limit[0] == 0 and limit[1] >= 1e30,
-            f"config.json has time_step_limit={limit!r}; only [0, Infinity] can be computed here; use another package",
-        )
+    limit = items(settings, "time_step_limit", (int, float))
+    require(
+        not limit or (len(limit) == 2 and limit[0] == 0 and limit[1] >= 1e30),
+        f"config.json has time_step_limit={limit!r}; only [0, Infinity] can be computed here; use another package",
+    )
 
 
-def pattern(settings: dict, list_key: str, string_key: str, blocks: list | None) -> str:
+def pattern(settings: dict, list_key: str, string_key: str, blocks: list[dict]) -> str:
     """The layer letters, from the blocks, the list of words, or the string, whichever is there first."""
-    words = [block.get("block_type") for block in blocks] if blocks else settings.get(list_key)
-    if words is None:
-        words = list(settings.get(string_key) or "")
+    words = [block.get("block_type") for block in blocks] or items(settings, list_key, str)
+    if not words:
+        words = list(str(settings.get(string_key) or ""))
     spelling = LETTERS | {letter: letter for letter in WORDS}
     require(len(words) > 0, f"config.json has neither {list_key!r} nor {string_key!r}; one must list the layers")
     for position, word in enumerate(words):
@@ -128,7 +129,7 @@ def pattern(settings: dict, list_key: str, string_key: str, blocks: list | None)
             isinstance(word, str) and word in spelling,
             f"config.json has {word!r} as layer {position} of {list_key}; known are {', '.join(sorted(spelling))}",
         )
-    return "".join(spelling[word] for word in words)
+    return "".join(spelling[str(word)] for word in words)
 
 
 def read_mtp(settings: dict) -> tuple[Layer, ...]:
@@ -140,39 +141,38 @@ def read_mtp(settings: dict) -> tuple[Layer, ...]:
     )
     if copies == 0:
         return ()
-    blocks = settings.get("mtp_block_configs")
-    default = {"mtp_layers_block_type": None if settings.get("mtp_hybrid_override_pattern") else ["attention", "moe"]}
-    known = {name: value for name, value in settings.items() if value is not None}
-    letters = pattern(default | known, "mtp_layers_block_type", "mtp_hybrid_override_pattern", blocks)
-    own = block_sizes(blocks, letters) if blocks else [{}] * len(letters)
+    blocks = items(settings, "mtp_block_configs", dict)
+    keys = ("mtp_layers_block_type", "mtp_hybrid_override_pattern")
+    told = any(settings.get(key) for key in keys)
+    # "*E" is what transformers fills in.
+    letters = pattern(settings if told else settings | {keys[1]: "*E"}, *keys, blocks)
+    own = own_sizes(blocks or [{}] * len(letters), letters)
     return tuple(read_layer(letter, settings | sizes) for letter, sizes in zip(letters, own, strict=True))
 
 
-def block_sizes(blocks: list[dict], letters: str) -> list[dict]:
-    """Each block's own sizes, the layer's kind left out."""
-    own = [{ALIASES.get(name, name): value for name, value in block.items() if name != "block_type"} for block in blocks]
-    refuse_foreign(own, letters)
-    return own
-
-
-def per_layer_sizes(settings: dict, letters: str) -> list[dict]:
-    """The sizes of transformers' own spelling of unequal layers: {"3": {"moe_intermediate_size": 96}}."""
-    table = {int(layer): sizes for layer, sizes in (settings.get("per_layer_config") or {}).items()}
-    beyond = sorted(set(table) - set(range(len(letters))))
-    require(not beyond, f"config.json has per_layer_config for layers {beyond}; the model has {len(letters)} layers")
-    own = [table.get(layer, {}) for layer in range(len(letters))]
-    refuse_foreign(own, letters)
-    return own
-
-
-def refuse_foreign(own: list[dict], letters: str) -> None:
+def own_sizes(blocks: list[dict], letters: str) -> list[dict]:
+    """The sizes that each layer has of its own, by the first spelling of their keys."""
+    own = [canonical(block, ALIASES) for block in blocks]
     for layer, sizes in enumerate(own):
-        foreign = sorted(set(sizes) - LAYER_KEYS)
+        foreign = sorted(set(sizes) - LAYER_KEYS - {"block_type"})
         require(
             not foreign,
             f"config.json gives layer {layer} ({WORDS[letters[layer]]}) its own {', '.join(foreign)}; a layer's own "
             f"may be: {', '.join(sorted(LAYER_KEYS))}",
         )
+    return own
+
+
+def per_layer_blocks(settings: dict, depth: int) -> list[dict]:
+    """Transformers' own spelling of unequal layers, {"3": {"moe_intermediate_size": 96}}, as one block per layer."""
+    table = group(settings, "per_layer_config")
+    layers = {name: int(name) if name.isdecimal() else -1 for name in table}
+    beyond = sorted(name for name, layer in layers.items() if not 0 <= layer < depth)
+    require(
+        not beyond, f"config.json has per_layer_config for layers {', '.join(beyond)}; it has layers 0..{depth - 1}"
+    )
+    own = {layers[name]: group(table, name) for name in table}
+    return [own.get(layer, {}) for layer in range(depth)]
 
 
 def read_layer(letter: str, settings: dict) -> Layer:
@@ -227,24 +227,26 @@ def write_layer(layer: Layer) -> dict:
 
 
 def write_nemotron_h(config: Config) -> dict | None:
-    """One set of sizes for each kind; None when a kind of layer has no word in the family."""
+    """One set of sizes for each kind; None when a layer has no word in the family."""
     letters, mtp = config.pattern, "".join(layer.letter for layer in config.mtp)
-    if set(letters) - set(WORDS):
+    shared = all(layer.shared for layer in (*config.layers, *config.mtp) if isinstance(layer, Experts))
+    if set(letters) - set(WORDS) or not shared:  # readers of the family always build the shared expert
         return None
     document = {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h"} | write_frame(config)
     document |= {name: allowed[0] for name, allowed in FIXED.items() if allowed and name != "hidden_act"}
     for layer in reversed((*config.layers, *config.mtp)):
         document |= write_layer(layer)
+    document |= {"mtp_hybrid_override_pattern": mtp} if mtp else {}
     return document | {
         "layer_norm_epsilon": config.norm_eps,
         "hybrid_override_pattern": letters,
         "num_hidden_layers": len(letters),
         "num_nextn_predict_layers": 1 if mtp else 0,
-        "time_step_min": 1e-3,
+        "time_step_min": 1e-30,  # elsewhere an initialisation hint, but transformers 5.23 clamps dt to it
         "time_step_max": 0.1,
         "time_step_floor": 1e-4,
         "time_step_limit": [0.0, 1e308],  # a plain number, because Infinity is no valid JSON
-    } | ({"mtp_hybrid_override_pattern": mtp} if mtp else {})
+    }
 
 
 def write_puzzle(config: Config) -> dict | None:
@@ -265,7 +267,8 @@ def write_puzzle(config: Config) -> dict | None:
 
 def common_sizes(layers: tuple[Layer, ...]) -> dict:
     written = [write_layer(layer) for layer in layers]
-    shared = sorted(LAYER_KEYS - {"moe_intermediate_size", "num_experts_per_tok"})  # serving engines want them per block
+    # Serving engines want these two in every block of experts.
+    shared = sorted(LAYER_KEYS - {"moe_intermediate_size", "num_experts_per_tok"})
     values = {name: [sizes[name] for sizes in written if name in sizes] for name in shared}
     return {name: seen[0] for name, seen in values.items() if seen and all(value == seen[0] for value in seen)}
 

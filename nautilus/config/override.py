@@ -24,7 +24,9 @@ def apply_overrides(settings, overrides: Sequence[str]):
     for text in overrides:
         path, equals, value = text.partition("=")
         require(bool(equals and path), f"{text!r} is not of the form name=value")
-        settings = change(settings, path.replace("-", "_").split("."), value, path)
+        # A hyphen equals an underscore, but alone it is the letter of MLP layers.
+        parts = [part if part == "-" else part.replace("-", "_") for part in path.split(".")]
+        settings = change(settings, parts, value, path)
     return settings
 
 
@@ -83,7 +85,8 @@ def parse(text: str, hint, full: str):
         inner = typing.get_args(kind)[0]
         return tuple(parse(item.strip(), inner, full) for item in text.strip("()").split(",") if item.strip())
     readers = {bool: parse_bool, int: parse_int, float: float, str: str, Path: Path}
-    require(kind in readers, f"{full!r} is a group of settings; set one of its fields, such as {full}.{first_field(kind)}")
+    group = f"{full!r} is a group of settings; set one of its fields, such as {full}.{first_field(kind)}"
+    require(kind in readers, group)
     try:
         return readers[kind](text)
     except ValueError as bad:

@@ -22,6 +22,7 @@ class Family(NamedTuple):
 
 
 def read_own(document: dict) -> Config:
+    require(isinstance(document.get(OWN), dict), f"config.json has model_type={OWN!r} but no settings under {OWN!r}")
     return from_dict(document[OWN])
 
 
@@ -43,8 +44,8 @@ def read_config(document: dict) -> Config:
     """The Config of a config.json. ValueError for an unknown family, a key that is unknown, missing or of the wrong
     type, and for a value that asks for a computation that does not exist here."""
     require(isinstance(document, dict), f"config.json holds {type(document).__name__}, not an object of settings")
-    kind = document.get("model_type")
-    near = difflib.get_close_matches(str(kind), FAMILIES, n=1)
+    kind = str(document.get("model_type"))
+    near = difflib.get_close_matches(kind, FAMILIES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near and kind not in FAMILIES else ""
     require(kind in FAMILIES, f"config.json has model_type={kind!r}; {', '.join(FAMILIES)} can be read{hint}")
     return FAMILIES[kind].read(plain(document))

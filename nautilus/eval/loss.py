@@ -3,10 +3,11 @@
     bits per byte = (nats of all tokens) / ln 2 / (bytes of the text in UTF-8)
 
 It does not depend on the tokenizer, as long as that loses nothing. The convention, which moves the number when
-documents are short: each document is scored alone, from a fresh state. The model is fed the start token (`config.bos`)
-and the document's tokens but the last; it is charged for every token of the text, the first included, which it must
-predict from the start token alone. The start token itself is given, and the end of the document is not charged, since
-neither stands for a byte.
+documents are short: each document is scored alone, from a fresh state, and every token of its text is charged. What the
+first token costs depends on how the model was trained. With `start`, a token that stood before every document in
+training, it is predicted from that token. Without (packing that resets the state between documents puts nothing before
+them), no prediction was ever trained, so the first token costs ln(vocabulary), as if drawn blindly. The end of a
+document is not charged: it stands for no byte.
 
 `xz -9e` and `bzip2 -9` compress the same bytes, all documents of a source in one stream. They start from nothing, and
 the model's own size is not counted: the comparison says how much the model has learned, not how to store files.
@@ -19,13 +20,17 @@ import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from nautilus.eval.loads import expert_loads
 from nautilus.ops.loss import token_logprob
+
+LOAD_TOKENS = 1 << 16  # enough to place the share of one expert in a thousand within 12 %
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,10 +71,11 @@ class Span:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """One Score per source, and the loss by position over all of them."""
+    """One Score per source; over all of them the loss by position and, per router, each expert's load over the mean."""
 
     scores: tuple[Score, ...]
     spans: tuple[Span, ...]
+    loads: dict[str, list[float]]
 
     @property
     def total(self) -> Score:
@@ -99,13 +105,21 @@ def held_out(
                 f"held-out loss of source {source!r}: its {len(sources[source])} documents hold no text within the "
                 f"first limit_bytes={limit_bytes}; hold out more text, raise the limit or leave the source out"
             )
-    tokens = [list(encode(text)) for source in texts for text in texts[source]]
-    nats = document_nats(model, tokens, start=start, chunk=chunk, budget=budget, watch=watch)
-    scores, at = [], 0
-    for source, documents in texts.items():
-        scores.append(score(source, documents, nats[at : at + len(documents)]))
-        at += len(documents)
-    return HeldOut(scores=tuple(scores), spans=nats_by_position(nats))
+    tokens = {source: [list(encode(text)) for text in documents] for source, documents in texts.items()}
+    nats = iter(document_nats(model, [*chain(*tokens.values())], start=start, chunk=chunk, budget=budget, watch=watch))
+    costs = {source: [next(nats) for _ in documents] for source, documents in tokens.items()}
+    fair = [begin(documents, LOAD_TOKENS // len(tokens)) for documents in tokens.values()]
+    return HeldOut(
+        scores=tuple(score(source, texts[source], costs[source]) for source in texts),
+        spans=nats_by_position([*chain(*costs.values())]),
+        loads=expert_loads(model, [*chain(*fair)], chunk=chunk),
+    )
+
+
+def begin(documents: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
+    """The first `tokens` tokens of the documents, as documents."""
+    ends = accumulate(map(len, documents), initial=0)
+    return [document[: tokens - end] for document, end in zip(documents, ends, strict=False) if end < tokens]
 
 
 def cut(documents: Sequence[str], limit_bytes: int) -> list[str]:
@@ -132,10 +146,11 @@ def document_nats(
 ) -> list[Tensor]:
     """nats[d][t] = -log p(token t of document d | start, the tokens before it), in float64 on the CPU.
 
+    Without `start` the first token of each document costs ln(vocabulary).
+
     Documents of similar length share a padded batch of at most `budget` tokens. A row is fed `chunk` tokens at a
     time, its State carried from one to the next, so a document may be of any length.
     """
-    start = model.config.bos if start is None else start
     device = model.head_weight.device
     nats, done, total = [torch.zeros(0)] * len(documents), 0, sum(map(len, documents))
     was_training = model.training
@@ -144,7 +159,7 @@ def document_nats(
         with torch.no_grad():
             for batch in batches([len(document) for document in documents], budget):
                 rows = [torch.tensor(documents[i], dtype=torch.int64, device=device) for i in batch]
-                nats_BT = row_nats(model, pad_sequence(rows, batch_first=True, padding_value=start), start, chunk)
+                nats_BT = row_nats(model, pad_sequence(rows, batch_first=True), start, chunk)
                 for i, row, nats_T in zip(batch, rows, nats_BT.cpu(), strict=True):
                     nats[i] = nats_T[: len(row)].clone()
                     done += len(row)
@@ -164,15 +179,20 @@ def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
         order = order[rows:]
 
 
-def row_nats(model, tokens_BT: Tensor, start: int, chunk: int) -> Tensor:
+def row_nats(model, tokens_BT: Tensor, start: int | None, chunk: int) -> Tensor:
     """-log p of every token of rows that each begin a document; right padding comes after all that counts."""
-    fed_BT = pad(tokens_BT, (1, 0), value=start)[:, :-1]
-    pieces, state = [tokens_BT.new_zeros(len(tokens_BT), 0, dtype=torch.float64)], None
-    for low in range(0, tokens_BT.shape[1], chunk):
+    vocab = model.head_weight.shape[0]
+    if start is None:
+        blind_BT = tokens_BT[:, :1].double().fill_(math.log(vocab))
+        fed_BT, target_BT, pieces = tokens_BT[:, :-1], tokens_BT[:, 1:], [blind_BT]
+    else:
+        fed_BT, target_BT, pieces = pad(tokens_BT, (1, 0), value=start)[:, :-1], tokens_BT, [tokens_BT[:, :0].double()]
+    state = None
+    for low in range(0, target_BT.shape[1], chunk):
         hidden_BTD, state = model.hidden(fed_BT[:, low : low + chunk], state=state)
-        target_BT = tokens_BT[:, low : low + chunk]
-        logprob_R = token_logprob(hidden_BTD.flatten(0, 1), model.head_weight, target_BT.flatten())
-        pieces.append(-logprob_R.double().view_as(target_BT))
+        target_R = target_BT[:, low : low + chunk].flatten()
+        logprob_R = token_logprob(hidden_BTD.flatten(0, 1), model.head_weight, target_R)
+        pieces.append(-logprob_R.double().view(len(tokens_BT), -1))
     return torch.cat(pieces, dim=1)
 
 
@@ -199,7 +219,7 @@ def score(source: str, documents: Sequence[str], nats: Sequence[Tensor]) -> Scor
 
 
 def ratio_error(tops: Tensor, bottoms: Tensor) -> float:
-    """Standard error of sum(tops) / sum(bottoms) when the pairs are drawn independently (linearised ratio estimator)."""
+    """Standard error of sum(tops) / sum(bottoms) over independent pairs (linearised ratio estimator)."""
     pairs = len(tops)
     if pairs < 2:
         return math.nan

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing
 from nautilus.model.attention import AttentionMixer
+from nautilus.model.initialise import initialise
 from nautilus.model.linear import Linear as LinearMap
 from nautilus.model.mamba import MambaMixer
 from nautilus.model.mlp import LinearMixer, MlpMixer
@@ -57,11 +58,22 @@ class Block(nn.Module):
         return hidden_BTD + mixed, state
 
 
+class Embedding(nn.Module):
+    """One row per word. Left unset, unlike PyTorch's, which would draw a billion normals for a large model."""
+
+    def __init__(self, vocab: int, width: int, *, device=None, dtype=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab, width, device=device, dtype=dtype))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        return nn.functional.embedding(tokens_BT, self.weight)
+
+
 class Backbone(nn.Module):
     def __init__(self, config: Config, *, device=None, dtype=None):
         super().__init__()
         where = {"device": device, "dtype": dtype}
-        self.embeddings = nn.Embedding(config.vocab, config.width, **where)
+        self.embeddings = Embedding(config.vocab, config.width, **where)
         self.layers = nn.ModuleList(Block(layer, config, **where) for layer in config.layers)
         self.norm_f = RmsNorm(config.width, config.norm_eps, **where)
 
@@ -157,7 +169,6 @@ class Language(nn.Module):
         return [mixer.balance for mixer in self.experts_mixers().values() if mixer.balance is not None]
 
     def initialise(self, seed: int) -> Language:
-        from nautilus.model.initialise import initialise
-
+        """Random initial weights; see initialise.py."""
         initialise(self, seed)
         return self

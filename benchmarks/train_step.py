@@ -1,0 +1,281 @@
+"""Training speed against `transformers`' NemotronH: same model, weights, data, threads and precision, side by side.
+
+    python benchmarks/train_step.py                    # about 8 minutes on two cores; prints the table, writes a record
+    python benchmarks/train_step.py --compile          # also tries the peer under torch.compile (minutes of compiling)
+
+Each contestant lives in a process of its own that trains when told to; the contestants take turns, so that a change in
+the machine's speed meets all of them. The peer competes in its best mode: every way it offers to compute experts, with
+the allocator as it comes and tuned as ours is, is tried first. Needs the `bench` extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROWS, LENGTH, VOCAB = 8, 512, 8192
+PEER_EXPERTS = ("grouped_mm", "batched_mm", "eager")
+# What nautilus.runtime.keep_memory() sets, given to the peer's process from outside.
+TUNED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_ARENA_MAX": "1"}
+
+
+def config():
+    """The 16M hybrid: Mamba-2, attention and LatentMoE layers."""
+    from nautilus.config import Attention, Config, Experts, Mamba, lay
+
+    mamba = Mamba(heads=8, head_width=64, state=64, groups=2)
+    attention = Attention(heads=4, groups=2, head_width=64)
+    experts = Experts(experts=32, active=4, hidden=256, shared=512, latent=128, scale=2.5)
+    return Config(vocab=VOCAB, width=256, layers=lay("MEM*EMEM*E", mamba, attention, experts))
+
+
+def flops_per_token(settings) -> float:
+    """6 x the weights one token multiplies with (head included); the scan and attention scores are left out."""
+    from nautilus.config import weight_count
+
+    return 6.0 * weight_count(settings)["active"]
+
+
+# ----- one contestant, in its own process ----------------------------------------------------------------------------
+
+
+class Ours:
+    def __init__(self, folder: Path, precision: str, mode: str):
+        import torch
+
+        from nautilus.model.weights import load_model
+        from nautilus.runtime import keep_memory
+        from nautilus.train.optim import OptimConfig, adamw
+
+        keep_memory()
+        self.model = load_model(folder, dtype=torch.float32).train()
+        self.model.compute = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.optimizer = adamw(self.model, OptimConfig(lr=1e-3))
+
+    def loss(self, tokens):
+        import torch
+
+        from nautilus.ops.loss import weighted_nll
+
+        hidden, _ = self.model.hidden(tokens)
+        target = tokens[:, 1:].flatten()
+        weight = torch.full(target.shape, 1 / len(target))
+        return weighted_nll(hidden[:, :-1].flatten(0, 1), self.model.head_weight, target, weight)
+
+
+class Peer:
+    def __init__(self, folder: Path, precision: str, mode: str):
+        import torch
+        from transformers import NemotronHForCausalLM
+
+        experts, _, compiled = mode.partition("+")
+        self.model = NemotronHForCausalLM.from_pretrained(folder, experts_implementation=experts, dtype=torch.float32)
+        self.model.train()
+        self.autocast = torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16")
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        self.call = torch.compile(self.model) if compiled == "compile" else self.model
+
+    def loss(self, tokens):
+        with self.autocast:
+            return self.call(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+
+def worker(who: str, folder: Path, precision: str, mode: str) -> None:
+    """Serve `train n`, `evaluate` and `quit` from standard input; one JSON line each on standard output."""
+    import torch
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    contestant = {"ours": Ours, "peer": Peer}[who](folder, precision, mode)
+    train = torch.load(folder / "train.pt")
+    held_out = torch.load(folder / "held_out.pt")
+    done = 0
+    for line in sys.stdin:
+        order, _, count = line.strip().partition(" ")
+        if order == "quit":
+            return
+        begin, losses = time.perf_counter(), []
+        for _ in range(int(count or 0)):
+            losses.append(update(contestant, train[(done * ROWS) % (len(train) - ROWS) :][:ROWS]))
+            done += 1
+        answer = {"seconds": time.perf_counter() - begin, "losses": losses, "steps": done, "memory_gb": peak_memory_gb()}
+        if order == "evaluate":
+            with torch.no_grad():
+                answer["nats"] = statistics.mean(contestant.loss(rows).item() for rows in held_out.split(ROWS))
+        print(json.dumps(answer), flush=True)
+
+
+def update(contestant, tokens) -> float:
+    import torch
+
+    loss = contestant.loss(tokens)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(contestant.model.parameters(), 1.0)
+    contestant.optimizer.step()
+    contestant.optimizer.zero_grad(set_to_none=True)
+    return loss.item()
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1e6
+
+
+# ----- the referee ---------------------------------------------------------------------------------------------------
+
+
+class Contestant:
+    def __init__(self, who: str, folder: Path, precision: str, mode: str = "", tuned: bool = False):
+        self.name = who if who == "ours" else f"peer {mode}{' tuned' if tuned else ''}"
+        command = [sys.executable, __file__, "--worker", who, "--folder", str(folder), "--precision", precision]
+        environment = os.environ | (TUNED if tuned else {})
+        self.process = subprocess.Popen(
+            [*command, "--mode", mode], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=environment,
+        )  # fmt: skip
+
+    def ask(self, order: str) -> dict:
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(order + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()} at {order!r}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.write("quit\n")
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def prepare(folder: Path) -> float:
+    """Weights both sides start from, and rows of real text; returns bytes per token of the held-out rows."""
+    import torch
+
+    from nautilus.data.corpus import load_corpus
+    from nautilus.data.tokenizer import train_tokenizer
+    from nautilus.model.language import Language
+    from nautilus.model.weights import save_model
+
+    corpus = load_corpus(max_bytes=6_000_000)
+    tokenizer = train_tokenizer((document.text for document in corpus.train), vocab=VOCAB)
+    save_model(Language(config()).initialise(0), folder, precision="fp32")
+    for name, documents in (("train", corpus.train), ("held_out", corpus.held_out)):
+        tokens = [token for document in documents for token in tokenizer.encode(document.text)]
+        rows = torch.tensor(tokens[: len(tokens) // LENGTH * LENGTH]).view(-1, LENGTH)
+        torch.save(rows[:64] if name == "held_out" else rows, folder / f"{name}.pt")
+    held_out = torch.load(folder / "held_out.pt")
+    return sum(len(tokenizer.decode(row.tolist()).encode()) for row in held_out) / held_out.numel()
+
+
+def best_peer(folder: Path, precision: str, compiled: bool) -> tuple[str, bool]:
+    """The peer's fastest mode, from the best of three steps in each."""
+    modes = [(mode, tuned) for mode in PEER_EXPERTS for tuned in (False, True)]
+    modes += [(f"{mode}+compile", True) for mode in PEER_EXPERTS if compiled]
+    speed = {}
+    for mode, tuned in modes:
+        contestant = Contestant("peer", folder, precision, mode, tuned)
+        contestant.ask("train 1")
+        speed[mode, tuned] = ROWS * LENGTH / min(contestant.ask("train 1")["seconds"] for _ in range(3))
+        contestant.close()
+        print(f"  {contestant.name:24} {speed[mode, tuned]:8,.0f} tokens/s", flush=True)
+    return max(speed, key=lambda key: speed[key])
+
+
+def matmul_peak(precision: str) -> float:
+    """Best of repeated 1024^3 matmuls on two threads, in FLOP/s."""
+    import torch
+
+    torch.set_num_threads(2)
+    a, b = (torch.randn(1024, 1024, dtype=torch.bfloat16 if precision == "bf16" else torch.float32) for _ in range(2))
+    best = float("inf")
+    for _ in range(40):
+        begin = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - begin)
+    return 2 * 1024**3 / best
+
+
+def compare(folder: Path, precision: str, mode: tuple[str, bool], repeats: int, seconds: float, bytes_per_token: float):
+    """Alternating steps for speed, then alternating training until each has had `seconds`, then held-out loss."""
+    peak = matmul_peak(precision)
+    both = [Contestant("ours", folder, precision), Contestant("peer", folder, precision, *mode)]
+    for contestant in both:
+        contestant.ask("train 2")
+    times: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for index, contestant in enumerate(both):
+            times[index].append(contestant.ask("train 1")["seconds"])
+    for index, contestant in enumerate(both):
+        spent = sum(times[index])
+        while spent < seconds:
+            spent += contestant.ask("train 1")["seconds"]
+    results = [contestant.ask("evaluate") for contestant in both]
+    peak = max(peak, matmul_peak(precision))
+    for contestant in both:
+        contestant.close()
+    rows = []
+    for index, contestant in enumerate(both):
+        rate = ROWS * LENGTH / statistics.median(times[index])
+        flops = rate * flops_per_token(config())
+        rows.append({
+            "contestant": contestant.name, "precision": precision, "tokens_per_s": round(rate),
+            "tokens_per_s_best": round(ROWS * LENGTH / min(times[index])), "gflop_per_s": round(flops / 1e9),
+            "share_of_matmul_peak": round(flops / peak, 3), "memory_gb": round(results[index]["memory_gb"], 2),
+            "steps": results[index]["steps"],
+            "bits_per_byte": round(results[index]["nats"] / 0.6931471805599453 / bytes_per_token, 4),
+        })  # fmt: skip
+    ratios = sorted(peer / ours for ours, peer in zip(*times, strict=True))
+    return rows, {"precision": precision, "ratio_median": round(statistics.median(ratios), 2),
+                  "ratio_min": round(ratios[0], 2), "ratio_max": round(ratios[-1], 2), "repeats": repeats,
+                  "matmul_peak_gflop_per_s": round(peak / 1e9)}  # fmt: skip
+
+
+def machine() -> str:
+    model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                  if line.startswith("model name")), platform.processor())  # fmt: skip
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=60, help="training time of each side before the held-out loss")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--record", type=Path, help="append the rows to this JSONL file")
+    for hidden in ("--worker", "--folder", "--mode"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        return worker(options.worker, Path(options.folder), options.precision[0], options.mode)
+    print(machine())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        bytes_per_token = prepare(folder)
+        for precision in options.precision:
+            print(f"{precision}: the peer's modes")
+            mode = best_peer(folder, precision, options.compile)
+            rows, verdict = compare(folder, precision, mode, options.repeats, options.seconds, bytes_per_token)
+            for row in rows:
+                print("  " + "  ".join(f"{key} {value}" for key, value in row.items() if key != "precision"))
+            print("  " + "  ".join(f"{key} {value}" for key, value in verdict.items()), flush=True)
+            if options.record:
+                with options.record.open("a") as file:
+                    record = {"command": "python benchmarks/train_step.py", "machine": machine(), "date": time.strftime("%F")}
+                    file.write(json.dumps(record | verdict | {"rows": rows}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Make, shrink, serve and examine language models of the Nemotron 3 kind.
+
+model, tokenizer = nautilus.load("runs/demo")       a run, a checkpoint folder or a hub id
+engine = nautilus.Engine(model, tokenizer)          requests in; text, tokens and log-probs out
+nautilus.fit(model, stream, objective, optimizer, steps=100)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from nautilus.data.tokenizer import Tokenizer
+    from nautilus.model.language import Language
+    from nautilus.serve.engine import Engine
+    from nautilus.train.loop import fit
+
+__version__ = "0.1.0"
+__all__ = ["Engine", "fit", "load"]
+
+
+def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str = "cpu") -> tuple[Language, Tokenizer]:
+    """The model and the tokenizer in a run, in a Hugging Face checkpoint folder, or of a hub id.
+
+    dtype: of parameters and activations; None keeps each tensor as it is stored. Errors name what is wrong with the
+    folder or its tensors; no code that came with a checkpoint is ever run.
+    """
+    from nautilus.data.tokenizer import load_tokenizer
+    from nautilus.model.weights import load_model, local_folder
+
+    folder = local_folder(checkpoint_of(source))
+    return load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
+
+
+def checkpoint_of(source: str | Path) -> str | Path:
+    """The model folder of a run; anything else as it is."""
+    from nautilus.runtime import Run, UserError, is_run, repair
+
+    if Path(source).parent.is_dir():
+        repair(source)
+    if not is_run(source):
+        return source
+    model = Run.open(source).model
+    if not model.is_dir():
+        raise UserError(f"the run in {source} has no model yet: {model} does not exist; let it save one, or resume it")
+    return model
+
+
+def __getattr__(name: str):
+    # What needs torch is imported when it is first used, so that the command line answers at once.
+    if name == "Engine":
+        from nautilus.serve.engine import Engine
+
+        return Engine
+    if name == "fit":
+        from nautilus.train.loop import fit
+
+        return fit
+    raise AttributeError(f"module 'nautilus' has no attribute {name!r}; it has {', '.join(__all__)}")

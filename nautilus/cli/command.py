@@ -1,0 +1,107 @@
+"""`nautilus <name> [MODEL] a.b=v`: finds the command, resolves its settings, runs it, and makes errors one message.
+
+A command is a module with a frozen `Settings` record, every field of which has a default and may carry
+`metadata={"help": ...}`, and a function `main(settings)` that returns an exit status or None. Modules are imported
+when they are asked for.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import nautilus
+from nautilus.cli.settings import listing, pasteable, resolve
+from nautilus.runtime import DISK_FULL, UserError, disk_full
+
+
+class Command(NamedTuple):
+    module: str
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("nautilus.recipes.demo", "train a small model here, write its report, let it talk"),
+    "pretrain": Command("nautilus.recipes.pretrain", "train a model of any preset from plain text"),
+    "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal"),
+    "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
+    "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
+}
+
+USAGE = """\
+nautilus <command> [MODEL] setting=value …
+
+{commands}
+
+Settings are written a.b=v or --a.b v; a hyphen equals an underscore. Every command takes
+  --help       its settings with their defaults
+  --show       the settings it would run with, and stop
+  --traceback  where an error came from
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The exit status: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
+    given = list(sys.argv[1:] if words is None else words)
+    if "--traceback" in given:
+        return run([word for word in given if word != "--traceback"])
+    try:
+        return run(given)
+    except KeyboardInterrupt as stop:
+        return complain(f"interrupted. {stop}".rstrip(), 130)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone; without this Python would complain again when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, OSError, ImportError) as bad:
+        return complain(explain(bad), 2)
+
+
+def complain(message: str, status: int) -> int:
+    print(f"nautilus: {message}", file=sys.stderr)
+    return status
+
+
+def explain(bad: Exception) -> str:
+    if isinstance(bad, UserError):
+        return str(bad)
+    if isinstance(bad, OSError) and bad.errno in DISK_FULL:
+        return str(disk_full(Path(bad.filename or ".")))
+    return f"{str(bad) or type(bad).__name__} (add --traceback to see where)"
+
+
+def run(words: list[str]) -> int:
+    if not words or words[0] in ("--help", "-h", "help"):
+        width = max(map(len, COMMANDS))
+        print(USAGE.format(commands="\n".join(f"  {name:<{width}}  {c.help}" for name, c in COMMANDS.items())), end="")
+        return 0
+    if words[0] == "--version":
+        print(f"nautilus {nautilus.__version__}")
+        return 0
+    name, rest = words[0].replace("-", "_"), words[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"have {', '.join(COMMANDS)}"
+        raise UserError(f"no command {words[0]!r}; {hint}")
+    module = importlib.import_module(COMMANDS[name].module)
+    if "--help" in rest or "-h" in rest:
+        print(command_help(name, module), end="")
+        return 0
+    settings = resolve(module.Settings, [word for word in rest if word != "--show"])
+    if "--show" in rest:
+        print("\n".join(pasteable(settings)))
+        return 0
+    return module.main(settings) or 0
+
+
+def command_help(name: str, module: ModuleType) -> str:
+    settings = module.Settings()
+    model = " [MODEL]" if "model" in module.Settings.__dataclass_fields__ else ""
+    about = (module.__doc__ or COMMANDS[name].help).strip()
+    return f"nautilus {name}{model} setting=value …\n\n{about}\n\n{listing(settings)}"

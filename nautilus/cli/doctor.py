@@ -1,0 +1,188 @@
+"""What this machine has and how fast it is, which extras are installed, and why faster paths are off."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import nautilus
+
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich")
+# What vectorised CPU code asks for, x86 and ARM.
+FEATURES = "avx2 fma avx512f avx512_vnni avx512_bf16 avx_vnni amx_bf16 amx_int8 asimd asimddp bf16 i8mm sve".split()
+
+
+class Extra(NamedTuple):
+    unlocks: str
+    modules: tuple[str, ...]
+
+
+# One entry per extra of pyproject.toml, by the names under which its packages are imported.
+EXTRAS = {
+    "serve": Extra("the HTTP server", ("fastapi", "uvicorn", "pydantic", "llguidance", "prometheus_client", "orjson")),
+    "rl": Extra("reinforcement learning tasks and actors", ("ray", "reasoning_gym", "math_verify", "jsonschema")),
+    "data": Extra("Hugging Face datasets and large corpora", ("datasets", "datatrove")),
+    "compress": Extra("search for formats and architectures", ("scipy",)),
+    "omni": Extra("images, sound and video", ("PIL", "av", "soundfile", "scipy")),
+    "vlm": Extra("studies of other people's models", ("transformers", "py3langid", "num2words", "babel")),
+    "climate": Extra("climate files and baselines", ("xarray", "netCDF4", "h5netcdf", "zarr", "dask", "sklearn")),
+    "report": Extra("pictures in reports", ("matplotlib",)),
+    "bench": Extra("comparison with peers", ("transformers", "llama_cpp", "gguf", "openai", "lm_eval", "trl")),
+    "dev": Extra("the tests and checks", ("pytest", "xdist", "pytest_timeout", "hypothesis", "transformers")),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    json: bool = field(default=False, metadata={"help": "print one JSON object instead of tables"})
+    size: int = field(default=1024, metadata={"help": "rows and columns of the matrices that are timed"})
+    seconds: float = field(default=0.5, metadata={"help": "how long each measurement may take"})
+    folder: str = field(default=".", metadata={"help": "where runs would be written; its free space is shown"})
+
+    def __post_init__(self):
+        if self.size < 1 or self.seconds <= 0:
+            raise ValueError(f"size={self.size} and seconds={self.seconds} must both be positive")
+
+
+def main(settings: Settings) -> None:
+    facts = examine(settings)
+    if settings.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+
+
+# ----- the facts -----------------------------------------------------------------------------------------------------
+
+
+def examine(settings: Settings) -> dict:
+    return {
+        "versions": {"nautilus": nautilus.__version__, "python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in PACKAGES},
+        "machine": machine(Path(settings.folder)),
+        "speed": speed(settings.size, settings.seconds),
+        "extras": {name: missing(extra) for name, extra in EXTRAS.items()},
+        "faster_paths": faster_paths(),
+    }
+
+
+def machine(folder: Path) -> dict:
+    import torch
+
+    text = read("/proc/cpuinfo")
+    name = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    memory = dict(re.findall(r"^(MemTotal|MemAvailable):\s*(\d+) kB$", read("/proc/meminfo"), re.MULTILINE))
+    return {
+        "system": platform.platform(),
+        "cpu": name[1] if name else platform.processor() or platform.machine(),
+        "features": [feature for feature in FEATURES if flags and feature in flags[1].split()],
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "memory_gb": {kind: round(int(kilobytes) / 1e6, 1) for kind, kilobytes in memory.items()},
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "disk_free_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
+    }
+
+
+def read(path: str) -> str:
+    """The text of a file of the system; empty where the system has no such file."""
+    return Path(path).read_text(errors="replace") if Path(path).exists() else ""
+
+
+def speed(size: int, seconds: float) -> dict[str, float]:
+    """Matrix products in GFLOP/s and a copy larger than the caches in GB/s, the best of what fits into `seconds`."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    a_XY, b_XY = (torch.randn(size, size, generator=generator) for _ in range(2))
+    half_a_XY, half_b_XY = a_XY.bfloat16(), b_XY.bfloat16()
+    source = torch.zeros(1 << 26, dtype=torch.uint8)
+    target = torch.ones_like(source)
+    work = 2e-9 * size**3
+    return {
+        "matmul_float32_gflops": round(work / best(lambda: a_XY @ b_XY, seconds), 1),
+        "matmul_bfloat16_gflops": round(work / best(lambda: half_a_XY @ half_b_XY, seconds), 1),
+        # A copy reads and writes each byte.
+        "memory_gb_per_s": round(2e-9 * source.numel() / best(lambda: target.copy_(source), seconds), 1),
+    }
+
+
+def best(action: Callable, seconds: float) -> float:
+    """The shortest of the repeats that fit into `seconds`, at least three, after one to warm up."""
+    action()
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < seconds:
+        began = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - began)
+    return max(min(times), 1e-9)
+
+
+def missing(extra: Extra) -> list[str]:
+    return [module for module in extra.modules if importlib.util.find_spec(module) is None]
+
+
+def faster_paths() -> dict[str, str]:
+    """Each faster implementation and why it is off."""
+    import torch
+
+    forced = os.environ.get("NAUTILUS_OPS")
+    gpu = "no Triton kernels in this version" if torch.cuda.is_available() else "no GPU that torch can use was found"
+    return {
+        "native CPU kernels": "off: this version has none; the torch implementations run",
+        "GPU kernels": f"off: {gpu}",
+    } | ({"NAUTILUS_OPS": f"set to {forced!r}: only implementations of that name run"} if forced else {})
+
+
+# ----- for people ----------------------------------------------------------------------------------------------------
+
+
+def show(facts: dict) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    for title, lines in sections(facts).items():
+        table = Table(title, "", box=SIMPLE)
+        for name, value in lines:
+            table.add_row(name, value)
+        console.print(table)
+
+
+def sections(facts: dict) -> dict[str, list[tuple[str, str]]]:
+    return {
+        "versions": list(facts["versions"].items()),
+        "machine": [(name.replace("_", " "), text_of(value)) for name, value in facts["machine"].items()],
+        "speed": [
+            ("float32 matrix product", f"{facts['speed']['matmul_float32_gflops']:,.0f} GFLOP/s"),
+            ("bfloat16 matrix product", f"{facts['speed']['matmul_bfloat16_gflops']:,.0f} GFLOP/s"),
+            ("memory, copying", f"{facts['speed']['memory_gb_per_s']:,.1f} GB/s"),
+        ],
+        "faster paths": list(facts["faster_paths"].items()),
+        "extras": list(extra_lines(facts["extras"])),
+    }
+
+
+def extra_lines(extras: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+    for name, absent in extras.items():
+        lacking = f"lacks {', '.join(absent)}: pip install 'nautilus[{name}]'"
+        # Square brackets are rich's markup unless escaped.
+        yield name, f"{EXTRAS[name].unlocks}: " + (lacking.replace("[", "\\[") if absent else "installed")
+
+
+def text_of(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {inner}" for name, inner in value.items())
+    return (", ".join(value) or "none known") if isinstance(value, list) else str(value or "none")

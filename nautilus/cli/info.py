@@ -1,0 +1,207 @@
+"""What a model is made of: its layers, parameters and memory. Nothing of its size is allocated, no weight is read.
+
+MODEL is a preset, a run, a checkpoint folder, or a hub id, of which only config.json is fetched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import nautilus
+from nautilus.config import Attention, Config, Layer, Mamba, weight_count
+from nautilus.config.model import idle_weights, layer_weights
+from nautilus.config.released import read_config
+from nautilus.presets import PRESETS, preset
+from nautilus.runtime import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = field(default="toy", metadata={"help": "preset, run, checkpoint folder or hub id"})
+    json: bool = field(default=False, metadata={"help": "print one JSON object instead of tables"})
+
+
+# As the publishers state them: technical reports and model cards; arXiv 2512.20848, 2604.12374, 2606.15007.
+PUBLISHED = {
+    "nano": "31.6 B, active 3.2 B (3.6 B with embeddings)",
+    "lightning": "32.9 B with the prediction block",
+    "super": "120.6 B, active 12.1 B (12.7 B with embeddings)",
+    "ultra": "550 B, active 55 B",
+}
+# NVFP4: 4 bits a value and one 8-bit scale for 16 values. Real checkpoints keep some layers wide.
+BITS = {"FP32": 32.0, "BF16": 16.0, "FP8": 8.0, "NVFP4": 4.5}
+
+
+def main(settings: Settings) -> None:
+    facts = examine(settings.model, config_of(settings.model))
+    if settings.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        show(facts)
+
+
+def config_of(source: str) -> Config:
+    if source in PRESETS:
+        return preset(source)
+    folder = Path(nautilus.checkpoint_of(source))
+    path = folder / "config.json" if folder.is_dir() else folder
+    if not path.is_file():
+        path = fetch_config(source)
+    try:
+        return read_config(json.loads(path.read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as bad:
+        raise UserError(f"{path} is not JSON ({bad}); it should be the config.json of a checkpoint folder") from bad
+
+
+def fetch_config(source: str) -> Path:
+    if Path(source).is_dir():
+        raise UserError(f"no config.json in the folder {source}; give a run, a checkpoint folder, or a preset")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+        near = difflib.get_close_matches(source, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}"
+        raise UserError(f"{source!r} is no preset, no folder here, and no hub id (owner/name); {hint}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, "config.json"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as bad:
+        raise UserError(
+            f"{source!r} is no folder here, and the hub did not give its config.json ({type(bad).__name__}); check the"
+            f" name and the network, or give the folder of a copy"
+        ) from bad
+
+
+# ----- the facts -----------------------------------------------------------------------------------------------------
+
+
+def examine(name: str, config: Config) -> dict:
+    """Everything that is shown, as plain values."""
+    count = weight_count(config)
+    stored = count["main"] + count["mtp"]
+    attention = [layer for layer in config.layers if isinstance(layer, Attention)]
+    mamba = [layer for layer in config.layers if isinstance(layer, Mamba)]
+    return {
+        "model": name,
+        "pattern": config.pattern,
+        "width": config.width,
+        "vocab": config.vocab,
+        "positions": config.positions,
+        "layers": [*kinds_of(config.layers, config.width), *kinds_of(config.mtp, config.width, "mtp ")],
+        "parameters": {
+            "main": count["main"],
+            "mtp": count["mtp"],
+            "total": stored,
+            "active": count["active"],
+            "active_with_embedding": count["active"] + (0 if config.tied else config.vocab * config.width),
+            "published": PUBLISHED.get(name),
+        },
+        "weight_bytes": {kind: round(stored * bits / 8) for kind, bits in BITS.items()},
+        # Keys and values in bf16, of layers without a window; with one, no more than `window` tokens are kept.
+        "kv_bytes_per_token": sum(2 * 2 * layer.groups * layer.head_width for layer in attention),
+        "windowed_layers": sum(layer.window > 0 for layer in attention),
+        # The scan's state stays float32; the convolution's tail is bf16. Neither grows with the length.
+        "state_bytes": sum(4 * layer.inner * layer.state + 2 * layer.conv_width * (layer.taps - 1) for layer in mamba),
+    }
+
+
+def kinds_of(layers: tuple[Layer, ...], width: int, prefix: str = "") -> Iterator[dict]:
+    """One entry per distinct layer record: where it stands, its sizes, its weights."""
+    for layer in dict.fromkeys(layers):
+        where = [index for index, other in enumerate(layers) if other == layer]
+        one = layer_weights(layer, width)
+        sizes = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if shown(layer, f)}
+        yield {
+            "kind": prefix + type(layer).__name__,
+            "letter": layer.letter,
+            "where": where,
+            "sizes": {name: plain(value) for name, value in sizes.items()},
+            "parameters": one,
+            "active": one - idle_weights(layer, width),
+            "all": one * len(where),
+        }
+
+
+ALWAYS_SHOWN = ("heads", "head_width", "groups", "state", "experts", "active", "hidden")
+
+
+def shown(layer: Layer, field: dataclasses.Field) -> bool:
+    """Sizes, and whatever differs from its default."""
+    return field.name in ALWAYS_SHOWN or getattr(layer, field.name) != field.default
+
+
+def plain(value):
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
+
+
+# ----- for people ----------------------------------------------------------------------------------------------------
+
+
+def show(facts: dict) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    console.print(
+        f"{facts['model']}: {len(facts['pattern'])} layers {facts['pattern']}, width {facts['width']},"
+        f" vocabulary {facts['vocab']:,}, up to {facts['positions']:,} tokens",
+        highlight=False,
+        markup=False,
+    )
+    layers = Table("layer", "at", "sizes", box=SIMPLE)
+    layers.add_column("each", justify="right", no_wrap=True)
+    layers.add_column("all", justify="right", no_wrap=True)
+    for row in facts["layers"]:
+        sizes = " ".join(f"{name}={value}" for name, value in row["sizes"].items() if not isinstance(value, dict))
+        kind = f"{len(row['where'])} x {row['letter']} {row['kind']}"
+        layers.add_row(kind, indices(row["where"]), sizes, count_text(row["parameters"]), count_text(row["all"]))
+    console.print(layers)
+    totals = Table("total", box=SIMPLE)
+    totals.add_column("", justify="right")
+    for name, value in totals_of(facts):
+        totals.add_row(name, value)
+    console.print(totals)
+
+
+def totals_of(facts: dict) -> Iterator[tuple[str, str]]:
+    count = facts["parameters"]
+    yield "parameters", f"{count['total']:,}"
+    if count["mtp"]:
+        yield "  of which prediction block (MTP)", f"{count['mtp']:,}"
+    yield "active per token, head included", f"{count['active']:,}"
+    yield "active per token, embedding too", f"{count['active_with_embedding']:,}"
+    if count["published"]:
+        yield "published", count["published"]
+    for kind, size in facts["weight_bytes"].items():
+        yield f"all weights in {kind}", bytes_text(size)
+    window = f" ({facts['windowed_layers']} layers keep a window only)" if facts["windowed_layers"] else ""
+    yield "keys and values per token, BF16", bytes_text(facts["kv_bytes_per_token"]) + window
+    yield "Mamba state per sequence", bytes_text(facts["state_bytes"])
+
+
+def indices(where: list[int]) -> str:
+    """The first few positions: `5, 12, 19, …`."""
+    return ", ".join(map(str, where[:4])) + (", …" if len(where) > 4 else "")
+
+
+def count_text(count: int) -> str:
+    """Exact up to a million, then 4 digits; --json has every digit."""
+    for unit, name in ((1e9, "B"), (1e6, "M")):
+        if count >= unit:
+            return f"{count / unit:.4g} {name}"
+    return f"{count:,}"
+
+
+def bytes_text(size: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.4g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

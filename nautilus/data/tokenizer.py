@@ -1,0 +1,247 @@
+"""Byte-level BPE with the control tokens of the Nemotron 3 family at their fixed ids.
+
+Text and control tokens are kept apart: `encode` reads text as text, whatever it spells, unless told `control=True`.
+Training, saving and reading files is done by `tokenizers`; every file opens in `transformers`.
+"""
+
+from __future__ import annotations
+
+import codecs
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+
+from nautilus.data.template import TEMPLATE
+from nautilus.runtime import UserError, write_atomic
+
+# id → word; the flag says special: left out by skip_special, as in the released tokenizers.
+CONTROL = (
+    ("<unk>", True),
+    ("<s>", True),
+    ("</s>", True),
+    *((f"<SPECIAL_{i}>", True) for i in range(3, 10)),
+    ("<|im_start|>", True),
+    ("<|im_end|>", True),
+    ("<think>", False),
+    ("</think>", False),
+    ("<tool_call>", False),
+    ("</tool_call>", False),
+    ("<tool_response>", False),
+    ("</tool_response>", False),
+)
+SMALLEST = len(CONTROL) + 256  # control tokens and one token per byte
+
+# Words with one mark or blank before them; single digits, so that numbers have one spelling; runs of marks with the
+# line ends after them; line ends with the blanks before them; blanks, all but the last, which belongs to the next word.
+SPLIT = r"[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab: int, template: str | None = TEMPLATE) -> Tokenizer:
+    """Learn merges from texts. The result depends on the texts alone, not on their order or the number of threads.
+
+    With too little text for `vocab` tokens the tokenizer is smaller; its `vocab` says how large it became.
+    """
+    if vocab < SMALLEST:
+        raise UserError(
+            f"vocab={vocab} has no room for {len(CONTROL)} control tokens and 256 bytes; use at least {SMALLEST}"
+        )
+    core = tokenizers.Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab,
+        special_tokens=[AddedToken(word, special=True, normalized=False) for word, _ in CONTROL],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    core.train_from_iterator(texts, trainer)
+    # The trainer marks all of them special; thinking and tool tags must survive skip_special.
+    plan = json.loads(core.to_str())
+    for entry, (_, special) in zip(plan["added_tokens"], CONTROL, strict=True):
+        entry["special"] = special
+    core = tokenizers.Tokenizer.from_str(json.dumps(plan))
+    return Tokenizer(core, bos="<s>", eos="<|im_end|>", template=template)
+
+
+class Tokenizer:
+    """Text ↔ token ids.
+
+    `bos`, `eos` and `document_end` are ids; `stop` holds the ids that end a completion; `control` maps the words of all
+    added tokens to ids; `vocab` is one more than the largest id; `words` are the special words that templates print.
+    """
+
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        *,
+        bos: str | None,
+        eos: str,
+        template: str | None = TEMPLATE,
+        stop: Iterable[int] = (),
+    ):
+        if "ByteLevel" not in repr(core.decoder):
+            raise UserError("this tokenizer is not byte-level BPE, the only kind read here; convert it or use another")
+        self.core = core
+        self.template = template
+        self.control = {token.content: id for id, token in core.get_added_tokens_decoder().items()}
+        self.control_ids = frozenset(self.control.values())
+        self.special = {id for id, token in core.get_added_tokens_decoder().items() if token.special}
+        for word in (bos, eos):
+            if word is not None and core.token_to_id(word) is None:
+                raise UserError(f"the tokenizer has no token {word!r}; correct bos_token and eos_token in its config")
+        self.words = {"bos_token": bos or "", "eos_token": eos}
+        self.bos = core.token_to_id(bos) if bos is not None else None
+        self.eos: int = core.token_to_id(eos)
+        self.document_end: int = self.control.get("</s>", self.eos)
+        self.stop = tuple(sorted({*stop, self.eos, self.document_end}))
+        self.vocab = max(core.get_vocab(with_added_tokens=True).values()) + 1
+        # The same merges without added tokens: what plain text is read by.
+        self.plain = tokenizers.Tokenizer(core.model)
+        self.plain.pre_tokenizer = core.pre_tokenizer
+        if core.normalizer is not None:
+            self.plain.normalizer = core.normalizer
+
+    def encode(self, text: str, *, control: bool = False) -> list[int]:
+        """Token ids, without any begin-of-text. With `control`, words such as <|im_end|> become their control tokens.
+
+        Use `control` only for text that no user has touched.
+        """
+        checked = utf8(text)
+        return self.core.encode(checked, add_special_tokens=False).ids if control else self.encode_batch([checked])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Plain text only, on all cores."""
+        rows = [found.ids for found in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        if not all(self.control_ids.isdisjoint(row) for row in rows):
+            raise UserError(
+                "this tokenizer spells some plain text with control tokens, which is unsafe; use another one"
+            )
+        return rows
+
+    def decode(self, tokens: Iterable[int], *, skip_special: bool = False) -> str:
+        """The text of tokens; bytes that are no UTF-8 and ids outside the vocabulary become U+FFFD."""
+        stream = self.stream(skip_special=skip_special)
+        return stream.push(*tokens) + stream.close()
+
+    def stream(self, *, skip_special: bool = False) -> TextStream:
+        """A decoder for tokens that arrive one by one."""
+        return TextStream(self, skip_special=skip_special)
+
+    @functools.cached_property
+    def token_bytes(self) -> list[bytes]:
+        """What each id spells. Ids that the file leaves out spell U+FFFD."""
+        byte_of = {char: byte for byte, char in enumerate(byte_alphabet())}
+        spelled = ["\ufffd".encode()] * self.vocab
+        for word, id in self.core.get_vocab(with_added_tokens=False).items():
+            spelled[id] = bytes(byte_of[char] for char in word) if set(word) <= byte_of.keys() else word.encode()
+        for word, id in self.control.items():
+            spelled[id] = word.encode()
+        return spelled
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Short hash of everything that decides how text is encoded."""
+        return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]
+
+    def save(self, folder: str | Path) -> None:
+        """tokenizer.json and tokenizer_config.json, as `transformers` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **{name: word for name, word in self.words.items() if word},
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            **({"chat_template": self.template} if self.template is not None else {}),
+        }
+        write_atomic(folder / "tokenizer.json", self.core.to_str())
+        write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def byte_alphabet() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+class TextStream:
+    """Tokens in, text out, never half a character: bytes wait until their character is complete."""
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool):
+        self.token_bytes = tokenizer.token_bytes
+        self.skipped = tokenizer.special if skip_special else set()
+        self.waiting = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, *tokens: int) -> str:
+        known = range(len(self.token_bytes))
+        pieces = (self.token_bytes[t] if t in known else b"\xef\xbf\xbd" for t in tokens if t not in self.skipped)
+        return self.waiting.decode(b"".join(pieces))
+
+    def close(self) -> str:
+        """What is left, an unfinished character as U+FFFD."""
+        return self.waiting.decode(b"", final=True)
+
+
+def utf8(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as bad:
+        raise UserError(
+            f"character {bad.start} of the text is half a surrogate pair, which is no Unicode text; drop it"
+        ) from bad
+    return text
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint folder's tokenizer, with the folder's own template: chat_template.jinja, else the config's."""
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"no tokenizer.json in {folder}; a checkpoint folder needs one (nautilus and transformers write it)"
+        )
+    plan, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    if "model" not in plan:
+        raise UserError(f"{folder / 'tokenizer.json'} has no 'model'; it is not a file of the tokenizers library")
+    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos, eos = word_of(config.get("bos_token")), word_of(config.get("eos_token"))
+    if eos is None:
+        raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it so that a completion can end")
+    stop = read_json(folder / "generation_config.json").get("eos_token_id") or []
+    return Tokenizer(
+        core, bos=bos, eos=eos, template=template_of(folder, config), stop=[stop] if isinstance(stop, int) else stop
+    )
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; an absent file is an empty one."""
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as bad:
+        raise UserError(f"cannot read {path}: {bad}; copy it again from where the checkpoint came from") from bad
+
+
+def word_of(entry) -> str | None:
+    """Configs write a special word as text or as a record with its content."""
+    return entry["content"] if isinstance(entry, dict) else entry
+
+
+def template_of(folder: Path, config: dict) -> str | None:
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = config.get("chat_template")
+    if isinstance(found, list):  # several by name
+        return {entry["name"]: entry["template"] for entry in found}.get("default")
+    return found

@@ -1,0 +1,67 @@
+"""The model card (README.md) that is written beside the weights."""
+
+from __future__ import annotations
+
+from nautilus.config import Config, weight_count
+
+CARD = """\
+---
+library_name: {library}
+pipeline_tag: text-generation
+---
+
+# Model card
+
+{rows}
+
+Layer letters: `M` Mamba-2, `*` attention, `E` experts, `-` MLP, `L` linear, `_` nothing.
+
+## Opening it
+
+```python
+import nautilus
+
+model, tokenizer = nautilus.load(folder)
+```
+
+{opens}
+"""
+
+OPENS = {
+    "nemotron_h": """\
+`transformers` 5 opens this folder as `NemotronHForCausalLM`. Three things to know:
+
+- It drops the multi-token-prediction weights (`mtp.*`) without a word.
+- Version 5.23 clamps the Mamba step dt to at least `time_step_min` on prompts, though models are trained without a
+  clamp. That key, elsewhere a hint for initialisation (0.001), is therefore 1e-30 in this config.json. For folders of
+  other origin, set `layer.mixer.time_step_limit = (0.0, float("inf"))` on every Mamba layer after loading.
+- It refuses NVFP4 weights. The weights here are plain floating-point numbers.""",
+    "nemotron_h_puzzle": """\
+The layers differ in size. `transformers` has no class of its own for that; serving engines that know
+`NemotronHPuzzleForCausalLM` read this layout (prefix `model.`, sizes in `block_configs`). `transformers` also drops
+multi-token-prediction weights (`mtp.*`).""",
+    "llama": "`transformers` opens this folder as `LlamaForCausalLM`.",
+    "qwen3_moe": "`transformers` opens this folder as `Qwen3MoeForCausalLM`.",
+    "nautilus": """\
+No released model family has words for these layers, so this folder opens only in Nautilus: `transformers` and serving
+engines cannot read it.""",
+}
+
+
+def model_card(config: Config, *, family: str, facts: dict[str, str]) -> str:
+    """Markdown: the sizes, then `facts` on file and training as they were passed in, then what opens the folder."""
+    counts = weight_count(config)
+    rows = {
+        "parameters": f"{counts['main']:,}",
+        "active per token (head included, embedding not)": f"{counts['active']:,}",
+        "multi-token prediction": f"{counts['mtp']:,} more parameters" if config.mtp else "none",
+        "layers": f"{len(config.layers)}: `{config.pattern}`",
+        "width, vocabulary": f"{config.width:,}, {config.vocab:,}",
+        "config": f"`{family}`, fingerprint `{config.fingerprint}`",
+    }
+    library = "nautilus" if family == "nautilus" else "transformers"
+    return CARD.format(library=library, rows=table(rows | facts), opens=OPENS[family])
+
+
+def table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

@@ -1,0 +1,236 @@
+"""A model from a checkpoint folder, and a checkpoint folder from a model.
+
+Reading is strict: a missing, unexpected or mis-shaped tensor, a NaN, a quantised file are errors that name what they
+are about, and no code that came with a checkpoint is ever run. Writing replaces the folder as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nautilus.config import Config, pattern_of
+from nautilus.config.released import read_config, write_config
+from nautilus.model.card import model_card
+from nautilus.model.language import Language
+from nautilus.model.layout import WRITTEN, Slot, layout_of, name_map, written_slots
+from nautilus.model.shards import Stored, inventory, read_json, read_tensors, write_shards
+from nautilus.runtime import UserError, atomic_folder, repair
+
+READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+ALWAYS_FLOAT32 = "e_score_correction_bias"
+SHOWN = 20
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+
+
+def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="cpu") -> Language:
+    """The model in a folder or of a hub id, in any layout of `layout.py`.
+
+    dtype: of parameters and activations; None keeps every tensor as it is stored and computes in the embedding's dtype.
+    Besides the weights, memory holds one tensor at a time.
+    """
+    folder = local_folder(source)
+    document = read_json(folder / "config.json")
+    refuse_quantised(folder, document)
+    config = with_stops(described(document, folder), folder)
+    stored = {name: where for name, where in inventory(folder).items() if not derived(name)}
+    slots = name_map(config, layout_of(document["model_type"], stored))
+    refuse_differences(folder, config, slots, stored)
+    embedding = next(name for name, slot in slots.items() if slot.parameter == "backbone.embeddings.weight")
+    model = Language(config, device=device, dtype=dtype or READABLE[stored[embedding].dtype])
+    if dtype is None:
+        keep_stored_types(model, slots, stored)
+    fill(model, folder, slots, stored)
+    return model
+
+
+def local_folder(source: str | Path) -> Path:
+    """The folder itself, or the local copy of a hub repository: configs, tokenizer and safetensors only."""
+    repair(source)  # a save that was killed between its two renames
+    if Path(source).is_dir():
+        return Path(source)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        raise UserError(
+            f"{str(source)!r} is neither a folder nor the id of a hub repository, which is of the form owner/name"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as bad:
+        raise UserError(
+            f"{str(source)!r} is no folder here, and the hub did not give it ({type(bad).__name__}: "
+            f"{str(bad).splitlines()[0]}); check the name and the network, or give the folder of a copy"
+        ) from bad
+
+
+def refuse_quantised(folder: Path, document: dict) -> None:
+    declared = document.get("quantization_config") or document.get("quantization")
+    if declared or (folder / "hf_quant_config.json").exists():
+        where = "config.json" if declared else "hf_quant_config.json"
+        raise UserError(
+            f"{folder} is quantised, says its {where}; this release reads BF16, FP16 and FP32 weights only; "
+            f"load the BF16 checkpoint of the model"
+        )
+
+
+def described(document: dict, folder: Path) -> Config:
+    try:
+        return read_config(document)
+    except ValueError as bad:
+        raise UserError(f"{folder / 'config.json'}: {bad}") from bad
+
+
+def with_stops(config: Config, folder: Path) -> Config:
+    """With the stop ids of generation_config.json: chat models list more of them there than in config.json."""
+    path = folder / "generation_config.json"
+    stops = read_json(path).get("eos_token_id") if path.exists() else None
+    if stops is None:
+        return config
+    return dataclasses.replace(config, eos=tuple(stops) if isinstance(stops, list) else (stops,))
+
+
+def derived(name: str) -> bool:
+    """Tables that old Llama files store although they follow from the config."""
+    return name.endswith("rotary_emb.inv_freq")
+
+
+def refuse_differences(folder: Path, config: Config, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:
+    optional = {"lm_head.weight"} if config.tied else set()
+    missing = [name for name in slots if name not in stored and name not in optional]
+    unexpected = [name for name in stored if name not in slots]
+    shared = [name for name in slots if name in stored]
+    shaped = [name for name in shared if stored[name].shape != slots[name].shape]
+    typed = [name for name in shared if stored[name].dtype not in READABLE]
+    lines = [f"missing: {name} {list(slots[name].shape)}" for name in missing]
+    lines += [f"unexpected: {name} {list(stored[name].shape)} in {stored[name].file.name}" for name in unexpected]
+    lines += [
+        f"shape: {name} is {list(stored[name].shape)}, config.json asks for {list(slots[name].shape)}"
+        for name in shaped
+    ]
+    lines += [f"type: {name} is {stored[name].dtype}; only {', '.join(READABLE)} can be read" for name in typed]
+    if lines:
+        raise UserError(
+            f"{folder} does not hold the model of its config.json (layers {pattern_of(config.layers)}): "
+            f"{len(missing)} tensors missing, {len(unexpected)} unexpected, {len(shaped)} of another shape, "
+            f"{len(typed)} of another type\n{listed(lines)}\nuse the config.json that belongs to these weights"
+        )
+
+
+def listed(lines: list[str]) -> str:
+    rest = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n".join(f"  {line}" for line in lines[:SHOWN] + rest)
+
+
+def keep_stored_types(model: Language, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:
+    """Give each parameter the type that its tensors are stored in: some releases keep the router in float32."""
+    widest: dict[str, torch.dtype] = {}
+    for name in slots.keys() & stored.keys():
+        dtype, parameter = READABLE[stored[name].dtype], slots[name].parameter
+        widest[parameter] = torch.promote_types(dtype, widest.get(parameter, dtype))
+    for name, parameter in model.named_parameters():
+        if parameter.dtype != widest[name]:
+            parameter.data = torch.empty_like(parameter, dtype=widest[name])
+
+
+def fill(model: Language, folder: Path, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:
+    """Copy every tensor to its place. NaN or infinite numbers are an error that names the tensors."""
+    places = model.state_dict()
+    broken, head = [], None
+    for name, tensor in read_tensors(stored):
+        if not torch.isfinite(tensor).all():
+            broken.append(f"{name} in {stored[name].file.name}")
+        if name == "lm_head.weight" and model.config.tied:
+            head = tensor
+        else:
+            place_of(slots[name], places).copy_(tensor)
+    if broken:
+        raise UserError(
+            f"{folder} has NaN or infinite numbers in {len(broken)} tensors\n{listed(broken)}\n"
+            f"the training run that wrote them diverged, or the copy is damaged; use an earlier or a fresh copy"
+        )
+    if head is not None and not torch.equal(head.to(model.head_weight), model.head_weight.detach()):
+        raise UserError(
+            f"{folder} says tie_word_embeddings=true, but its lm_head.weight differs from its embedding; "
+            f"set tie_word_embeddings to false in its config.json"
+        )
+
+
+def place_of(slot: Slot, places: dict[str, Tensor]) -> Tensor:
+    whole = places[slot.parameter]
+    return whole if slot.expert is None else whole[slot.expert]
+
+
+def save_model(
+    model: Language,
+    folder: str | Path,
+    *,
+    precision: str | None = None,
+    tokenizer=None,
+    facts: dict[str, str] | None = None,
+    shard_bytes: float = 5e9,
+) -> None:
+    """Write a Hugging Face folder in the layout of the model's family; replace `folder` as a whole, or leave it.
+
+    precision: bf16, fp32 or fp16; None writes the parameters as they are. The load-balancing bias stays float32.
+    tokenizer: anything with save(folder). facts: rows of the model card about the training. Besides the model, memory
+    holds at most the converted copies of one file of `shard_bytes`.
+    """
+    document = write_config(model.config)
+    family = str(document["model_type"])
+    slots = written_slots(model.config, WRITTEN.get(family, family))
+    main = chosen_type(precision, model.backbone.embeddings.weight.dtype)
+    tensor, sizes = exporter(model, slots, main if precision else None)
+    facts = {"precision": short_name(main), "bytes": f"{sum(sizes.values()):,}"} | (facts or {})
+    with atomic_folder(folder) as fresh:
+        write_json(fresh / "config.json", document | {"dtype": str(main).removeprefix("torch.")})
+        write_json(fresh / "generation_config.json", generation_settings(model.config))
+        write_shards(fresh, sizes, tensor, shard_bytes=shard_bytes)
+        (fresh / "README.md").write_text(model_card(model.config, family=family, facts=facts))
+        if tokenizer is not None:
+            tokenizer.save(fresh)
+
+
+def exporter(
+    model: Language, slots: dict[str, Slot], dtype: torch.dtype | None
+) -> tuple[Callable[[str], Tensor], dict[str, int]]:
+    """A function that makes the tensor of a name, ready to be written, and the bytes of each; dtype None: as held."""
+    places = model.state_dict()
+    held = {name: place_of(slot, places) for name, slot in slots.items()}
+    types = {name: torch.float32 if name.endswith(ALWAYS_FLOAT32) else dtype or t.dtype for name, t in held.items()}
+
+    def tensor(name: str) -> Tensor:
+        ready = held[name].to("cpu", types[name]).contiguous()
+        # The file format has no two names for one memory.
+        return ready.clone() if name == "lm_head.weight" and model.config.tied else ready
+
+    return tensor, {name: t.numel() * types[name].itemsize for name, t in held.items()}
+
+
+def chosen_type(precision: str | None, held: torch.dtype) -> torch.dtype:
+    if precision is not None and precision not in PRECISIONS:
+        raise UserError(f"precision={precision!r} cannot be written; {', '.join(PRECISIONS)} can")
+    main = held if precision is None else PRECISIONS[precision]
+    if main not in PRECISIONS.values():
+        raise UserError(f"the model is in {held}, which no checkpoint holds; give precision={' or '.join(PRECISIONS)}")
+    return main
+
+
+def short_name(dtype: torch.dtype) -> str:
+    return next(name for name, kind in PRECISIONS.items() if kind == dtype)
+
+
+def generation_settings(config: Config) -> dict:
+    return {"bos_token_id": config.bos, "eos_token_id": list(config.eos) or None, "pad_token_id": config.pad}
+
+
+def write_json(path: Path, document: dict) -> None:
+    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -1,0 +1,128 @@
+"""Talk to a model in the terminal.
+
+MODEL is a run, a checkpoint folder or a hub id. Into a pipe goes the answer alone, all else to stderr. Lines may
+be piped in; while you talk: /reset, /seed N, /quit, and Ctrl-C to stop an answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass, field, replace
+
+from rich.console import Console
+
+import nautilus
+from nautilus.data.chat import ChatSettings, chat_tokens
+from nautilus.runtime import UserError
+from nautilus.serve import Answer, Engine, Sampling, Thinking, opens_thinking
+from nautilus.serve.terminal import lines, write
+
+HELP = "/reset forgets what was said, /seed N draws other answers, /quit ends, Ctrl-C stops an answer"
+
+
+def setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = setting("", "run, checkpoint folder or hub id")
+    prompt: str | None = setting(None, "answer this and end")
+    system: str = setting("", "what the model is told before the conversation")
+    thinking: bool = setting(True, "reason before answering")
+    raw: bool = setting(False, "continue plain text; always so for a model without a chat template")
+    sampling: Sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=1024)
+
+
+@dataclass(kw_only=True)
+class Chat:
+    """What was said so far. Answers go to stdout, remarks to stderr, reasoning to stdout only if that is a terminal."""
+
+    engine: Engine
+    settings: Settings
+    sampling: Sampling
+    messages: list[dict] = field(default_factory=list)
+    out: Console = field(default_factory=Console)
+    err: Console = field(default_factory=lambda: Console(stderr=True))
+
+    @property
+    def raw(self) -> bool:
+        return self.settings.raw or self.engine.tokenizer.template is None
+
+    @property
+    def aside(self) -> Console:
+        return self.out if self.out.is_terminal else self.err
+
+    def reset(self) -> None:
+        self.messages = [{"role": "system", "content": self.settings.system}] if self.settings.system else []
+
+
+def main(settings: Settings) -> None:
+    if not settings.model:
+        raise UserError("no model to talk to; write nautilus chat MODEL, a run, a checkpoint folder or a hub id")
+    model, tokenizer = nautilus.load(settings.model)
+    chat = Chat(engine=Engine(model, tokenizer), settings=settings, sampling=settings.sampling)
+    chat.reset()
+    if settings.prompt is not None:
+        reply(chat, settings.prompt)
+        return
+    remark(chat, f"{'Each line is continued as text' if chat.raw else 'Say something'}; {HELP}.")
+    for line in lines():
+        if line.strip() == "/quit":
+            return
+        try:
+            command(chat, line) if line.startswith("/") else reply(chat, line)
+        except UserError as bad:
+            remark(chat, f"{bad}; /reset forgets what was said")
+
+
+def command(chat: Chat, line: str) -> None:
+    word, _, value = line.strip().partition(" ")
+    if word == "/reset":
+        chat.reset()
+        remark(chat, "forgotten")
+    elif word == "/seed" and value.isdecimal() and int(value) < 1 << 64:
+        chat.sampling = replace(chat.sampling, seed=int(value))
+        remark(chat, f"seed {value}")
+    else:
+        remark(chat, f"{line.strip()!r} is no command; {HELP}")
+
+
+def reply(chat: Chat, text: str) -> None:
+    """Answer, token by token. What was written before a Ctrl-C counts as said; a prompt that is refused does not."""
+    engine, asked = chat.engine, [*chat.messages, {"role": "user", "content": text}]
+    how = ChatSettings(enable_thinking=chat.settings.thinking)
+    tokens = engine.tokens(text) if chat.raw else chat_tokens(engine.tokenizer, asked, settings=how)
+    thinking = Thinking(inside=not chat.raw and opens_thinking(engine.tokenizer.decode(tokens[-8:])))
+    pieces, times, said = engine.stream(tokens, chat.sampling), [time.monotonic()], Answer()
+    with contextlib.suppress(KeyboardInterrupt):
+        for piece in pieces:
+            times.append(time.monotonic())
+            inside, part = thinking.inside, thinking.add(piece.text)
+            said += part
+            show(chat, part, "\n\n" if inside and not thinking.inside else "")
+    rest = thinking.finish()
+    said += rest
+    show(chat, rest)
+    write(chat.out, "\n")
+    remark(chat, speed(times))
+    if not chat.raw:
+        chat.messages = [*asked, {"role": "assistant", "reasoning": said.reasoning, "content": said.content}]
+
+
+def show(chat: Chat, part: Answer, gap: str = "") -> None:
+    write(chat.aside, part.reasoning + gap, style="dim")
+    write(chat.out, part.content)
+
+
+def remark(chat: Chat, text: str) -> None:
+    write(chat.err, text + "\n", style="dim")
+
+
+def speed(times: list[float]) -> str:
+    """times: when the question was asked, then when each token came."""
+    if len(times) < 2:
+        return "stopped before the first token"
+    rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
+    return f"{len(times) - 1} tokens, the first after {times[1] - times[0]:.2f} s{rate}"

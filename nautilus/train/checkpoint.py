@@ -1,0 +1,290 @@
+"""Training state on disk.
+
+    run/state/step_000001200/       the newest two states are kept
+        model.safetensors           parameters (float32 masters) and buffers (load-balancing biases)
+        training.safetensors        optimiser moments and random states, by parameter name
+        state.json                  step, tokens, position in the data, the settings that shape the curve
+        sha256.json                 of the other three
+    run/snapshots/step_000001000/   model.safetensors only, kept for averaging
+
+A folder appears whole or not at all, and is read only if its checksums hold; otherwise the one before it is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nautilus.model.shards import write_file
+from nautilus.runtime import Progress, Run, UserError, atomic_folder, repair
+
+log = logging.getLogger("nautilus.train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """Where and how often `fit` saves; it also saves at the end and when it is interrupted.
+
+    every: updates between saves, 0: none in between. snapshots: updates between weights kept for averaging, 0: none.
+    settings: whatever shapes the curve and `fit` cannot see, such as the stage's own settings. Resuming with others is
+    an error that names them.
+    """
+
+    run: Run
+    every: int = 0
+    snapshots: int = 0
+    settings: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.every < 0 or self.snapshots < 0:
+            raise ValueError(
+                f"checkpoints.every={self.every} and checkpoints.snapshots={self.snapshots} are numbers of updates; "
+                f"neither may be negative, 0 switches one off"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """A moment between two updates, weights and moments aside."""
+
+    step: int = 0
+    tokens: int = 0
+    stream: dict = field(default_factory=dict)
+    random: dict[str, Tensor] = field(default_factory=dict)
+
+
+# ----- training state ------------------------------------------------------------------------------------------------
+
+
+def save_state(
+    run: Run, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+) -> Path:
+    """Writes the state and forgets all but this one and the one before."""
+    target = run.state / step_name(position.step)
+    training = moments(model, optimizer) | {f"random.{name}": value for name, value in position.random.items()}
+    record = {"step": position.step, "tokens": position.tokens, "stream": position.stream, "settings": settings}
+    with atomic_folder(target) as folder:
+        write_file(folder / "model.safetensors", model.state_dict())
+        write_file(folder / "training.safetensors", training)
+        (folder / "state.json").write_text(json.dumps(record, indent=1))
+        sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
+        (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
+    earlier = [folder for folder in state_folders(run) if folder < target]
+    for folder in set(state_folders(run)) - {target, *earlier[-1:]}:
+        shutil.rmtree(folder)
+    return target
+
+
+def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> Position | None:
+    """Puts the newest sound state into model and optimiser and gives its position; None where there is no state.
+
+    UserError when `settings` differ from those it was saved under, or when no state is sound.
+    """
+    folder = newest_sound(run)
+    if folder is None:
+        return None
+    record = json.loads((folder / "state.json").read_text())
+    refuse_other_settings(run, record["settings"], settings)
+    training = load_file(folder / "training.safetensors")
+    try:
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    except RuntimeError as bad:
+        raise UserError(f"cannot resume {run.folder}: its state is of another model. {bad}; start a new run") from bad
+    restore_moments(model, optimizer, training)
+    random = {name.removeprefix("random."): value for name, value in training.items() if name.startswith("random.")}
+    return Position(step=record["step"], tokens=record["tokens"], stream=record["stream"], random=random)
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:09}"
+
+
+def state_folders(run: Run) -> list[Path]:
+    """Oldest first. What killed saves left behind is cleared away on the way."""
+    for leftover in run.state.glob(".step_*"):
+        repair(run.state / f"step_{leftover.name.removeprefix('.step_').partition('.')[0]}")
+    return sorted(run.state.glob("step_*"))
+
+
+def newest_sound(run: Run) -> Path | None:
+    """The newest state whose checksums hold. Newer, damaged ones are set aside, out loud."""
+    damaged = []
+    for folder in reversed(state_folders(run)):
+        fault = damage(folder)
+        if fault is None:
+            return folder
+        aside = folder.rename(folder.with_name(f"damaged_{folder.name}"))
+        damaged.append(f"{folder.name}: {fault}")
+        log.warning("the saved state %s is damaged (%s); moved to %s, trying the one before", folder, fault, aside.name)
+    if damaged:
+        raise UserError(
+            f"cannot resume {run.folder}: every saved state is damaged ({'; '.join(damaged)}); restore one from a "
+            f"copy, or remove {run.state} to start again from the beginning"
+        )
+    return None
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a state folder; None if every checksum holds."""
+    try:
+        sums = json.loads((folder / "sha256.json").read_text())
+        wrong = [name for name, want in sums.items() if sha256(folder / name) != want]
+    except (OSError, ValueError, AttributeError) as bad:
+        return str(bad)
+    missing = {"model.safetensors", "training.safetensors", "state.json"} - set(sums)
+    return f"wrong checksum of {', '.join(sorted({*wrong, *missing}))}" if wrong or missing else None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def refuse_other_settings(run: Run, saved: dict, now: dict) -> None:
+    old, new = dict(flat(saved)), dict(flat(json.loads(json.dumps(now))))
+    changed = [
+        f"{name} was {old.get(name, 'absent')} and is now {new.get(name, 'absent')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "absent") != new.get(name, "absent")
+    ]
+    if changed:
+        more = f"; and {len(changed) - 8} more" if len(changed) > 8 else ""
+        raise UserError(
+            f"cannot resume {run.folder} with settings that change its curve: {'; '.join(changed[:8])}{more}. "
+            f"Give the old settings, or start a new run in another folder"
+        )
+
+
+def flat(value, name: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, plain value) for everything inside nested dicts and lists."""
+    if isinstance(value, (dict, list)) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, inner in items:
+            yield from flat(inner, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, value
+
+
+# ----- optimiser and random states as named tensors ------------------------------------------------------------------
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"optimizer.{names[parameter]}.{key}": value
+        for parameter, values in optimizer.state.items()
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+    state: dict[int, dict[str, Tensor]] = {}
+    for path, value in tensors.items():
+        kind, _, rest = path.partition(".")
+        if kind == "optimizer":
+            name, _, key = rest.rpartition(".")
+            if name not in order:
+                raise UserError(f"cannot resume: {name} was trained before and is not now; train the same parameters")
+            state.setdefault(order.index(name), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def random_states() -> dict[str, Tensor]:
+    """The global generators. Nothing of ours draws from them, but a model or objective of the user's may."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
+
+
+def restore_random_states(states: dict[str, Tensor]) -> None:
+    for name, state in states.items():
+        if name == "cpu":
+            torch.set_rng_state(state)
+        elif torch.cuda.is_available():
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
+
+
+# ----- snapshots ----------------------------------------------------------------------------------------------------
+
+
+def save_snapshot(run: Run, step: int, model: nn.Module) -> Path:
+    """The weights after `step` updates, kept for averaging."""
+    target = run.folder / "snapshots" / step_name(step)
+    with atomic_folder(target) as folder:
+        write_file(folder / "model.safetensors", model.state_dict())
+    return target
+
+
+def snapshots(run: Run) -> list[Path]:
+    """The snapshot folders of a run, oldest first."""
+    return sorted((run.folder / "snapshots").glob("step_*"))
+
+
+# ----- what the loop calls -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saver:
+    """The loop's dealings with the disk; without `checkpoints` there are none.
+
+    `settings` is what shapes the curve: a run is resumed only under the same.
+    """
+
+    checkpoints: Checkpoints | None
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    stream: Any
+    settings: dict
+
+    def resume(self) -> Position:
+        """Continues from the newest sound state: weights, moments, data and random states; else from the start."""
+        if self.checkpoints is None:
+            return Position()
+        found = load_state(self.checkpoints.run, self.model, self.optimizer, self.settings)
+        if found is None:
+            return self.position(0, 0)
+        self.stream.restore(found.stream)
+        restore_random_states(found.random)
+        return found
+
+    def position(self, step: int, tokens: int) -> Position:
+        if self.checkpoints is None:
+            return Position(step=step, tokens=tokens)
+        return Position(step=step, tokens=tokens, stream=self.stream.state(), random=random_states())
+
+    def after_step(self, position: Position, *, last: bool) -> None:
+        """Saves what is due after a step; the last one always is."""
+        if self.checkpoints is None:
+            return
+        if self.checkpoints.snapshots and position.step % self.checkpoints.snapshots == 0:
+            save_snapshot(self.checkpoints.run, position.step, self.model)
+        if last or (self.checkpoints.every and position.step % self.checkpoints.every == 0):
+            self.save(position)
+
+    def save(self, position: Position) -> None:
+        if self.checkpoints is not None:
+            save_state(self.checkpoints.run, position, self.model, self.optimizer, self.settings)
+
+    @contextlib.contextmanager
+    def progress(self, start: int, steps: int) -> Iterator[Callable[[dict], None]]:
+        """The run's progress line and metrics file."""
+        if self.checkpoints is None:
+            yield lambda metrics: None
+            return
+        with Progress(self.checkpoints.run.metrics, steps, start) as show:
+            yield show

@@ -1,0 +1,77 @@
+"""What to watch while a mixture-of-experts hybrid trains: the signs that came before the published divergences.
+
+    grad_norm.<role>    norm of the gradient, by layer kind and weight, before clipping
+    zero_grad.<role>    share of its elements that are exactly zero
+    residual_rms.<i>    root mean square of the residual after layer i
+    max_vio.<mixer>     largest load of an expert over the mean load; 1 is perfect balance
+    dead_experts        experts, over all mixers in use, that saw no token in this step
+
+Growing zero gradients, early layers' residual norms and the worst layer's MaxVio are the ones to look at first (arXiv
+2604.12374, 2606.15007); the losses of each prediction depth are terms and logged at every step anyway.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nautilus.config import Config
+from nautilus.data.batch import Batch
+from nautilus.train.balance import max_violation
+
+
+def gradient_health(model: nn.Module, config: Config) -> dict[str, float]:
+    """Norm and share of exact zeros of the gradient, per role."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            groups.setdefault(role(name, config), []).append(parameter.grad)
+    out = {}
+    for group, gradients in sorted(groups.items()):
+        zeros = sum(g.numel() - torch.count_nonzero(g).item() for g in gradients)
+        out[f"grad_norm.{group}"] = torch.nn.utils.get_total_norm(gradients).item()
+        out[f"zero_grad.{group}"] = zeros / sum(g.numel() for g in gradients)
+    return out
+
+
+def role(name: str, config: Config) -> str:
+    """What a parameter is for: `backbone.layers.3.mixer.in_proj.weight` of a Mamba layer is `mamba.in_proj`."""
+    parts = name.removesuffix(".weight").split(".")
+    if "layers" not in parts:
+        return parts[-1]
+    at = parts.index("layers")
+    place, number, inner = parts[0], int(parts[at + 1]), parts[at + 2 :]
+    if inner[0] != "mixer":
+        return "mtp.join" if place == "mtp" and inner[0] != "norm" else "norm"
+    layer = (config.mtp if place == "mtp" else config.layers)[number]
+    kind = type(layer).__name__.lower()
+    return ".".join((["mtp"] if place == "mtp" else []) + [kind, *(part for part in inner[1:] if part != kind)])
+
+
+@torch.no_grad()
+def residual_rms(model, batch: Batch) -> dict[str, float]:
+    """Size of the residual after each layer, from one extra forward that leaves no trace in the model."""
+    seen: dict[str, float] = {}
+
+    def tap(index: int, residual_BTD: Tensor) -> None:
+        seen[f"residual_rms.{index}"] = residual_BTD.float().square().mean().sqrt().item()
+
+    training = model.training
+    model.eval()
+    model.hidden(batch.tokens, document_BT=batch.document, taps=(tap,))
+    model.train(training)
+    return seen
+
+
+def load_health(loads: dict[str, Tensor]) -> dict[str, float]:
+    """MaxVio of each mixer and the number of dead experts; mixers that saw no token at all are left out."""
+    used = {short(name): load_E for name, load_E in loads.items() if load_E.sum() > 0}
+    out = {f"max_vio.{name}": max_violation(load_E) for name, load_E in used.items()}
+    if used:
+        out["dead_experts"] = sum((load_E == 0).sum().item() for load_E in used.values())
+    return out
+
+
+def short(mixer: str) -> str:
+    """`backbone.layers.3.mixer` → `3`, `mtp.layers.1.mixer` → `mtp.1`: the residual's numbers."""
+    return mixer.removeprefix("backbone.").replace("layers.", "").removesuffix(".mixer")

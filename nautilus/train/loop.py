@@ -1,0 +1,299 @@
+"""The one training loop. A stage brings a stream of micro-batches and an objective; everything else is here.
+
+    for each step:
+        counts    = sum of the weights of every term, over the step's micro-batches and ranks
+        gradient += d/dw sum over terms of coefficient * sum / count         for each micro-batch
+        clip, update the weights, then the load-balancing biases
+        write one line of metrics; save when it is time, or when somebody asked to stop
+
+Because counts are known before the first forward, the update does not depend on how the step is cut into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from nautilus.config import to_dict, weight_count
+from nautilus.data.batch import Batch
+from nautilus.model.language import Language
+from nautilus.runtime import UserError
+from nautilus.train.balance import take_loads, update_biases
+from nautilus.train.checkpoint import Checkpoints, Position, Saver
+from nautilus.train.health import gradient_health, load_health, residual_rms
+from nautilus.train.interrupt import Stop, stop_signals
+from nautilus.train.objective import Objective, Terms
+from nautilus.train.optim import clip_gradients, gradient_norm
+
+OverRanks = Callable[[Tensor], Tensor]
+
+
+def one_rank(number: Tensor) -> Tensor:
+    return number
+
+
+def silent(metrics: dict) -> None:
+    pass
+
+
+def fit(
+    model: Language,
+    stream: Iterable[list[Batch]],
+    objective: Objective | Terms,
+    optimizer: torch.optim.Optimizer,
+    *,
+    steps: int,
+    schedule: Callable[[int], float] | None = None,
+    clip: float = 1.0,
+    balance: float = 1e-3,
+    checkpoints: Checkpoints | None = None,
+    health_every: int = 0,
+    peak_flops: float = 0.0,
+    over_ranks: OverRanks = one_rank,
+    log: Callable[[dict], None] = silent,
+) -> dict:
+    """Trains until `steps` updates are made, and returns the last one's metrics (none if none was left to make).
+
+    stream: gives the list of micro-batches of one step at a time; with `checkpoints` it must also have state() and
+    restore(dict). schedule: update number → learning rate. balance: move of the load-balancing biases, 0: none.
+    checkpoints: save there, continue from what is there, and stop cleanly (SystemExit) on SIGINT and SIGTERM.
+    over_ranks: adds a tensor up over ranks, as the gradients must be. log: is handed each step's metrics.
+    """
+    job = Job(
+        model=model,
+        objective=objective if isinstance(objective, Objective) else Objective(objective),
+        optimizer=optimizer,
+        schedule=schedule,
+        clip=clip,
+        balance=balance,
+        health_every=health_every,
+        peak_flops=peak_flops,
+        over_ranks=over_ranks,
+    )
+    settings = {"fit": job.settings()} | (checkpoints.settings if checkpoints else {})
+    saver = Saver(checkpoints=checkpoints, model=model, optimizer=optimizer, stream=stream, settings=settings)
+    position, metrics = saver.resume(), {}
+    batches = iter(stream)
+    model.train()
+    with saver.progress(position.step, steps) as show, stop_signals(checkpoints is not None) as stop:
+        for step in range(position.step, steps):
+            metrics = train_step(job, step, position.tokens, batches, stop)
+            if metrics is None:
+                saver.save(position)
+                leave(stop, position, checkpoints)
+            show(metrics)
+            log(metrics)
+            position = saver.position(step + 1, metrics["tokens"])
+            saver.after_step(position, last=step + 1 == steps or bool(stop.asked))
+            if stop.asked:
+                leave(stop, position, checkpoints)
+    return metrics
+
+
+def leave(stop: Stop, position: Position, checkpoints: Checkpoints | None) -> NoReturn:
+    where = checkpoints.run.folder if checkpoints else "memory only"
+    raise SystemExit(f"stopped by {stop.asked} after step {position.step}; saved in {where}, resume it to go on")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What stays the same from step to step."""
+
+    model: Language
+    objective: Objective
+    optimizer: torch.optim.Optimizer
+    schedule: Callable[[int], float] | None
+    clip: float
+    balance: float
+    health_every: int
+    peak_flops: float
+    over_ranks: OverRanks
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def settings(self) -> dict:
+        """What shapes the curve: a run may be resumed only under the same."""
+        speed_only = {"params", "foreach", "fused", "capturable", "differentiable"}
+        ours = speed_only if self.schedule is None else speed_only | {"lr", "initial_lr"}
+        groups = [{k: v for k, v in group.items() if k not in ours} for group in self.optimizer.param_groups]
+        return {
+            "model": to_dict(self.model.config) | {"compute": str(self.model.compute)},
+            "optimizer": {"kind": type(self.optimizer).__name__, "groups": groups},
+            "objective": dict(self.objective.coefficients),
+            "clip": self.clip,
+            "balance": self.balance,
+        }
+
+
+@dataclass
+class Sums:
+    """What a step adds up: the loss of each micro-batch, and (sum, count) of every term and metric."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.losses.append(loss.detach())
+        for name, pair in pairs.items():
+            pair = torch.stack([value.detach().double() for value in pair])
+            self.pairs[name] = self.pairs.get(name, torch.zeros_like(pair)) + pair
+
+
+# ----- one step ------------------------------------------------------------------------------------------------------
+
+
+def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], stop: Stop) -> dict | None:
+    """One update and its metrics. None, with the model as it was, if a stop was asked for between micro-batches."""
+    begin = time.perf_counter()
+    batches = [job.objective.weigh(batch) for batch in next_step(stream, step)]
+    counts = count_weights(batches, job.over_ranks)
+    sums = add_gradients(job, batches, counts, stop)
+    if sums is None:
+        forget_gradients(job)
+        return None
+    norm = gradient_norm(job.parameters)
+    loss = job.over_ranks(torch.stack(sums.losses).sum()).item()
+    if not (math.isfinite(loss) and math.isfinite(norm.item())):
+        raise UserError(divergence(job, step, batches, sums))
+    loads = take_loads(job.model, job.over_ranks)
+    health = check_up(job, batches[0], loads) if job.health_every and step % job.health_every == 0 else {}
+    update(job, step, norm, loads)
+    fed = int(job.over_ranks(torch.tensor(sum(batch.tokens.numel() for batch in batches))))
+    return {
+        "step": step,
+        "loss": loss,
+        "lr": job.optimizer.param_groups[0]["lr"],
+        "grad_norm": norm.item(),
+        "tokens": tokens + fed,
+        **speed(job, fed / (time.perf_counter() - begin)),
+        **means(sums, counts, job.over_ranks),
+        **health,
+    }
+
+
+def next_step(stream: Iterator[list[Batch]], step: int) -> list[Batch]:
+    micro_batches = next(stream, None)
+    if not micro_batches:
+        what = "ended before" if micro_batches is None else "gave no micro-batch for"
+        raise UserError(f"the stream {what} step {step}; ask for fewer steps or give it more data")
+    return micro_batches
+
+
+def update(job: Job, step: int, norm: Tensor, loads: dict[str, Tensor]) -> None:
+    """Moves the weights along the clipped gradient, then the load-balancing biases."""
+    if job.schedule is not None:
+        for group in job.optimizer.param_groups:
+            group["lr"] = job.schedule(step)
+    clip_gradients(job.parameters, job.clip, norm)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    update_biases(job.model, loads, job.balance)
+
+
+def forget_gradients(job: Job) -> None:
+    job.optimizer.zero_grad(set_to_none=True)
+    take_loads(job.model, one_rank)
+
+
+def count_weights(batches: list[Batch], over_ranks: OverRanks) -> dict[str, float]:
+    """The count of every term: the sum of its weights over the whole step."""
+    names = sorted({name for batch in batches for name in batch.weights})
+    weights = {name: [batch.weights[name] for batch in batches if name in batch.weights] for name in names}
+    totals = torch.stack([torch.stack([w.double().sum() for w in weights[name]]).sum() for name in names])
+    counts = dict(zip(names, over_ranks(totals).tolist(), strict=True))
+    if not any(counts.values()):
+        raise UserError(
+            f"a step of {len(batches)} micro-batches has no token to learn from: the weights of {', '.join(names)} "
+            f"are all 0; check how the data marks its targets"
+        )
+    return counts
+
+
+def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop: Stop) -> Sums | None:
+    """Adds the gradient of the step's loss to the parameters, in their own dtype (float32 masters: float32 sums)."""
+    sums = Sums()
+    device = job.parameters[0].device
+    for batch in batches:
+        if stop.asked:
+            return None
+        terms, watched = job.objective.terms(job.model, batch.to(device))
+        if unknown := sorted(terms.keys() - counts.keys()):
+            raise ValueError(
+                f"the objective has terms {', '.join(unknown)} but the batches carry weights for {', '.join(counts)}; "
+                f"a term's count is the sum of the weights of its name"
+            )
+        loss = torch.zeros((), device=device)
+        for name, (total, _) in terms.items():
+            if counts[name]:
+                loss = loss + total * (job.objective.coefficients.get(name, 1.0) / counts[name])
+        if loss.requires_grad:
+            loss.backward()
+        sums.add(loss, terms | watched)
+    return sums
+
+
+def means(sums: Sums, counts: dict[str, float], over_ranks: OverRanks) -> dict[str, float]:
+    """Every term and metric, divided by its count; those that counted nothing are left out.
+
+    An objective that counts otherwise than by the weights it is named after would have trained on a wrong mean.
+    """
+    out = {}
+    for name, pair in sorted(sums.pairs.items()):
+        total, count = over_ranks(pair).tolist()
+        if name in counts and abs(count - counts[name]) > 1e-5 * counts[name]:
+            raise ValueError(
+                f"the objective counted {count:g} for term {name} but the weights of that name sum to "
+                f"{counts[name]:g}; weights of tokens that cannot be targets (the first of a row) must be 0"
+            )
+        if count:
+            out[name] = total / count
+    return out
+
+
+def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
+    """tokens_per_s, memory_gb (the peak so far) and, where the device's peak is known, mfu.
+
+    Model FLOPs are 6 per token and active weight: attention scores and prediction depths are left out.
+    """
+    device = job.parameters[0].device
+    # The kernel reports kilobytes, except on macOS.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    found = {"tokens_per_s": tokens_per_s, "memory_gb": peak / 1e9}
+    if job.peak_flops:
+        found["mfu"] = 6 * weight_count(job.model.config)["active"] * tokens_per_s / job.peak_flops
+    return found
+
+
+def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
+    found = gradient_health(job.model, job.model.config) | load_health(loads)
+    return found | residual_rms(job.model, batch.to(job.parameters[0].device))
+
+
+def divergence(job: Job, step: int, batches: list[Batch], sums: Sums) -> str:
+    """The message for a loss or gradient that is no number. The weights have not been touched yet."""
+    bad = [i for i, loss in enumerate(sums.losses) if not torch.isfinite(loss)]
+    if bad:
+        terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())
+        what = f"the loss is not finite ({terms}) in micro-batch {bad[0] + 1} of {len(batches)}"
+        where = f" (batch {batches[bad[0]].fingerprint}, {tuple(batches[bad[0]].tokens.shape)} tokens)"
+    else:
+        bad_names = [
+            name for name, p in job.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        what = f"the loss is finite but the gradient is not, in {', '.join(bad_names[:4])}"
+        where = f" ({len(bad_names)} parameters; batches {', '.join(b.fingerprint for b in batches)})"
+    return (
+        f"training stopped at step {step}: {what}{where}. This update was not made and the last saved state is "
+        f"untouched; lower the learning rate, look at that data, or resume from an earlier state"
+    )

@@ -1,0 +1,64 @@
+"""What every test runs under: checked shapes, one thread, no network, a fixed seed."""
+
+import os
+
+# Before torch or nautilus is imported anywhere. Workers share the cores, so one thread each is fastest.
+os.environ["NAUTILUS_CHECK"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pathlib  # noqa: E402
+import random  # noqa: E402
+import sys  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+hypothesis.settings.register_profile("developer", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "developer")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--rewrite-golden", action="store_true", help="record golden curves instead of comparing them")
+
+
+def pytest_collection_modifyitems(items):
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no GPU that torch can use"))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds():
+    """The package takes generators; this only makes a test that forgot to hand one in repeatable."""
+    random.seed(0)
+    for name, seed in (("numpy", lambda numpy: numpy.random.seed(0)), ("torch", lambda torch: torch.manual_seed(0))):
+        if name in sys.modules:
+            seed(sys.modules[name])
+
+
+@pytest.fixture
+def check_golden(request):
+    """check_golden(name, values, rel=...) compares a curve with tests/golden/<name>.txt, or records it on request."""
+
+    def check(name: str, got: list[float], *, rel: float):
+        path = GOLDEN / f"{name}.txt"
+        if request.config.getoption("--rewrite-golden"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"{i} {value:.6f}\n" for i, value in enumerate(got)))
+            return
+        want = [float(line.split()[1]) for line in path.read_text().splitlines()]
+        assert len(got) == len(want), f"{name}: {len(got)} points, recorded {len(want)}"
+        far = [(i, g, w) for i, (g, w) in enumerate(zip(got, want, strict=True)) if not abs(g - w) <= rel * abs(w)]
+        assert not far, f"{name}: first departs at step {far[0][0]}: {far[0][1]:.6f}, recorded {far[0][2]:.6f}"
+
+    return check

@@ -1,0 +1,325 @@
+import errno
+import json
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nautilus
+from nautilus.cli import command, doctor, info, main
+from nautilus.cli.command import COMMANDS, Command
+from nautilus.cli.settings import assignments, pasteable, resolve
+from nautilus.config import Config, to_dict
+from nautilus.presets import PRESETS, preset
+from nautilus.runtime import Run, UserError, write_atomic
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimiser:
+    rate: float = 0.1
+    warm_up: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: Config = field(default_factory=lambda: preset("toy"), metadata={"help": "which model"})
+    steps: int = field(default=10, metadata={"help": "how many updates"})
+    verbose: bool = False
+    name: str = "a name"
+    sizes: tuple[int, ...] = (1, 2)
+    limit: int | None = None
+    optim: Optimiser = Optimiser()
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """Makes `nautilus play` a command that does `action(settings)`, or notes its settings."""
+    module = types.ModuleType("played")
+    module.__doc__ = "Plays."
+    module.Settings = Settings  # type: ignore[attr-defined]
+    seen = []
+    module.main = seen.append  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "played", module)
+    monkeypatch.setitem(COMMANDS, "play", Command("played", "for tests"))
+
+    def with_action(action):
+        module.main = action  # type: ignore[attr-defined]
+
+    return types.SimpleNamespace(seen=seen, does=with_action)
+
+
+# ----- words to settings ---------------------------------------------------------------------------------------------
+
+NAME = st.from_regex(r"[a-z][a-z_]{0,5}(\.[a-z0-9_]{1,5}){0,2}", fullmatch=True).filter(lambda n: n != "model")
+VALUE = st.from_regex(r"[A-Za-z0-9.+*/][A-Za-z0-9.=+*/-]{0,6}", fullmatch=True)
+
+
+@given(
+    pairs=st.lists(st.tuples(NAME, VALUE, st.sampled_from(["{}={}", "--{}={}", "--{} {}"]), st.booleans()), max_size=5)
+)
+def test_all_ways_of_writing_a_setting_mean_the_same(pairs):
+    words = []
+    for name, value, form, hyphens in pairs:
+        words += form.format(name.replace("_", "-") if hyphens else name, value).split(" ")
+    got = [(name.replace("-", "_"), value) for name, value in assignments(words, set())]
+    assert got == [(name, value) for name, value, _, _ in pairs]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "nano steps=3 verbose=true optim.warm_up=7",
+        "--verbose nano --optim.warm-up 7 --steps=3",
+        "--optim.warm_up=7 --steps 3 --model nano --verbose",
+        "model=nano steps=3 verbose=yes optim.warm-up=7",
+    ],
+)
+def test_settings_reach_the_command(play, words):
+    assert main(["play", *words.split()]) == 0
+    want = Settings(model=preset("nano"), steps=3, verbose=True, optim=Optimiser(warm_up=7))
+    assert play.seen == [want]
+
+
+def test_a_preset_is_changed_by_the_settings_after_it():
+    got = resolve(Settings, ["super", "model.layers.E.active=4", "model.width=64", "model.layers.7.groups=4"])
+    assert got.model.width == 64 and got.model.layers[1].active == 4 and got.model.layers[7].groups == 4
+    assert got.model.layers[0] == preset("super").layers[0]
+
+
+def test_values_may_hold_equals_signs_and_models_may_be_paths():
+    assert list(assignments(["name=a=b", "runs/x=1"], set())) == [("name", "a=b"), ("model", "runs/x=1")]
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("steps", "no preset 'steps'"),
+        ("stpes=3", "did you mean 'steps'"),
+        ("--optim.rte 3", "did you mean 'optim.rate'"),
+        ("model.layers.Q.heads=3", "neither a layer number nor one of"),
+        ("steps=many", "not of type int"),
+        ("--steps", "without a value"),
+        ("--steps --verbose", "without a value"),
+        ("nano ultra", "two models were given"),
+        ("model.width=0", "must be positive"),
+        ("optim=3", "group of settings"),
+    ],
+)
+def test_a_wrong_setting_is_one_message_and_status_2(play, capsys, words, message):
+    assert main(["play", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error and len(error.splitlines()) == 1
+    assert play.seen == []
+
+
+def test_show_prints_settings_that_can_be_pasted_back(play, capsys):
+    words = ["play", "--show", "steps=7", "sizes=3,4", "verbose=yes", "optim.rate=0.5", "model.layers=ME*"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert {"steps=7", "sizes=3,4", "verbose=true", "optim.rate=0.5", "model.layers=ME*", "limit=none"} <= set(shown)
+    assert play.seen == [] and resolve(Settings, shown) == resolve(Settings, words[2:])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_shown_settings_of_every_preset_build_it_again(name):
+    assert resolve(Settings, [name, *pasteable(resolve(Settings, [name]))]).model == preset(name)
+
+
+# ----- the command itself --------------------------------------------------------------------------------------------
+
+
+def test_every_command_has_a_module():
+    assert [name for name, (module, _) in COMMANDS.items() if find_spec(module) is None] == []
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands(words, capsys):
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text and entry.help in text for name, entry in COMMANDS.items())
+
+
+def test_help_of_a_command_lists_its_settings(play, capsys):
+    assert main(["play", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "nautilus play [MODEL]" in text and "Plays." in text
+    assert "steps" in text and "how many updates" in text and "optim.warm_up" in text and "model.layers" in text
+
+
+def test_version_is_printed(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"nautilus {nautilus.__version__}\n"
+
+
+def test_a_misspelt_command_gets_a_suggestion(capsys):
+    assert main(["docter"]) == 2
+    assert capsys.readouterr().err == "nautilus: no command 'docter'; did you mean 'doctor'?\n"
+
+
+def test_help_and_version_load_no_torch():
+    script = "import sys; from nautilus.cli import main; main(['--help']); main(['--version']); print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    loaded = done.stdout.splitlines()[-1].split()
+    assert "nautilus.cli.command" in loaded and not {"torch", "numpy", "nautilus.model"} & set(loaded)
+
+
+def test_python_m_nautilus_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "nautilus", "inof"], capture_output=True, text=True)
+    assert done.returncode == 2 and "did you mean 'info'?" in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "error,status,message",
+    [
+        (UserError("a wish; a clash; a way out"), 2, "nautilus: a wish; a clash; a way out\n"),
+        (ValueError("width=0 must be positive"), 2, "width=0 must be positive (add --traceback to see where)"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "the disk is full"),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
+        (ModuleNotFoundError("No module named 'datasets'"), 2, "No module named 'datasets'"),
+        (KeyboardInterrupt(), 130, "nautilus: interrupted.\n"),
+    ],
+)
+def test_an_error_ends_in_one_message(play, capsys, error, status, message):
+    def fail(settings):
+        raise error
+
+    play.does(fail)
+    assert main(["play"]) == status
+    shown = capsys.readouterr().err
+    assert message in shown and len(shown.splitlines()) == 1
+    with pytest.raises(type(error)):
+        main(["play", "--traceback"])
+
+
+def test_a_bug_of_ours_keeps_its_traceback(play):
+    def fail(settings):
+        raise KeyError("ours")
+
+    play.does(fail)
+    with pytest.raises(KeyError):
+        main(["play"])
+
+
+def test_a_failing_command_gives_its_status(play):
+    play.does(lambda settings: 3)
+    assert main(["play"]) == 3
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    shell = f"{sys.executable} -m nautilus info ultra --json | head -1"
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True)
+    assert done.stdout == "{\n" and done.stderr == ""
+
+
+# ----- info ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_layers_of_info_add_up_to_the_parameters(name):
+    config = preset(name)
+    facts = info.examine(name, config)
+    mtp = sum(row["all"] for row in facts["layers"] if row["kind"].startswith("mtp"))
+    main_stack = sum(row["all"] for row in facts["layers"]) - mtp
+    ends = config.width + config.vocab * config.width * (1 if config.tied else 2)
+    assert main_stack + ends == facts["parameters"]["main"]
+    assert facts["parameters"]["total"] == facts["parameters"]["main"] + facts["parameters"]["mtp"]
+    assert sum(len(row["where"]) for row in facts["layers"]) == len(config.layers) + len(config.mtp)
+
+
+def test_info_agrees_with_the_published_sizes(capsys):
+    assert main(["info", "nano", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["parameters"]["total"] == 31_577_940_288
+    assert facts["parameters"]["active"] / 1e9 == pytest.approx(3.228, abs=5e-4)
+    assert facts["parameters"]["active_with_embedding"] / 1e9 == pytest.approx(3.580, abs=5e-4)
+    assert facts["weight_bytes"]["BF16"] == 63_155_880_576
+    # 6 attention layers of 2 groups of 128, keys and values of 2 bytes.
+    assert facts["kv_bytes_per_token"] == 6 * 2 * 2 * 128 * 2
+    # 23 Mamba layers: 64 heads x 64 x 128 of 4 bytes, and 3 x 6144 of 2 bytes.
+    assert facts["state_bytes"] == 23 * (64 * 64 * 128 * 4 + 3 * 6144 * 2)
+
+
+def test_info_prints_tables(capsys):
+    assert main(["info", "super"]) == 0
+    text = capsys.readouterr().out
+    assert "123,611,033,088" in text and "40 x M Mamba" in text and "latent=1024" in text and "247.2 GB" in text
+
+
+def test_info_reads_folders_runs_and_files(tmp_path):
+    from nautilus.config.released import write_config
+
+    config = preset("lightning")
+    run = Run.create(tmp_path / "run", {})
+    run.model.mkdir()
+    write_atomic(run.model / "config.json", json.dumps(write_config(config)))
+    for source in (run.folder, run.model, run.model / "config.json"):
+        assert to_dict(info.config_of(str(source)))["layers"] == to_dict(config)["layers"]
+
+
+def test_info_explains_what_it_cannot_read(tmp_path, capsys):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "empty").mkdir()
+    Run.create(tmp_path / "young", {})
+    for source, message in {
+        "supre": "did you mean 'super'?",
+        str(tmp_path / "nowhere"): "no hub id",
+        str(tmp_path / "empty"): "no config.json in the folder",
+        str(tmp_path / "broken"): "is not JSON",
+        str(tmp_path / "young"): "has no model yet",
+        "someone/something": "check the name and the network",
+    }.items():
+        assert main(["info", source]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+# ----- doctor --------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_measures_and_explains(capsys):
+    assert main(["doctor", "--json", "size=64", "seconds=0.01"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert all(rate > 0 for rate in facts["speed"].values())
+    assert facts["versions"]["nautilus"] == nautilus.__version__ and "torch" in facts["versions"]
+    assert facts["machine"]["cores"] == os.cpu_count() and facts["machine"]["disk_free_gb"] > 0
+    assert facts["faster_paths"]["native CPU kernels"].startswith("off: ")
+
+
+def test_doctor_prints_every_section(capsys):
+    assert main(["doctor", "size=64", "seconds=0.01"]) == 0
+    text = capsys.readouterr().out
+    for word in ("versions", "machine", "speed", "faster paths", "extras", "GFLOP/s", "GB/s"):
+        assert word in text
+
+
+def test_doctor_says_what_an_extra_lacks():
+    extra = doctor.Extra("something", ("json", "no_such_module_here"))
+    assert doctor.missing(extra) == ["no_such_module_here"]
+    lines = dict(doctor.extra_lines({"serve": ["fastapi"], "report": []}))
+    assert "lacks fastapi: pip install 'nautilus\\[serve]'" in lines["serve"] and lines["report"].endswith("installed")
+
+
+def test_doctor_knows_every_extra_of_the_package():
+    import pathlib
+    import tomllib
+
+    root = pathlib.Path(nautilus.__file__).parent.parent
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"all"}
+
+
+def test_the_best_time_is_the_shortest_of_at_least_three(monkeypatch):
+    now = iter([0.0, 5.0, 10.0, 12.0, 20.0, 23.0])
+    monkeypatch.setattr(doctor.time, "perf_counter", lambda: next(now))
+    assert doctor.best(lambda: None, seconds=1.0) == 2.0
+
+
+def test_the_explanation_of_an_error_without_words_is_its_kind():
+    assert command.explain(ValueError()).startswith("ValueError")

@@ -1,0 +1,87 @@
+"""Every recipe is a thin story, found by the command line, and runs for two steps on the toy preset."""
+
+import dataclasses
+import importlib
+import inspect
+import json
+import pathlib
+
+import pytest
+
+import nautilus
+from nautilus.cli import main
+from nautilus.cli.command import COMMANDS
+from nautilus.runtime import Run, read_metrics
+
+FOLDER = pathlib.Path(nautilus.__file__).parent / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
+SMALL = "steps=2 rows=2 micro=1 length=48 save_every=1 optim.warmup=0 optim.decay=0.5 model.vocab=400 prompts=a"
+# How each recipe is tried; {text} is a folder of text files, {out} a new folder, {model} what pretrain left.
+TRIED = {
+    "pretrain": f"toy data={{text}} out={{out}} {SMALL}",
+    "demo": f"data={{text}} out={{out}} {SMALL}",
+    "chat": "{model} prompt=Hello sampling.max_tokens=4",
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """A little text, and a model that the pretrain recipe made of it."""
+    here = tmp_path_factory.mktemp("recipes")
+    (here / "text").mkdir()
+    for number in range(20):
+        counting = " ".join(f"{n} comes before {n + 1}." for n in range(number, number + 60))
+        (here / "text" / f"{number}.txt").write_text(f"Part {number}. {counting}\n")
+    assert run("pretrain", text=here / "text", out=here / "model") == 0
+    return {"text": here / "text", "model": here / "model"}
+
+
+def run(name: str, **places) -> int:
+    return main([name, *TRIED[name].format_map(places).split()])
+
+
+def test_every_recipe_is_tried_here():
+    assert set(TRIED) == set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_is_a_frozen_record_and_a_function(name):
+    module = importlib.import_module(f"nautilus.recipes.{name}")
+    settings = module.Settings()
+    first = dataclasses.fields(settings)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(settings, first, getattr(settings, first))
+    assert all(field.kw_only for field in dataclasses.fields(settings))
+    assert list(inspect.signature(module.main).parameters) == ["settings"]
+    assert module.__doc__ and (name, f"nautilus.recipes.{name}") in {(n, c.module) for n, c in COMMANDS.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["demo", "pretrain"])
+def test_a_training_recipe_leaves_a_whole_run(name, places, tmp_path, capsys):
+    out = places["model"] if name == "pretrain" else tmp_path / "out"
+    if name != "pretrain":
+        assert run(name, text=places["text"], out=out) == 0
+        shown = capsys.readouterr().out
+        assert str(out / "report.html") in shown and f"nautilus chat {out}" in shown
+    left = Run.open(out)
+    assert [row["step"] for row in read_metrics(left.metrics)] == [0, 1]
+    assert left.report.read_text().startswith("<!DOCTYPE html>") or "<html" in left.report.read_text()
+    model, tokenizer = nautilus.load(out)
+    assert model.config.vocab == 400 and tokenizer.encode("comes before")
+    assert json.loads(left.config.read_text())["settings"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_same_command_again_goes_on_and_other_settings_are_refused(places, capsys):
+    assert run("pretrain", text=places["text"], out=places["model"]) == 0
+    assert [row["step"] for row in read_metrics(places["model"] / "metrics.jsonl")] == [0, 1]
+    words = TRIED["pretrain"].format(text=places["text"], out=places["model"]).split()
+    assert main(["pretrain", *words, "seed=1"]) == 2
+    assert "seed" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_what_pretrain_leaves_can_be_talked_to(places, capsys):
+    assert run("chat", **places) == 0
+    assert capsys.readouterr().out.strip()
