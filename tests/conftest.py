@@ -27,13 +27,14 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    if not any(item.get_closest_marker("gpu") for item in items):
-        return
-    import torch
+    # The fast lane first: most mistakes show there.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+    for_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if for_gpu:
+        import torch
 
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+        if not torch.cuda.is_available():
+            for item in for_gpu:
                 item.add_marker(pytest.mark.skip(reason="no GPU that torch can use"))
 
 

@@ -230,6 +230,8 @@ def test_the_layers_of_info_add_up_to_the_parameters(name):
     assert main_stack + ends == facts["parameters"]["main"]
     assert facts["parameters"]["total"] == facts["parameters"]["main"] + facts["parameters"]["mtp"]
     assert sum(len(row["where"]) for row in facts["layers"]) == len(config.layers) + len(config.mtp)
+    busy = sum(row["active"] * len(row["where"]) for row in facts["layers"] if not row["kind"].startswith("mtp"))
+    assert busy + config.width + config.vocab * config.width == facts["parameters"]["active"]
 
 
 def test_info_agrees_with_the_published_sizes(capsys):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from nautilus.config.layer import (
     KINDS,
@@ -65,7 +66,7 @@ class Config:
         return hashlib.sha256(json.dumps(to_dict(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def to_dict(value):
+def to_dict(value) -> Any:
     """Plain JSON values for a (nested) settings record; layers carry their letter."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         letter = {"kind": value.letter} if isinstance(value, tuple(KINDS.values())) else {}

@@ -207,7 +207,7 @@ def shield_message(message: dict, guard: Guard, mark: str) -> dict:
     return {"role": role, "content": shown, **shield(rest, guard, mark)}
 
 
-def shield(value, guard: Guard, mark: str):
+def shield(value: Any, guard: Guard, mark: str) -> Any:
     if isinstance(value, str):
         return shield_text(value, guard, mark)
     if isinstance(value, Mapping):

@@ -96,13 +96,10 @@ class Tokenizer:
         self.control = {token.content: id for id, token in core.get_added_tokens_decoder().items()}
         self.control_ids = frozenset(self.control.values())
         self.special = {id for id, token in core.get_added_tokens_decoder().items() if token.special}
-        for word in (bos, eos):
-            if word is not None and core.token_to_id(word) is None:
-                raise UserError(f"the tokenizer has no token {word!r}; correct bos_token and eos_token in its config")
         self.words = {"bos_token": bos or "", "eos_token": eos}
-        self.bos = core.token_to_id(bos) if bos is not None else None
-        self.eos: int = core.token_to_id(eos)
-        self.document_end: int = self.control.get("</s>", self.eos)
+        self.bos = id_of(bos, core) if bos is not None else None
+        self.eos = id_of(eos, core)
+        self.document_end = self.control.get("</s>", self.eos)
         self.stop = tuple(sorted({*stop, self.eos, self.document_end}))
         self.vocab = max(core.get_vocab(with_added_tokens=True).values()) + 1
         # The same merges without added tokens: what plain text is read by.
@@ -166,6 +163,13 @@ class Tokenizer:
         }
         write_atomic(folder / "tokenizer.json", self.core.to_str())
         write_atomic(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def id_of(word: str, core: tokenizers.Tokenizer) -> int:
+    id = core.token_to_id(word)
+    if id is None:
+        raise UserError(f"the tokenizer has no token {word!r}; correct bos_token and eos_token in its config")
+    return id
 
 
 def byte_alphabet() -> list[str]:

@@ -181,7 +181,7 @@ def fill_lines(axes, lines: Sequence[Line], label: str) -> None:
     for line, colour in zip(lines, LINES * len(lines), strict=False):
         if line.faint is not None:
             axes.plot(line.steps, line.faint, color=LIGHT[colour], alpha=0.25, linewidth=0.8)
-        axes.plot(line.steps, line.values, color=LIGHT[colour], label=shortened(line.name, 28), marker=dot(line))
+        axes.plot(line.steps, line.values, color=LIGHT[colour], label=shortened(line.name, 34), marker=dot(line))
     axes.set_ylabel(label)
     if len(lines) > 1:
         axes.legend(loc="best", handlelength=1.2)

@@ -86,7 +86,9 @@ def residual_chart(rows: Sequence[Mapping]) -> str:
 
 
 def zeros_chart(rows: Sequence[Mapping]) -> str:
-    lines = sorted(family(rows, "zero_grad."), key=lambda line: -line.values[-1])[:SHOWN]
+    # The embedding's gradient is zero wherever a word does not occur in the batch: that says nothing.
+    found = [line for line in family(rows, "zero_grad.") if line.name != "embeddings"]
+    lines = sorted(found, key=lambda line: -line.values[-1])[:SHOWN]
     if not lines:
         return ""
     says = f"Share of gradient elements that are exactly zero. Highest at the end: {ending(lines[0])}."
@@ -180,4 +182,5 @@ def positions_chart(held_out: HeldOut) -> str:
     says = f"A document's second token costs {early.nats:.2f} nats, those after {late.first:,} tokens {late.nats:.2f}."
     image = picture(charts.draw_positions, [(span.first, span.last, span.nats) for span in spans[1:]])
     rows = [[f"{span.first + 1:,} to {span.last + 1:,}", span.nats, span.tokens] for span in spans]
+    rows[:2] = [[str(span.first + 1), span.nats, span.tokens] for span in spans[:2]]  # one position each
     return chart("Loss by position", says, image, table(["positions", "nats", "tokens"], rows))

@@ -19,12 +19,11 @@ def expert_loads(model: Language, documents: Sequence[Sequence[int]], *, chunk: 
     """
     mixers, was_training = model.experts_mixers(), model.training
     kept = {name: mixer.load_E.clone() for name, mixer in mixers.items()}
-    numbers = torch.arange(len(documents)).repeat_interleave(
-        torch.tensor([len(d) for d in documents], dtype=torch.int64)
-    )
-    tokens_BT = torch.tensor([[token for document in documents for token in document]], dtype=torch.int64)
-    document_BT, state = numbers[None].to(model.head_weight.device), None
-    tokens_BT = tokens_BT.to(model.head_weight.device)
+    place = {"dtype": torch.int64, "device": model.head_weight.device}
+    tokens_BT = torch.tensor([[token for document in documents for token in document]], **place)
+    # Documents count from 1: number 0 is padding, which routers leave out of their counts.
+    document_BT = torch.tensor([[i for i, document in enumerate(documents, 1) for _ in document]], **place)
+    state = None
     try:
         model.train()  # routers count only in training
         for mixer in mixers.values():

@@ -16,6 +16,7 @@ the model's own size is not counted: the comparison says how much the model has 
 from __future__ import annotations
 
 import bz2
+import contextlib
 import lzma
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from nautilus.eval.loads import expert_loads
 from nautilus.ops.loss import token_logprob
+from nautilus.runtime import UserError
 
 LOAD_TOKENS = 1 << 16  # enough to place the share of one expert in a thousand within 12 %
 
@@ -99,12 +101,7 @@ def held_out(
     `document_nats`; they do not change the numbers. `watch(done, total)` hears about tokens as they are scored.
     """
     texts = {source: cut(documents, limit_bytes) for source, documents in sources.items()}
-    for source in sources:
-        if not texts[source]:
-            raise ValueError(
-                f"held-out loss of source {source!r}: its {len(sources[source])} documents hold no text within the "
-                f"first limit_bytes={limit_bytes}; hold out more text, raise the limit or leave the source out"
-            )
+    refuse_empty(texts, sources, limit_bytes)
     tokens = {source: [list(encode(text)) for text in documents] for source, documents in texts.items()}
     nats = iter(document_nats(model, [*chain(*tokens.values())], start=start, chunk=chunk, budget=budget, watch=watch))
     costs = {source: [next(nats) for _ in documents] for source, documents in tokens.items()}
@@ -114,6 +111,17 @@ def held_out(
         spans=nats_by_position([*chain(*costs.values())]),
         loads=expert_loads(model, [*chain(*fair)], chunk=chunk),
     )
+
+
+def refuse_empty(texts: Mapping[str, list[str]], sources: Mapping[str, Sequence[str]], limit_bytes: int) -> None:
+    if not sources:
+        raise UserError("held-out loss was asked for, but no source is given; name at least one with held-out text")
+    for source, documents in texts.items():
+        if not documents:
+            raise UserError(
+                f"held-out loss of source {source!r}: its {len(sources[source])} documents hold no text within the "
+                f"first limit_bytes={limit_bytes}; hold out more text, raise the limit or leave the source out"
+            )
 
 
 def begin(documents: Sequence[Sequence[int]], tokens: int) -> list[Sequence[int]]:
@@ -146,28 +154,33 @@ def document_nats(
 ) -> list[Tensor]:
     """nats[d][t] = -log p(token t of document d | start, the tokens before it), in float64 on the CPU.
 
-    Without `start` the first token of each document costs ln(vocabulary).
-
-    Documents of similar length share a padded batch of at most `budget` tokens. A row is fed `chunk` tokens at a
-    time, its State carried from one to the next, so a document may be of any length.
+    Without `start` the first token of each document costs ln(vocabulary). Documents of similar length share a padded
+    batch of at most `budget` tokens. A row is fed `chunk` tokens at a time, its State carried from one to the next,
+    so a document may be of any length.
     """
-    device = model.head_weight.device
     nats, done, total = [torch.zeros(0)] * len(documents), 0, sum(map(len, documents))
+    with reading(model):
+        for batch in batches([len(document) for document in documents], budget):
+            rows = [torch.tensor(documents[i], dtype=torch.int64, device=model.head_weight.device) for i in batch]
+            nats_BT = row_nats(model, pad_sequence(rows, batch_first=True), start, chunk)
+            for i, row, nats_T in zip(batch, rows, nats_BT.cpu(), strict=True):
+                nats[i] = nats_T[: len(row)].clone()
+                done += len(row)
+            if watch is not None:
+                watch(done, total)
+    return nats
+
+
+@contextlib.contextmanager
+def reading(model) -> Iterator[None]:
+    """Inside, the model neither trains nor counts; afterwards it is as it was."""
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for batch in batches([len(document) for document in documents], budget):
-                rows = [torch.tensor(documents[i], dtype=torch.int64, device=device) for i in batch]
-                nats_BT = row_nats(model, pad_sequence(rows, batch_first=True), start, chunk)
-                for i, row, nats_T in zip(batch, rows, nats_BT.cpu(), strict=True):
-                    nats[i] = nats_T[: len(row)].clone()
-                    done += len(row)
-                if watch is not None:
-                    watch(done, total)
+            yield
     finally:
         model.train(was_training)
-    return nats
 
 
 def batches(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
@@ -201,7 +214,7 @@ def score(source: str, documents: Sequence[str], nats: Sequence[Tensor]) -> Scor
     sizes = torch.tensor([len(text.encode()) for text in documents], dtype=torch.float64)
     costs = torch.stack([document.sum() for document in nats])
     if not costs.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"held-out loss of source {source!r} is not a number in {int((~costs.isfinite()).sum())} of {len(costs)} "
             f"documents; the model's weights hold NaN or infinity: go back to an earlier checkpoint"
         )

@@ -83,7 +83,7 @@ def smooth(line: Line) -> Line:
     The window is centred, so a steep start is not delayed; at the end, where half of it is missing, it looks back only.
     """
     last, sums = len(line.values) - 1, [0.0, *accumulate(line.values)]
-    reach = len(line.values) // 80
+    reach = math.ceil(len(line.values) / 80)
     spans = [(i - min(i, reach), min(last, i + min(i, reach)) + 1) for i in range(len(line.values))]
     return line._replace(values=[(sums[high] - sums[low]) / (high - low) for low, high in spans], faint=line.values)
 

@@ -54,8 +54,10 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .
 caption { text-align: left; color: var(--muted); padding-bottom: .3rem }
 th, td { text-align: right; padding: .28rem .9rem .28rem 0; border-bottom: 1px solid var(--grid); white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
-td:first-child { white-space: normal; overflow-wrap: anywhere }
+td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem }
+th:first-child, td:first-child { padding-right: 1.2rem }
 thead th { color: var(--muted); font-weight: 500 }
+.words th { text-align: left }
 .words td { text-align: left; white-space: pre-wrap; overflow-wrap: anywhere }
 tr.strong td { font-weight: 650 }
 .strip { display: flex; flex-wrap: wrap; gap: 3px; padding: 0; margin: .75rem 0; list-style: none }

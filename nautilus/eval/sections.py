@@ -51,10 +51,10 @@ def notes(report: Report) -> str:
     found = [charts.missing() or ""]
     dead = series(report.rows, "dead_experts")
     if dead is not None and dead.values[-1]:
-        found.append(f"{dead.values[-1]:g} experts saw no token at step {dead.steps[-1]:,}.")
+        found.append(f"Experts that saw no token in step {dead.steps[-1]:,}: {dead.values[-1]:g}.")
     blank = [row.get("step") for row in report.rows if "loss" in row and row["loss"] is None]
     if blank:
-        found.append(f"The loss is not a number in {len(blank)} steps, first in step {blank[0]}.")
+        found.append(f"Steps whose loss is not a number: {len(blank)}, the first is step {blank[0]}.")
     if report.held_out is not None:
         worse = [score.source for score in report.held_out.scores if beaten(score)]
         found.append(f"A compressor that has learned nothing does better on {', '.join(worse)}." if worse else "")

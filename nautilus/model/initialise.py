@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from nautilus.config import Config
+
 RESIDUAL_OUTPUTS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj", "linear.weight")
 
 
@@ -26,22 +28,30 @@ def seeded(seed: int, name: str) -> torch.Generator:
 
 
 @torch.no_grad()
-def initialise(model: nn.Module, seed: int) -> None:
-    std, depth = model.config.std, len(model.config.layers)  # type: ignore[union-attr]
+def initialise(model: nn.Module, config: Config, seed: int) -> None:
+    std, depth = config.std, len(config.layers)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        tensor.copy_(initial_value(name, tensor, std, depth, seeded(seed, name)))
+        if name.endswith(".conv1d.bias"):
+            taps = model.get_parameter(name.removesuffix("bias") + "weight").shape[-1]
+            tensor.copy_(uniform(tensor, seeded(seed, name)) / math.sqrt(taps))
+        else:
+            tensor.copy_(initial_value(name, tensor, std, depth, seeded(seed, name)))
+
+
+def uniform(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Draws from [-1, 1) in the tensor's shape."""
+    return 2 * torch.rand(tensor.shape, generator=generator) - 1
 
 
 def initial_value(name: str, tensor: Tensor, std: float, depth: int, generator: torch.Generator) -> Tensor:
-    uniform = lambda: torch.rand(tensor.shape, generator=generator)  # noqa: E731
-    if name.endswith((".A_log",)):
-        return (1 + 15 * uniform()).log()
+    if name.endswith(".A_log"):
+        return (1 + 7.5 * (uniform(tensor, generator) + 1)).log()
     if name.endswith(".dt_bias"):
-        dt = torch.exp(math.log(1e-3) + uniform() * math.log(0.1 / 1e-3)).clamp_min(1e-4)
+        place = (uniform(tensor, generator) + 1) / 2
+        dt = torch.exp(math.log(1e-3) + place * math.log(0.1 / 1e-3)).clamp_min(1e-4)
         return dt + torch.log(-torch.expm1(-dt))
-    if ".conv1d." in name:
-        taps = 4 if tensor.ndim == 1 else tensor.shape[-1]
-        return (2 * uniform() - 1) / math.sqrt(taps)
+    if name.endswith(".conv1d.weight"):
+        return uniform(tensor, generator) / math.sqrt(tensor.shape[-1])
     if name.endswith(("load_E", "e_score_correction_bias")):
         return torch.zeros(tensor.shape)
     if tensor.ndim == 1:

@@ -146,7 +146,7 @@ class Language(nn.Module):
     ) -> list[Tensor]:
         """Hidden states of each depth; entry k-1 at position t predicts token t+1+k.
 
-        The last k positions of a row, and of a document, have no such target: mask them.
+        The last k + 1 positions of a row, and of a document, have no such target: mask them.
         """
         if not self.config.mtp:
             raise ValueError("this model has no multi-token-prediction block; set mtp=*E and train it, or use depths=0")
@@ -163,12 +163,17 @@ class Language(nn.Module):
         """Every mixture-of-experts mixer by its name, the multi-token-prediction block's included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, ExpertsMixer)}
 
+    def collect_balance(self, on: bool) -> None:
+        """From here on training forwards leave (or do not leave) the routers' balance losses; earlier ones go."""
+        for mixer in self.experts_mixers().values():
+            mixer.balances = [] if on else None
+
     @property
     def auxiliary(self) -> list[tuple[Tensor, Tensor]]:
-        """(sum, count) of the sequence balance loss of each mixer, as the last training forward left them."""
-        return [mixer.balance for mixer in self.experts_mixers().values() if mixer.balance is not None]
+        """(sum, count) of the sequence balance loss of each pass through a router since `collect_balance(True)`."""
+        return [pair for mixer in self.experts_mixers().values() for pair in mixer.balances or ()]
 
     def initialise(self, seed: int) -> Language:
         """Random initial weights; see initialise.py."""
-        initialise(self, seed)
+        initialise(self, self.config, seed)
         return self

@@ -18,7 +18,7 @@ class ExpertsMixer(nn.Module):
     """fc2_latent(sum_k w_k expert_k(fc1_latent u)) + shared(u); the latent projections are absent at full width.
 
     The router reads the full-width u in float32. `load_E` counts the tokens sent to each expert in training since it
-    was last set to zero; with `aux_weight` > 0 a training forward leaves the sequence balance loss in `balance`.
+    was last set to zero; while `balances` is a list, every training forward adds its sequence balance loss to it.
     """
 
     load_E: Tensor
@@ -35,8 +35,7 @@ class ExpertsMixer(nn.Module):
         if layer.shared:
             self.shared_experts = MlpMixer(Mlp(hidden=layer.shared, gated=layer.gated), width, **place)
         self.register_buffer("load_E", torch.zeros(layer.experts, device=device), persistent=False)
-        self.aux_weight = 0.0
-        self.balance: tuple[Tensor, Tensor] | None = None
+        self.balances: list[tuple[Tensor, Tensor]] | None = None
 
     def forward(self, hidden_BTD: Tensor, span: Span, state: None) -> tuple[Tensor, None]:
         layer = self.layer
@@ -52,20 +51,22 @@ class ExpertsMixer(nn.Module):
             active_groups=layer.active_groups,
         )
         if self.training:
-            self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]))
+            self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
-        weights = self.experts
-        up, down, gate = (None if w is None else w.to(inner_RX.dtype) for w in (weights.up_proj, weights.down_proj, weights.gate_proj))
-        routed = experts(inner_RX, index_RK, weight_RK, up, down, gate)
+        matrices = self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
+        cast = (None if matrix is None else matrix.to(inner_RX.dtype) for matrix in matrices)
+        routed = experts(inner_RX, index_RK, weight_RK, *cast)  # type: ignore[arg-type]
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
             out = out + self.shared_experts(hidden_RD)[0]
         return out.view_as(hidden_BTD), None
 
-    def observe(self, index_RK: Tensor, score_BTE: Tensor) -> None:
+    def observe(self, index_RK: Tensor, score_BTE: Tensor, text_BT: Tensor | None) -> None:
+        counted = index_RK if text_BT is None else index_RK[text_BT.flatten()]
         with torch.no_grad():
-            self.load_E += torch.bincount(index_RK.flatten(), minlength=self.layer.experts).to(self.load_E.dtype)
-        self.balance = sequence_balance_loss(score_BTE, self.layer.active) if self.aux_weight > 0 else None
+            self.load_E += torch.bincount(counted.flatten(), minlength=self.layer.experts).to(self.load_E.dtype)
+        if self.balances is not None:
+            self.balances.append(sequence_balance_loss(score_BTE, self.layer.active, text_BT))
 
 
 class Router(nn.Module):

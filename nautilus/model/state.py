@@ -17,12 +17,14 @@ class Span:
     """Where the new tokens of a call stand. `before` tokens came in earlier calls.
 
     first_BT: position at which each token's document begins (None: all begin at 0). start_BT: the token begins one.
+    text_BT: false for tokens of document 0, which is padding (None: there are none). Only statistics look at it.
     """
 
     before: int
     position_T: Tensor
     first_BT: Tensor | None = None
     start_BT: Tensor | None = None
+    text_BT: Tensor | None = None
 
     @property
     def reach_BT(self) -> Tensor | None:
@@ -47,7 +49,7 @@ class Cache:
 
     def append(self, k_BTGP: Tensor, v_BTGP: Tensor) -> Cache:
         length = self.length + k_BTGP.shape[1]
-        if torch.is_grad_enabled() and (k_BTGP.requires_grad or self.k_buffer.requires_grad):
+        if torch.is_grad_enabled():  # an earlier call's backward may still need the buffers as they are
             return start_cache(*(torch.cat(pair, 1) for pair in zip(self.keys_values, (k_BTGP, v_BTGP), strict=True)))
         roomy = self
         if self.taken[0] != self.length or length > self.k_buffer.shape[1]:
@@ -116,11 +118,12 @@ def place(state: State | None, document_BT: Tensor | None, batch: int, time: int
         raise ValueError("document_BT was given, but the state began without; give document_BT from the first call on")
     ahead_B = document_BT[:, 0] - 1 if known_B is None else known_B
     start_BT = document_BT != torch.cat([ahead_B[:, None], document_BT[:, :-1]], dim=1)
+    text_BT = None if (document_BT != 0).all() else document_BT != 0
     if state is None and not start_BT[:, 1:].any():
-        return Span(before, position_T)
+        return Span(before, position_T, text_BT=text_BT)
     zero = torch.zeros_like(document_BT[:, :1]) if state is None or state.first_B is None else state.first_B[:, None]
     first_BT = torch.where(start_BT, position_T, zero).cummax(dim=1).values
-    return Span(before, position_T, first_BT=first_BT, start_BT=start_BT)
+    return Span(before, position_T, first_BT=first_BT, start_BT=start_BT, text_BT=text_BT)
 
 
 def advance(state: State | None, span: Span, document_BT: Tensor | None, layers: list) -> State:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -55,7 +56,8 @@ def causal_conv_reference(x_BTC, weight_CW, bias_C, *, tail_BRC=None, reach_BT=N
 def causal_conv_shifted(x_BTC, weight_CW, bias_C, *, tail_BRC=None, reach_BT=None) -> tuple[Tensor, Tensor]:
     """Shifted multiply-adds over the whole row; the few tokens near a document's start are done again on their own."""
     padded = with_tail(x_BTC, tail_BRC, weight_CW.shape[1])
-    return Shifted.apply(padded, weight_CW, bias_C, reach_BT), padded[:, x_BTC.shape[1] :]
+    # A clone, or the tail would keep the whole padded input alive.
+    return Shifted.apply(padded, weight_CW, bias_C, reach_BT), padded[:, x_BTC.shape[1] :].clone()
 
 
 class Border:
@@ -71,7 +73,7 @@ class Border:
         return padded[self.row_R1, self.column_RW].masked_fill_(~self.visible_RW[..., None], 0)
 
     def add_gradient(self, dpadded: Tensor, push_RC: Tensor, weight_CW: Tensor) -> None:
-        spread_RWC = push_RC[:, None] * weight_CW.T * self.visible_RW[..., None]
+        spread_RWC = (push_RC[:, None] * weight_CW.T).masked_fill_(~self.visible_RW[..., None], 0)
         dpadded.index_put_((self.row_R1.expand_as(self.column_RW), self.column_RW), spread_RWC, accumulate=True)
 
 
@@ -92,6 +94,7 @@ class Shifted(torch.autograd.Function):
         return torch.nn.functional.silu(total).to(padded.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy_BTC):  # type: ignore[override]
         padded, weight_CW, total = ctx.saved_tensors
         dtype, taps, time = total.dtype, weight_CW.shape[1], total.shape[1]

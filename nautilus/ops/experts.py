@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -157,6 +158,7 @@ class SortedExperts(torch.autograd.Function):
         return combine(y_ZX, pairs.place_RK, weight_RK).to(x_RX.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout_RX):  # type: ignore[override]
         x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF = ctx.saved_tensors
         pairs, counts = ctx.pairs, ctx.pairs.counts

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -43,6 +44,8 @@ def weighted_nll(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_
     The gradient is taken while the logits are at hand, so each logit is computed once; use `token_logprob` where the
     gradient of every row is needed on its own.
     """
+    if weight_R.requires_grad:
+        raise ValueError("weighted_nll was given weights that want a gradient; use token_logprob and weigh its result")
     return choose("weighted_nll", NLL_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R, weight_R)
 
 
@@ -89,7 +92,7 @@ class Sweep:
         block = self.chunk * max(1, rows_for(HELD, len(self.matrix_VD)) // self.chunk)
         for begin in range(0, len(self.hidden_RD), block):
             rows = slice(begin, begin + block)
-            hidden, push_R1 = self.hidden_RD[rows], push_R[rows, None].to(self.hidden_RD.dtype)
+            hidden, push_R1 = self.hidden_RD[rows], push_R[rows, None].to(self.dtype)
             dlogits = hidden.new_empty(len(hidden), len(self.matrix_VD))
             for start in range(0, len(hidden), self.chunk):
                 part = slice(start, start + self.chunk)
@@ -97,8 +100,8 @@ class Sweep:
                 logprob_R[rows][part], logprob_RV = chunk_logprob(hidden[part], self.matrix_VD, target)
                 softmax = logprob_RV.exp_().neg_()
                 dlogits[part] = softmax.scatter_add_(-1, target[:, None], softmax.new_ones(len(target), 1))
-            torch.mm(dlogits, self.matrix_VD, out=dhidden_RD[rows]).mul_(push_R1)
-            dmatrix_VD += dlogits.T @ (hidden * push_R1)
+            dhidden_RD[rows] = torch.mm(dlogits, self.matrix_VD) * push_R1
+            dmatrix_VD += dlogits.T @ (hidden * push_R1).to(hidden.dtype)
         return logprob_R, dhidden_RD, dmatrix_VD
 
 
@@ -109,6 +112,7 @@ class TokenLogprob(torch.autograd.Function):
         return Sweep(hidden_RD, weight_VD, target_R).logprob_R()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, push_R):  # type: ignore[override]
         hidden_RD, weight_VD, target_R = ctx.saved_tensors
         _, dhidden_RD, dmatrix_VD = Sweep(hidden_RD, weight_VD, target_R).gradients(push_R)
@@ -127,6 +131,7 @@ class WeightedNll(torch.autograd.Function):
         return -torch.dot(logprob_R, weight_R)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, push):  # type: ignore[override]
         dhidden_RD, dmatrix_VD = ctx.saved_tensors
         return dhidden_RD * push.to(dhidden_RD.dtype), (dmatrix_VD * push).to(ctx.weight_dtype), None, None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.ssd import wide
@@ -37,11 +38,12 @@ class RmsNorm(torch.autograd.Function):
         return (x * scale).mul_(weight_D).to(hidden.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         hidden, weight_D, scale = ctx.saved_tensors
         unit = hidden.to(scale.dtype) * scale
         dy = dy.to(scale.dtype)
-        dweight = (dy * unit).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dweight = (dy * unit).view(-1, unit.shape[-1]).sum(0).to(weight_D.dtype)
         dunit = dy * weight_D
         dot = torch.linalg.vecdot(dunit, unit).unsqueeze_(-1).div_(-unit.shape[-1])
         return dunit.addcmul_(unit, dot).mul_(scale).to(hidden.dtype), dweight, None
@@ -76,6 +78,7 @@ class GatedGroupNorm(torch.autograd.Function):
         return v.mul_(scale).flatten(-2).to(z.dtype).mul_(weight_D.to(z.dtype))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         y, z, weight_D, scale = ctx.saved_tensors
         dtype, groups = scale.dtype, scale.shape[-2]
@@ -83,7 +86,7 @@ class GatedGroupNorm(torch.autograd.Function):
         gate = torch.nn.functional.silu(wide_z)
         unit = (gate * y).unflatten(-1, (groups, -1)).mul_(scale)
         dout = dout.to(dtype)
-        dweight = (dout * unit.flatten(-2)).flatten(0, -2).sum(0).to(weight_D.dtype)
+        dweight = (dout * unit.flatten(-2)).view(-1, dout.shape[-1]).sum(0).to(weight_D.dtype)
         dunit = (dout * weight_D).unflatten(-1, (groups, -1))
         dot = torch.linalg.vecdot(dunit, unit).unsqueeze_(-1).div_(-unit.shape[-1])
         dv = dunit.addcmul_(unit, dot).mul_(scale).flatten(-2)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -94,13 +95,19 @@ class Decay:
     """
 
     def __init__(self, dt_MQH: Tensor, a_H: Tensor, start_MQ: Tensor | None):
-        self.log_keep_MHQ = (dt_MQH * a_H).transpose(1, 2).cumsum(-1)
+        self.document_MQ = None
+        total_MHQ = (dt_MQH * a_H).transpose(1, 2).double().cumsum(-1)
+        if start_MQ is not None:
+            self.document_MQ = start_MQ.cumsum(-1)
+            # Sums start again with each document: small ones must not drown in what an earlier document added up to.
+            first_MQ = torch.searchsorted(self.document_MQ, self.document_MQ)
+            base = total_MHQ.gather(-1, first_MQ[:, None].expand_as(total_MHQ))
+            total_MHQ = total_MHQ - base.masked_fill_((self.document_MQ == 0)[:, None], 0)
+        self.log_keep_MHQ = total_MHQ.to(dt_MQH.dtype)
         self.since_entry_MHQ = self.log_keep_MHQ.exp()
         self.to_end_MHQ = (self.log_keep_MHQ[..., -1:] - self.log_keep_MHQ).exp()
         self.through_MH = self.since_entry_MHQ[..., -1]
-        self.document_MQ = None
-        if start_MQ is not None:
-            self.document_MQ = start_MQ.cumsum(-1)
+        if self.document_MQ is not None:
             self.since_entry_MHQ = self.since_entry_MHQ * (self.document_MQ == 0)[:, None]
             self.to_end_MHQ = self.to_end_MHQ * (self.document_MQ == self.document_MQ[:, -1:])[:, None]
             self.through_MH = self.through_MH * (self.document_MQ[:, -1] == 0)[:, None]
@@ -112,6 +119,16 @@ class Decay:
             apart_MQQ = self.document_MQ[:, :, None] != self.document_MQ[:, None, :]
             gap.masked_fill_(apart_MQQ[:, None], float("-inf"))
         return gap.exp_().tril_()
+
+
+    def from_here(self, each_MQH: Tensor) -> Tensor:
+        """Each token's value plus those of all later tokens of its document in the chunk."""
+        total = each_MQH.double().flip(1).cumsum(1).flip(1)
+        if self.document_MQ is not None:
+            after = torch.nn.functional.pad(total, (0, 0, 0, 1))
+            beyond_MQ = torch.searchsorted(self.document_MQ, self.document_MQ, right=True)
+            total = total - after.gather(1, beyond_MQ[..., None].expand_as(total))
+        return total.to(each_MQH.dtype)
 
 
 class Layout:
@@ -189,6 +206,7 @@ class Chunked(torch.autograd.Function):
         return y_MQHP.view(x_BTHP.shape).to(x_BTHP.dtype), states[:, -1].clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy_BTHP, dlast_BHPN):  # type: ignore[override]
         x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_MQHP, states = ctx.saved_tensors
         lay = Layout(x_BTHP, b_BTGN, ctx.chunk)
@@ -219,7 +237,7 @@ class Chunked(torch.autograd.Function):
         dx_dot_x = (dxdt * x).sum(-1)
         dlog = (dy * y_MQHP).sum(-1).sub_(dx_dot_x * dt_MQH)
         dlog[:, -1] += (dadded * states[:, 1:]).sum((-1, -2)).view(lay.m, lay.heads)
-        dstep = dlog.flip(1).cumsum(1).flip(1)
+        dstep = decay.from_here(dlog)
         ddt = (dx_dot_x + dstep * a_H).view(dt_BTH.shape)
         dx = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype, device=x_BTHP.device)
         dx.view(dxdt.shape).copy_(dxdt.mul_(dt_MQH[..., None]))

@@ -143,10 +143,10 @@ class Engine:
         )
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """The tokens of messages, by the chat template; of text, after the start token; tokens as they are."""
+        """The tokens of messages, by the chat template; of text, begun as its tokenizer does; tokens as they are."""
         if isinstance(prompt, str):
-            start = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
-            return start + self.tokenizer.encode(prompt)
+            begin = self.tokenizer.core.encode("").ids  # a start token in Llama's file, nothing in Nemotron's
+            return begin + self.tokenizer.encode(prompt)
         messages = [part for part in prompt if isinstance(part, Mapping)]
         return (
             chat_tokens(self.tokenizer, messages) if messages else [int(token) for token in cast(Sequence[int], prompt)]
@@ -155,7 +155,7 @@ class Engine:
     def checked(self, tokens: list[int]) -> list[int]:
         config = self.model.config
         if not tokens:
-            raise UserError("an answer to a prompt of 0 tokens was asked for; give at least the start token")
+            raise UserError("an answer to a prompt of 0 tokens was asked for; give at least one")
         strange = [token for token in tokens if not 0 <= token < config.vocab]
         if strange:
             raise UserError(

@@ -26,6 +26,7 @@ def lines() -> Iterator[str]:
             with contextlib.suppress(KeyboardInterrupt):
                 if line := input("\n> "):
                     yield line
+    print()  # Ctrl-D leaves the cursor behind the prompt
 
 
 def write(console: Console, text: str, style: str | None = None) -> None:

@@ -85,16 +85,20 @@ def fit(
     model.train()
     with saver.progress(position.step, steps) as show, stop_signals(checkpoints is not None) as stop:
         for step in range(position.step, steps):
-            metrics = train_step(job, step, position.tokens, batches, stop)
-            if metrics is None:
+            done = train_step(job, step, position.tokens, batches, stop)
+            if done is None:
                 saver.save(position)
-                leave(stop, position, checkpoints)
+                break
+            metrics = done
             show(metrics)
             log(metrics)
             position = saver.position(step + 1, metrics["tokens"])
-            saver.after_step(position, last=step + 1 == steps or bool(stop.asked))
-            if stop.asked:
-                leave(stop, position, checkpoints)
+            asked = bool(stop.asked)
+            saver.after_step(position, last=asked or step + 1 == steps)
+            if asked:
+                break
+        if stop.asked:
+            leave(stop, position, checkpoints)
     return metrics
 
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nautilus.data.batch import Batch
+from nautilus.model.language import Language
 from nautilus.ops.loss import weighted_nll
-from nautilus.train.balance import experts_mixers
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
-Terms = Callable[[nn.Module, Batch], tuple[Pairs, Pairs]]
+Terms = Callable[[Language, Batch], tuple[Pairs, Pairs]]
 
 
 def as_given(batch: Batch) -> Batch:
@@ -42,11 +43,11 @@ class Objective:
     coefficients: Mapping[str, float] = field(default_factory=dict)
     weigh: Callable[[Batch], Batch] = as_given
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Pairs, Pairs]:
+    def __call__(self, model: Language, batch: Batch) -> tuple[Pairs, Pairs]:
         return self.terms(model, self.weigh(batch))
 
 
-def next_token(model, batch: Batch) -> tuple[Pairs, Pairs]:
+def next_token(model: Language, batch: Batch) -> tuple[Pairs, Pairs]:
     """Cross entropy: minus log p of each target token."""
     hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
     return {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)}, {}
@@ -65,32 +66,32 @@ def pretrain(*, mtp_depths: int = 0, mtp_weight: float = 0.3, aux_weight: float 
             f"pretrain was asked for mtp_depths={mtp_depths}, mtp_weight={mtp_weight}, aux_weight={aux_weight}; "
             f"none may be negative, 0 leaves a term out"
         )
-    depths = range(1, mtp_depths + 1)
-
-    def weigh(batch: Batch) -> Batch:
-        extra = {f"mtp_{k}": depth_weights(batch, k) for k in depths}
-        if aux_weight:
-            extra["balance"] = first_of_row(batch)
-        return dataclasses.replace(batch, weights=batch.weights | extra)
-
-    def terms(model, batch: Batch) -> tuple[Pairs, Pairs]:
-        watch_routers(model, aux_weight > 0)
-        hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
-        found = {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)}
-        if mtp_depths:
-            deeper = model.mtp_hidden(hidden_BTD, batch.tokens, mtp_depths, document_BT=batch.document)
-            for k, deep_BTD in zip(depths, deeper, strict=True):
-                found[f"mtp_{k}"] = prediction(model, deep_BTD, batch, f"mtp_{k}", ahead=1 + k)
-        totals = [total for total, _ in model.auxiliary]
-        if totals:
-            found["balance"] = (torch.stack(totals).sum(), batch.weights["balance"].sum())
-        return found, {}
-
-    coefficients = {f"mtp_{k}": mtp_weight / mtp_depths for k in depths} | {"balance": aux_weight}
-    return Objective(terms, coefficients, weigh)
+    settings = {"depths": mtp_depths, "balance": aux_weight > 0}
+    coefficients = {f"mtp_{k}": mtp_weight / mtp_depths for k in range(1, mtp_depths + 1)} | {"balance": aux_weight}
+    return Objective(partial(pretrain_terms, **settings), coefficients, partial(pretrain_weights, **settings))
 
 
-def prediction(model, hidden_BTD: Tensor, batch: Batch, term: str, *, ahead: int) -> tuple[Tensor, Tensor]:
+def pretrain_terms(model: Language, batch: Batch, *, depths: int, balance: bool) -> tuple[Pairs, Pairs]:
+    model.collect_balance(balance)
+    hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
+    terms = {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)}
+    if depths:
+        deeper = model.mtp_hidden(hidden_BTD, batch.tokens, depths, document_BT=batch.document)
+        for k, deep_BTD in enumerate(deeper, 1):
+            terms[f"mtp_{k}"] = prediction(model, deep_BTD, batch, f"mtp_{k}", ahead=1 + k)
+    if totals := take_balance_losses(model):
+        terms["balance"] = (torch.stack(totals).sum(), batch.weights["balance"].sum())
+    return terms, {}
+
+
+def pretrain_weights(batch: Batch, *, depths: int, balance: bool) -> Batch:
+    extra = {f"mtp_{k}": depth_weights(batch, k) for k in range(1, depths + 1)}
+    if balance:
+        extra["balance"] = first_of_row(batch)
+    return dataclasses.replace(batch, weights=batch.weights | extra)
+
+
+def prediction(model: Language, hidden_BTD: Tensor, batch: Batch, term: str, *, ahead: int) -> tuple[Tensor, Tensor]:
     """(sum of -w log p(token t), sum of w), token t being read off the hidden state `ahead` positions before it."""
     weight_BT = batch.weights[term][:, ahead:]
     total = weighted_nll(
@@ -125,7 +126,8 @@ def first_of_row(batch: Batch) -> Tensor:
     return weight_BT
 
 
-def watch_routers(model: nn.Module, on: bool) -> None:
-    """Whether the coming forward leaves the routers' balance losses; those of an earlier forward are forgotten."""
-    for mixer in experts_mixers(model).values():
-        mixer.aux_weight, mixer.balance = float(on), None
+def take_balance_losses(model: Language) -> list[Tensor]:
+    """What the routers left, which is then forgotten: it would keep the forward's graph alive."""
+    totals = [total for total, _ in model.auxiliary]
+    model.collect_balance(False)
+    return totals

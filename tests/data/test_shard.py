@@ -26,7 +26,7 @@ def test_shards_hold_every_document_of_their_part_once(corpus, tokenizer, tmp_pa
         flat = np.memmap(shard.path, shard.dtype).tolist()
         want = [d.text for d in corpus.documents(part)]
         ends = [i for i, token in enumerate(flat) if token == tokenizer.document_end]
-        assert [tokenizer.decode(flat[a + 1 : b]) for a, b in zip([-1, *ends], ends)] == want  # noqa: B905
+        assert [tokenizer.decode(flat[a + 1 : b]) for a, b in zip([-1, *ends[:-1]], ends, strict=True)] == want
         assert (shard.tokens, shard.documents) == (len(flat), len(want))
     assert (shards["train"].bytes, shards["held_out"].bytes) == (corpus.train_bytes, corpus.held_out_bytes)
 

@@ -43,6 +43,12 @@ def test_the_same_data_gives_the_same_picture():
     assert svg(charts.draw_loads, {"1": [0.0, 2.0]}) == svg(charts.draw_loads, {"1": [0.0, 2.0]})
 
 
+def test_a_line_of_one_point_is_visible():
+    one, two = (svg(charts.draw_lines, [Line("loss", steps, [2.0] * len(steps))], "nats") for steps in ([0], [0, 1]))
+    filled = "fill: var(--one)"
+    assert filled in one and filled not in two, "a dot is filled, a line is not"
+
+
 def test_two_charts_on_a_page_share_no_id(outline):
     pictures = "".join(svg(draw, *data) for draw, *data in DRAWINGS.values())
     ids = [attributes["id"] for _, attributes in outline(pictures).elements if "id" in attributes]
@@ -51,7 +57,7 @@ def test_two_charts_on_a_page_share_no_id(outline):
     assert set(used) <= set(ids)
 
 
-@pytest.mark.parametrize("name", ["$\\frac{1}", "</text><script>x</script>", "_hidden", "語" * 3, "a%b{c}", "-" * 99])
+@pytest.mark.parametrize("name", ["$\\frac{1}$", "</text><script>x</script>", "_hidden", "語" * 3, "a%b{c}", "-" * 99])
 def test_a_source_may_have_any_name(name, outline):
     found = outline(svg(charts.draw_bars, [BARS[0]._replace(name=name)]))
     assert shortened(name) in found.text and not found.named("script")
@@ -81,7 +87,7 @@ def test_charts_are_imported_without_matplotlib():
 
 
 @settings(max_examples=50)
-@given(load=st.floats(0, 30), top=st.floats(2, 30))
+@given(load=st.floats(0, 3) | st.floats(3, 30), top=st.floats(2, 30))
 def test_a_cell_is_clear_at_the_mean_and_stronger_the_further_from_it(load, top):
     red, _, blue, strength = shade(load, top)
     assert 0 <= strength <= 0.95 and (blue > red) == (load < 1)

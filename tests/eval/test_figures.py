@@ -59,6 +59,11 @@ def test_health_figures_without_data_are_left_out(report):
     assert all(make(report.rows) for make in makers)
 
 
+def test_the_embedding_is_no_sign_of_vanishing_gradients(report, outline):
+    words = words_of(outline, figures.zeros_chart(report.rows))
+    assert "Highest at the end: 0 (experts.gate)" in words and "embeddings" not in words
+
+
 def test_roles_are_shown_as_last_seen(report):
     assert by_role(report.rows) == [("embeddings", 0.3, "12.500%")]
 
@@ -74,6 +79,11 @@ def test_bars_show_every_source_and_the_total(report):
     assert bars[0].others == {"xz": 2.0, "bzip2": 2.125}
     alone = dataclasses.replace(report.held_out, scores=report.held_out.scores[:1])
     assert [bar.name for bar in score_bars(alone)] == ["python"]
+
+
+def test_the_total_stands_out_in_the_table(report, outline):
+    rows = outline(figures.scores_chart(report.held_out)).named("tr")
+    assert [row.get("class") for row in rows] == [None, None, None, "strong"]
 
 
 def test_a_single_document_has_no_standard_error(report, outline):

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from nautilus.eval.loss import batches, begin, cut, document_nats, held_out, nats_by_position, ratio_error, score
 from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
+from nautilus.runtime import UserError
 
 torch.set_num_threads(1)
 VOCAB = 7
@@ -168,14 +169,16 @@ def test_watch_hears_of_every_token():
 
 
 def test_a_source_without_text_is_an_error_that_names_it():
-    with pytest.raises(ValueError, match=r"'prose'.*2 documents.*limit_bytes=99"):
+    with pytest.raises(UserError, match="no source is given"):
+        held_out(Remembering(), letters, {})
+    with pytest.raises(UserError, match=r"'prose'.*2 documents.*limit_bytes=99"):
         held_out(Remembering(), letters, {"code": ["a"], "prose": ["", ""]}, limit_bytes=99)
 
 
 def test_a_loss_that_is_not_a_number_is_an_error_that_names_the_source():
     model = Remembering()
     model.embed.data[letters("!")[0]] = math.nan
-    with pytest.raises(ValueError, match=r"'prose'.*1 of 2 documents.*earlier checkpoint"):
+    with pytest.raises(UserError, match=r"'prose'.*1 of 2 documents.*earlier checkpoint"):
         held_out(model, letters, {"prose": ["!!!", "###"]})
 
 

@@ -25,7 +25,7 @@ def test_smoothing_keeps_the_length_the_range_and_the_original(found):
 @given(slope=st.floats(-5, 5), length=st.integers(2, 400))
 def test_smoothing_does_not_delay_a_straight_line(slope, length):
     found = [slope * i for i in range(length)]
-    reach = length // 80
+    reach = math.ceil(length / 80)
     assert smooth(line_of(found)).values[: length - reach] == pytest.approx(found[: length - reach], abs=1e-6)
 
 

@@ -35,7 +35,12 @@ def test_what_is_wrong_is_said_at_the_top(report, outline, monkeypatch):
     worse = dataclasses.replace(report.held_out.scores[0], source="<prose>", xz_bytes=10)
     held_out = dataclasses.replace(report.held_out, scores=(worse, report.held_out.scores[1]))
     words = outline(sections.notes(dataclasses.replace(report, rows=rows, held_out=held_out))).text
-    for expected in ("need matplotlib", "3 experts saw no token at step 1", "1 steps, first in step 0", "on <prose>."):
+    for expected in (
+        "need matplotlib",
+        "saw no token in step 1: 3",
+        "not a number: 1, the first is step 0",
+        "on <prose>.",
+    ):
         assert expected in words, expected
 
 

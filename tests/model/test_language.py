@@ -121,11 +121,11 @@ def test_huge_numbers_in_other_documents_are_not_felt(name, twin):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_one_state_continues_in_two_ways_that_do_not_disturb_each_other(name, grad, twin):
-    """The two continuations take turns, so that each would trip over what the other wrote."""
+    """The two take turns, and the buffers have room left, so that each would trip over what the other wrote."""
     model, prefix = twin(name), tokens(6, time=7)
     ways = [tokens(7, time=6), tokens(8, time=6)]
     with torch.set_grad_enabled(grad):
-        _, shared = model(prefix)
+        _, shared = model(prefix[:, 5:], state=model(prefix[:, :5])[1])
         states, pieces = [shared, shared], [[], []]
         for t in range(0, 6, 2):
             for way in (0, 1):
@@ -147,6 +147,31 @@ def test_rows_of_a_state_go_on_in_any_order_and_number(name, twin):
         rest = None if document_BT is None else torch.cat([document_BT, document_BT[:, -1:].expand(-1, 3)], 1)[index]
         want, _ = model(torch.cat([prefix[index], new], 1), document_BT=rest)
         same(got, want[:, 8:])
+
+
+@pytest.mark.xfail(strict=True, reason="the convolution's tail is a view of the whole padded input")
+@torch.no_grad()
+def test_a_state_holds_on_to_no_more_than_it_remembers(twin):
+    """A long prefill leaves three inputs of the convolution behind, not all of them."""
+    _, state = twin("toy")(tokens(rows=1, time=300))
+    tail_BRC = state.layers[0].tail_BRC
+    assert tail_BRC.untyped_storage().nbytes() <= 2 * tail_BRC.nbytes
+
+
+@pytest.mark.xfail(strict=True, reason="Cache.append looks at the keys' requires_grad, not at the queries'")
+def test_calls_that_train_the_queries_alone_can_share_a_cache(stir):
+    """Keys without a gradient are written in place; no attention of an earlier call may need what was there before."""
+    model = stir(shrink(preset("llama_3_1_8b")))
+    for path, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.0.mixer.q_proj" in path)
+    state, total = None, 0
+    for lo, hi in ((0, 4), (4, 5), (5, 6), (6, 9)):
+        hidden_BTD, state = model.hidden(tokens()[:, lo:hi], state=state)
+        total = total + hidden_BTD.sum()
+    weight = model.backbone.layers[0].mixer.q_proj.weight
+    got = torch.autograd.grad(total, weight)[0]
+    want = torch.autograd.grad(model.hidden(tokens()[:, :9])[0].sum(), weight)[0]
+    same(got, want)
 
 
 # ------------------------------------------------------------------------------------- same numbers, other routes
@@ -245,13 +270,9 @@ def test_a_later_token_never_changes_an_earlier_logit(name, twin):
 # ------------------------------------------------------------------------------------------- sizes and bad input
 
 
-SOFTMAX = ("qwen3_30b_a3b", "gpt_oss_20b")
-MISCOUNTED = pytest.mark.xfail(strict=True, reason="weight_count counts a load-balancing bias for softmax routers too")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=MISCOUNTED if n in SOFTMAX else ()) for n in PRESETS])
-def test_a_model_on_the_meta_device_has_the_weights_that_the_config_counts(name):
-    config = preset(name)
+@pytest.mark.parametrize("preset_name", PRESETS)
+def test_a_model_on_the_meta_device_has_the_weights_that_the_config_counts(preset_name):
+    config = preset(preset_name)
     stored = Language(config, device="meta").state_dict()
     sizes = {part: 0 for part in ("main", "mtp")}
     for path, tensor in stored.items():

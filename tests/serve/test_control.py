@@ -2,13 +2,13 @@ import itertools
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from nautilus.serve.control import Answer, StopStrings, Thinking, opens_thinking, split_answer
 
-letters = st.text(alphabet="ab\n", max_size=24)
-stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3)
-cut_lists = st.lists(st.integers(0, 60), max_size=8)
+letters = st.text(alphabet="ab\n", max_size=12)
+stop_lists = st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3)
+cut_lists = st.lists(st.integers(0, 12), max_size=8)
 
 
 def pieces(text, cuts):
@@ -25,6 +25,7 @@ def letter_by_letter(text, stops):
     return text, False
 
 
+@settings(max_examples=300)
 @given(text=letters, stops=stop_lists, cuts=cut_lists)
 def test_stop_strings_end_the_text_at_the_same_letter_however_it_is_cut(text, stops, cuts):
     matcher = StopStrings(stops)
@@ -43,6 +44,7 @@ def test_text_is_released_as_soon_as_it_cannot_be_part_of_a_stop_string(text, st
         assert not waiting or any(stop.startswith(waiting) for stop in stops), "only a begun stop string waits"
 
 
+wide_cuts = st.lists(st.integers(0, 40), max_size=8)
 thoughts = st.lists(st.sampled_from(["</think>", "</thi", "nk>", "\n", "<", "a", " "]), max_size=12).map("".join)
 
 
@@ -53,7 +55,7 @@ def by_partition(text, inside):
     return Answer(reasoning=reasoning.rstrip("\n"), content=content.lstrip("\n"))
 
 
-@given(text=thoughts, cuts=cut_lists, inside=st.booleans())
+@given(text=thoughts, cuts=wide_cuts, inside=st.booleans())
 def test_reasoning_and_content_do_not_depend_on_the_cut(text, cuts, inside):
     thinking, reasoning, content = Thinking(inside=inside), "", ""
     answers = [thinking.add(piece) for piece in pieces(text, cuts)]
@@ -63,7 +65,7 @@ def test_reasoning_and_content_do_not_depend_on_the_cut(text, cuts, inside):
     assert Answer(reasoning=reasoning, content=content) == want == split_answer(text, inside=inside)
 
 
-@given(text=thoughts, cuts=cut_lists)
+@given(text=thoughts, cuts=wide_cuts)
 def test_reasoning_waits_only_for_newlines_and_a_begun_tag(text, cuts):
     thinking, out, seen = Thinking(inside=True), "", ""
     for piece in pieces(text, cuts):

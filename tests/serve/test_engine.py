@@ -2,11 +2,13 @@ import dataclasses
 
 import hypothesis.strategies as st
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
+from tokenizers.processors import TemplateProcessing
 
 from nautilus.data.chat import chat_tokens
-from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
 from nautilus.serve import Engine, Sampling
@@ -178,9 +180,12 @@ def test_the_answer_ends_where_the_context_ends():
     assert len(completion.tokens) == 3 and completion.finish_reason == "length"
 
 
-def test_text_is_continued_after_the_start_token():
-    completion = Engine(MODEL, TOKENIZER).generate(["cab"], GREEDY)[0]
-    assert completion.prompt == (TOKENIZER.bos, *TOKENIZER.encode("cab"))
+def test_text_is_continued_from_where_its_tokenizer_begins_a_text():
+    assert Engine(MODEL, TOKENIZER).generate(["cab"], GREEDY)[0].prompt == tuple(TOKENIZER.encode("cab"))
+    core = tokenizers.Tokenizer.from_str(TOKENIZER.core.to_str())
+    core.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", TOKENIZER.bos)])
+    begun = Tokenizer(core, bos="<s>", eos="<|im_end|>")
+    assert Engine(MODEL, begun).generate(["cab"], GREEDY)[0].prompt == (TOKENIZER.bos, *TOKENIZER.encode("cab"))
 
 
 def test_a_model_in_training_is_used_in_evaluation_mode_and_handed_back_as_it_was():
@@ -205,7 +210,7 @@ def test_only_the_last_position_of_a_chunk_is_given_to_the_head(monkeypatch):
 @pytest.mark.parametrize(
     "prompt, limits, message",
     [
-        ([], {}, r"0 tokens .* start token"),
+        ([], {}, r"0 tokens .* at least one"),
         ([3, VOCAB], {}, rf"token {VOCAB}, the model knows 0 to {VOCAB - 1}; use the tokenizer"),
         ([-1], {}, r"token -1"),
         ([1] * 8, {"max_tokens": 8}, r"8 tokens .* max_tokens=8 .* shorten the prompt"),

@@ -127,6 +127,13 @@ def test_the_random_numbers_are_uniform_and_differ_between_neighbouring_seeds_an
     assert abs(float(torch.corrcoef(torch.stack([pairs[:-1].flatten(), pairs[1:].flatten()]))[0, 1])) < 0.1
 
 
+@pytest.mark.parametrize("u, token", [(0.0, 1), (1 - 2.0**-52, 3)])
+def test_the_smallest_and_the_largest_random_number_draw_tokens_that_are_possible(monkeypatch, u, token):
+    monkeypatch.setattr(sample, "uniform", lambda seed, position: u)
+    logits = torch.tensor([-torch.inf, 0.3, 0.2, 0.1, -torch.inf])
+    assert draw_one(logits, Sampling(), 0)[0] == token
+
+
 def test_a_seed_gives_the_same_numbers_on_every_machine_and_in_every_version():
     assert [uniform(7, position) for position in (0, 1, 2**33)] == [
         0.8720734548204871,
@@ -154,7 +161,7 @@ def test_the_log_prob_is_the_models_own_before_temperature_and_filters(powers, t
     assert logprob == pytest.approx(float(logits_of(powers).log_softmax(0)[token]), abs=1e-12)
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e300])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-9, 1e300])
 def test_extreme_temperatures_are_the_limits_and_never_nan(temperature):
     logits = torch.tensor([1.0, 3.0, 2.0, -torch.inf])
     weight_K = candidates(logits, Sampling(temperature=temperature))[1]

@@ -6,8 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautilus.runtime import UserError
-from nautilus.train.loop import fit
-from nautilus.train.objective import next_token, pretrain
+from nautilus.train.balance import experts_mixers
+from nautilus.train.interrupt import Stop
+from nautilus.train.loop import Job, fit, one_rank, train_step
+from nautilus.train.objective import Objective, next_token, pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule
 
 TIMES = {"tokens_per_s", "memory_gb", "mfu"}
@@ -188,6 +190,31 @@ def test_metrics_are_means_over_the_whole_step(small_model, random_rows):
     batch = random_rows(4)
     lines = trained(small_model(), [[batch.take([0]), batch.take([1, 2, 3])]], watched)
     assert lines[0]["rows"] == (1 + 9) / 4
+
+
+def test_a_stop_between_micro_batches_leaves_the_model_as_it_was(small_model, random_rows):
+    model, stop = small_model().train(), Stop()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def asked_for_meanwhile(model, batch):
+        stop.asked = "SIGINT"
+        return next_token(model, batch)
+
+    job = Job(
+        model=model,
+        objective=Objective(asked_for_meanwhile),
+        optimizer=adamw(model, OptimConfig()),
+        schedule=None,
+        clip=1.0,
+        balance=1e-3,
+        health_every=0,
+        peak_flops=0.0,
+        over_ranks=one_rank,
+    )
+    assert train_step(job, 0, 0, iter([[random_rows(), random_rows()]]), stop) is None
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(mixer.load_E.any() for mixer in experts_mixers(model).values())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 def test_toy_training_follows_the_recorded_curve(small_model, small_stream, check_golden):

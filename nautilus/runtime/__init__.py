@@ -1,0 +1,23 @@
+"""What every job needs around its work: errors for people, whole files, the run folder, a progress line. No torch."""
+
+from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full
+from nautilus.runtime.files import atomic_folder, repair, write_atomic
+from nautilus.runtime.memory import keep_memory
+from nautilus.runtime.progress import Progress, read_metrics
+from nautilus.runtime.run import Run, continue_or_create, is_run
+
+__all__ = [
+    "DISK_FULL",
+    "Progress",
+    "Run",
+    "UserError",
+    "atomic_folder",
+    "continue_or_create",
+    "disk_errors",
+    "disk_full",
+    "is_run",
+    "keep_memory",
+    "read_metrics",
+    "repair",
+    "write_atomic",
+]

@@ -1,0 +1,113 @@
+"""Files and folders that are replaced as a whole: a crash at any moment leaves the old one or the new one."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from nautilus.runtime.errors import UserError, disk_errors
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Replace the file as a whole: a reader, or a crash at any moment, sees the old content or the new."""
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    with disk_errors(path):
+        try:
+            with open(beside, "wb") as file:
+                file.write(data.encode() if isinstance(data, str) else data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+        to_disk(path.parent)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Yields an empty folder to fill; when the block ends well it replaces `path` as a whole.
+
+    The files reach the disk first; then path -> .old, new -> path, and .old is removed. A crash between the two
+    renames leaves no `path` but a complete .old, which `repair` puts back. A block that fails changes nothing.
+    """
+    path = Path(os.path.realpath(path))
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not repair(path):
+            raise UserError(f"cannot write {path}: another process is writing it now; wait for it or choose another")
+        fresh = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+        fresh.mkdir()
+        lock = os.open(fresh, os.O_RDONLY)
+        try:
+            # The lock tells `repair` that this half-written folder has a living owner; the kernel drops it with us.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield fresh
+            for place, _, names in os.walk(fresh):
+                for name in (*names, "."):
+                    to_disk(Path(place, name))
+            swap(fresh, path)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            os.close(lock)
+
+
+def swap(fresh: Path, path: Path) -> None:
+    try:
+        if path.exists():
+            path.rename(old_name(path))
+        fresh.rename(path)
+        to_disk(path.parent)
+    finally:
+        settle(path)
+
+
+def settle(path: Path) -> None:
+    """At most one of `path` and its .old may stay: the newer complete one."""
+    old = old_name(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(path)
+
+
+def repair(path: str | Path) -> bool:
+    """Finish or undo what a killed `atomic_folder(path)` left. False, and nothing done, while one is still at work."""
+    path = Path(os.path.realpath(path))
+    leftovers = sorted(path.parent.glob(f".{path.name}.tmp-*"))
+    if any(is_locked(folder) for folder in leftovers):
+        return False
+    settle(path)
+    for folder in leftovers:
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def is_locked(folder: Path) -> bool:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+
+
+def old_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,129 @@
+"""One progress line for people, one JSON line for machines."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+from nautilus.runtime.errors import disk_errors
+from nautilus.runtime.files import write_atomic
+
+SHOWN = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
+PLAIN_SECONDS = 10.0
+
+
+def read_metrics(path: str | Path) -> list[dict]:
+    """The rows of a metrics file; a last line torn by a crash is left out."""
+    if not Path(path).exists():
+        return []
+    return [row for _, row in parse_rows(Path(path).read_text(errors="replace"))]
+
+
+def parse_rows(text: str) -> Iterator[tuple[str, dict]]:
+    """Each line with its row, up to the first line that is none."""
+    for line in text.splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            return
+        if not isinstance(row, dict):
+            return
+        yield line + "\n", row
+
+
+class Progress:
+    """One live line on stderr, one JSON line per step on disk. The file is the truth; the line is a view.
+
+    `start` is the first step still to do: rows from there on, written after the checkpoint one resumes from, are
+    dropped, so that no step occurs twice. Without a terminal the line is printed about every ten seconds instead.
+    """
+
+    def __init__(self, path: str | Path, total: int, start: int = 0, *, shown=SHOWN, clock=time.monotonic):
+        self.path, self.total, self.start, self.shown, self.clock = Path(path), total, start, shown, clock
+
+    def __enter__(self) -> Self:
+        from rich.console import Console
+        from rich.progress import BarColumn, TextColumn
+        from rich.progress import Progress as Bars
+
+        self.console = Console(stderr=True, soft_wrap=True)
+        with disk_errors(self.path):
+            self.drop_rows_from_start()
+            self.file = open(self.path, "a")
+        self.began = self.clock()
+        self.printed = -math.inf
+        self.bars = None
+        if self.console.is_terminal:
+            columns = BarColumn(20), TextColumn("{task.fields[body]}", markup=False)
+            self.bars = Bars(*columns, console=self.console, refresh_per_second=4, transient=False)
+            self.task = self.bars.add_task("", total=self.total, completed=self.start, body="starting")
+            self.bars.start()
+        return self
+
+    def drop_rows_from_start(self) -> None:
+        if not self.path.exists():
+            return
+        text = self.path.read_text(errors="replace")
+        kept = ""
+        for line, row in parse_rows(text):
+            if row.get("step", -1) >= self.start:
+                break
+            kept += line
+        if kept != text:
+            write_atomic(self.path, kept)
+
+    def __call__(self, metrics: dict) -> None:
+        with disk_errors(self.path):
+            self.file.write(json.dumps(finite(metrics), allow_nan=False) + "\n")
+            self.file.flush()
+        done = metrics["step"] + 1
+        body = self.describe(done, metrics)
+        if self.bars is not None:
+            self.bars.update(self.task, completed=done, body=body)
+        elif done == self.total or self.clock() - self.printed >= PLAIN_SECONDS:
+            self.printed = self.clock()
+            self.say(body)
+
+    def describe(self, done: int, metrics: dict) -> str:
+        """`120/500  loss 3.21  lr 0.001  2.4 steps/s  2:38 left`."""
+        values = [
+            f"{name} {number(metrics[name])}" for name in self.shown if isinstance(metrics.get(name), int | float)
+        ]
+        rate = (done - self.start) / max(self.clock() - self.began, 1e-9)
+        left = (self.total - done) / max(rate, 1e-9)
+        speed = f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.3g} s/step"
+        return "  ".join([f"{done}/{self.total}", *values, speed, f"{clock_time(left)} left"])
+
+    def say(self, text: str) -> None:
+        """A line for people that stays; with a live line, above it."""
+        self.console.print(text, markup=False, highlight=False)
+
+    def __exit__(self, *error) -> None:
+        if self.bars is not None:
+            self.bars.stop()
+        with disk_errors(self.path):
+            self.file.close()
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def finite(value):
+    """The same metrics in strict JSON, which has no NaN and no infinity: they become null."""
+    if isinstance(value, dict):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def clock_time(seconds: float) -> str:
+    """Seconds as 0:42, 12:03 or 3:07:55."""
+    minutes, seconds = divmod(round(min(seconds, 1e8)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,94 @@
+"""The run folder, which one stage writes and the next one reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from nautilus.runtime.errors import UserError, disk_errors
+from nautilus.runtime.files import repair, write_atomic
+
+
+class Run:
+    """One stage's output folder, which the next stage reads.
+
+    config.json    the stage's settings          model/         a plain Hugging Face checkpoint folder
+    metrics.jsonl  one line per step             state/         what resuming needs
+    report.html    for people
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+        self.config = self.folder / "config.json"
+        self.model = self.folder / "model"
+        self.state = self.folder / "state"
+        self.metrics = self.folder / "metrics.jsonl"
+        self.report = self.folder / "report.html"
+
+    @staticmethod
+    def create(folder: str | Path, settings: dict) -> Run:
+        """A new run in a new or empty folder."""
+        run = Run(folder)
+        with disk_errors(run.folder):
+            if run.folder.exists() and not run.folder.is_dir():
+                raise UserError(f"cannot create a run in {folder}: it is a file; choose another folder")
+            run.folder.mkdir(parents=True, exist_ok=True)
+            found = sorted(place.name for place in run.folder.iterdir() if not place.name.startswith("."))
+        if found:
+            raise UserError(
+                f"cannot create a run in {folder}: it already holds {', '.join(found[:4])}; choose another folder,"
+                f" resume the run that is there, or remove it."
+            )
+        write_atomic(run.config, json.dumps({"nautilus_run": 1, "settings": settings}, indent=2, default=str) + "\n")
+        return run
+
+    @staticmethod
+    def open(folder: str | Path) -> Run:
+        """An existing run, after repairing what an interrupted save may have left."""
+        run = Run(folder)
+        if not is_run(folder):
+            raise UserError(f"no run in {folder}: it has no config.json written by a recipe; check the path")
+        with disk_errors(run.folder):
+            repair(run.model)
+            repair(run.state)
+        return run
+
+    @property
+    def settings(self) -> dict:
+        return json.loads(self.config.read_text())["settings"]
+
+
+def continue_or_create(folder: str | Path, settings: dict) -> Run:
+    """The run that is in the folder, to be resumed, or a new one. A resumed run must have been begun with the same
+    settings, `out` aside; otherwise a UserError names those that differ."""
+    if not is_run(folder):
+        return Run.create(folder, settings)
+    run = Run.open(folder)
+    begun, asked = (dict(flat_settings(json.loads(json.dumps(s, default=str)))) for s in (run.settings, settings))
+    names = sorted(name for name in begun.keys() | asked.keys() if begun.get(name) != asked.get(name) and name != "out")
+    if names:
+        pairs = ", ".join(f"{name} (begun with {begun.get(name)}, now {asked.get(name)})" for name in names[:4])
+        raise UserError(
+            f"cannot go on with the run in {folder}: these settings differ: {pairs};"
+            f" use the same, choose another folder with out=, or remove this one."
+        )
+    return run
+
+
+def flat_settings(value, name: str = "") -> Iterator[tuple[str, object]]:
+    """(dotted name, plain value) of every setting inside."""
+    if not isinstance(value, dict | list):
+        yield name, value
+        return
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from flat_settings(inner, f"{name}.{key}" if name else str(key))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether the folder is a run; a Hugging Face folder has a config.json too, but not a run's."""
+    try:
+        content = json.loads(Path(folder, "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+        return False
+    return isinstance(content, dict) and "nautilus_run" in content

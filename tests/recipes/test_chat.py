@@ -1,0 +1,166 @@
+import dataclasses
+import io
+import subprocess
+import sys
+
+import pytest
+import torch
+from rich.console import Console
+
+import nautilus
+from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+from nautilus.model.language import Language
+from nautilus.model.weights import save_model
+from nautilus.presets import preset, shrink
+from nautilus.recipes import chat
+from nautilus.recipes.chat import Settings
+from nautilus.serve import Engine, Sampling
+
+torch.set_num_threads(1)
+SHORT = Sampling(seed=1, max_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model that was never trained, with a tokenizer of bytes and a chat template."""
+    tokenizer = train_tokenizer([], vocab=SMALLEST)
+    config = dataclasses.replace(shrink(preset("lightning")), vocab=tokenizer.vocab, positions=200, eos=tokenizer.stop)
+    path = tmp_path_factory.mktemp("chat") / "model"
+    save_model(Language(config).initialise(1), path, tokenizer=tokenizer)
+    return path
+
+
+class Scripted(torch.nn.Module):
+    """A model that gives the same answer to everything; its state is the number of tokens read."""
+
+    def __init__(self, config, tokens):
+        super().__init__()
+        self.config, self.tokens = config, tokens
+        self.head_weight = torch.nn.Parameter(torch.eye(config.vocab))
+
+    def hidden(self, tokens_BT, state=None, document_BT=None):
+        count = 0 if state is None else state + 1
+        return self.head_weight[self.tokens[count]].expand(*tokens_BT.shape, -1) * 99, count
+
+    def head(self, hidden_BTD):
+        return hidden_BTD
+
+
+def says(monkeypatch, folder, answer):
+    model, tokenizer = nautilus.load(folder)
+    scripted = Scripted(model.config, [*tokenizer.encode(answer, control=True), tokenizer.eos])
+    monkeypatch.setattr(nautilus, "load", lambda source: (scripted, tokenizer))
+
+
+def talk(monkeypatch, capsys, folder, *typed, **changes):
+    """The answers to these lines, one a line, and the remarks."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in typed)))
+    chat.main(Settings(model=str(folder), **({"sampling": SHORT} | changes)))
+    return capsys.readouterr()
+
+
+def asked(monkeypatch):
+    """Collects the text of every prompt that reaches the engine."""
+    prompts, plain = [], Engine.stream
+
+    def stream(self, prompt, sampling):
+        prompts.append(self.tokenizer.decode(prompt))
+        return plain(self, prompt, sampling)
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    return prompts
+
+
+def test_one_prompt_on_the_command_line_is_answered_on_stdout(folder):
+    words = [
+        sys.executable,
+        "-m",
+        "nautilus",
+        "chat",
+        str(folder),
+        "--raw",
+        "--prompt",
+        "ab c",
+        "sampling.max_tokens=9",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    sampling = dataclasses.replace(Settings().sampling, max_tokens=9)
+    completion = Engine(*nautilus.load(folder)).generate(["ab c"], sampling)[0]
+    assert (done.returncode, done.stdout) == (0, completion.text + "\n"), done.stderr
+    assert f"{len(completion.tokens)} tokens, the first after" in done.stderr and "tokens/s" in done.stderr
+
+
+def test_piped_lines_make_a_conversation(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "so</think>\nyes")
+    prompts = asked(monkeypatch)
+    said = talk(monkeypatch, capsys, folder, "one", "", "two", system="be kind")
+    assert said.out == "yes\nyes\n" and said.err.count("tokens/s") == 2
+    assert [prompt.count("be kind") for prompt in prompts] == [1, 1]
+    assert "one" in prompts[1] and "two" in prompts[1] and prompts[1].count("yes") == 1
+
+
+def test_reasoning_stays_out_of_a_pipe_and_is_set_apart_on_a_terminal(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "hm</think>\nyes")
+    assert talk(monkeypatch, capsys, folder, prompt="one").out == "yes\n"
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    seen = talk(monkeypatch, capsys, folder, prompt="one").out
+    assert seen.startswith("\x1b[2mh\x1b[0m\x1b[2mm\x1b[0m\n\ny") and seen.endswith("yes\n")
+
+
+def test_without_thinking_everything_is_content(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "yes")
+    assert talk(monkeypatch, capsys, folder, prompt="one", thinking=False).out == "yes\n"
+
+
+def test_reset_forgets_what_was_said_and_keeps_the_system_message(monkeypatch, capsys, folder):
+    prompts = asked(monkeypatch)
+    talk(monkeypatch, capsys, folder, "one", "/reset", "one", system="be kind")
+    assert prompts[0] == prompts[1] and "be kind" in prompts[1]
+
+
+def test_a_seed_can_be_chosen(monkeypatch, capsys, folder):
+    lines = ("ab", "/seed 5", "ab", "/seed 1", "ab", "/seed five", "/seed 99999999999999999999999")
+    said = talk(monkeypatch, capsys, folder, *lines, raw=True)
+    first, second, third = said.out.splitlines()
+    assert first == third != second and said.err.count("is no command") == 2
+
+
+def test_quit_ends(monkeypatch, capsys, folder):
+    prompts = asked(monkeypatch)
+    talk(monkeypatch, capsys, folder, "one", "/quit", "two")
+    assert len(prompts) == 1
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "so</think>yes and more")
+    plain = Engine.stream
+
+    def stream(self, prompt, sampling):
+        for count, piece in enumerate(plain(self, prompt, sampling)):
+            yield piece
+            if piece.text == "s" and count > 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "stream", stream)
+    said = talk(monkeypatch, capsys, folder, "one", "two", sampling=Sampling(temperature=0))
+    assert said.out == "yes\nyes\n"
+
+
+def test_a_conversation_that_became_too_long_is_no_end(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "so</think>yes")
+    said = talk(monkeypatch, capsys, folder, "a" * 300, "b", "/reset", "b")
+    assert said.out == "yes\nyes\n" and "shorten the prompt; /reset" in said.err
+
+
+def test_a_model_without_a_chat_template_continues_text(monkeypatch, capsys, folder):
+    model, tokenizer = nautilus.load(folder)
+    tokenizer.template = None
+    monkeypatch.setattr(nautilus, "load", lambda source: (model, tokenizer))
+    said = talk(monkeypatch, capsys, folder, prompt="ab c")
+    assert said.out == Engine(model, tokenizer).generate(["ab c"], SHORT)[0].text + "\n"
+
+
+def test_no_model_is_an_error_that_says_how_to_name_one():
+    with pytest.raises(ValueError, match="nautilus chat MODEL"):
+        chat.main(Settings())

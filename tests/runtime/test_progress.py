@@ -1,0 +1,90 @@
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nautilus.runtime import Progress, read_metrics
+from nautilus.runtime.progress import clock_time
+
+
+def follow(path, steps, total=10, start=0, **extra):
+    with Progress(path, total, start) as progress:
+        for step in steps:
+            progress({"step": step, "loss": 1.0 / (1 + step)} | extra)
+
+
+@given(
+    reached=st.integers(0, 9),
+    start=st.integers(0, 9),
+    torn=st.sampled_from(["", "{", "3", '{"step": 3, "lo', "\x00\x00"]),
+)
+def test_no_step_occurs_twice_after_resuming(tmp_path_factory, reached, start, torn):
+    start = min(start, reached)
+    path = tmp_path_factory.mktemp("run") / "metrics.jsonl"
+    follow(path, range(reached))
+    with open(path, "a") as file:
+        file.write(torn)
+    follow(path, range(start, 10), start=start)
+    assert [row["step"] for row in read_metrics(path)] == list(range(10))
+
+
+def test_a_row_whose_line_end_was_lost_is_kept(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0}\n{"step": 1}')
+    follow(path, range(2, 4), start=2)
+    assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+
+
+def test_rows_are_strict_json_and_reach_the_disk_at_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with Progress(path, 2) as progress:
+        progress({"step": 0, "loss": float("nan"), "load": [1, float("inf")], "deep": {"a": float("-inf")}})
+        text = path.read_text()
+    row = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert row == {"step": 0, "loss": None, "load": [1, None], "deep": {"a": None}}
+
+
+def test_without_a_terminal_a_plain_line_is_printed_now_and_then(tmp_path, capsys):
+    now = iter(range(1000))
+    with Progress(tmp_path / "m", 40, shown=("loss",), clock=lambda: next(now)) as progress:
+        for step in range(40):
+            progress({"step": step, "loss": 2.5, "other": 7.0})
+    lines = capsys.readouterr().err.splitlines()
+    assert 3 < len(lines) < 20
+    assert lines[0].startswith("1/40  loss 2.5  ") and "other" not in lines[0]
+    assert lines[-1].startswith("40/40") and lines[-1].endswith("0:00 left")
+
+
+def test_rate_and_time_left_count_only_the_steps_of_this_start(tmp_path):
+    now = iter([100.0, 104.0])
+    with Progress(tmp_path / "m", 10, 6, clock=lambda: next(now)) as progress:
+        assert progress.describe(8, {"step": 7, "loss": 3.0}) == "8/10  loss 3  2 s/step  0:04 left"
+
+
+def test_a_terminal_shows_one_live_line(tmp_path):
+    script = textwrap.dedent("""
+        import pty, sys, os
+        from nautilus.runtime import Progress
+        with Progress(sys.argv[1], 3) as progress:
+            for step in range(3):
+                progress({"step": step, "loss": 1.5})
+            progress.say("a line that stays")
+    """)
+    master, slave = os.openpty()
+    with subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "m")], stderr=slave, stdout=slave) as child:
+        child.wait()
+        os.close(slave)
+        shown = os.read(master, 100_000).decode()
+        os.close(master)
+    assert child.returncode == 0, shown
+    assert "3/3  loss 1.5" in shown and "a line that stays" in shown
+
+
+@pytest.mark.parametrize("seconds,text", [(0.4, "0:00"), (42, "0:42"), (723, "12:03"), (11275, "3:07:55")])
+def test_times_are_written_as_clocks_show_them(seconds, text):
+    assert clock_time(seconds) == text

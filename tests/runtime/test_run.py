@@ -1,0 +1,64 @@
+import json
+
+import pytest
+
+from nautilus.runtime import Run, UserError, atomic_folder, continue_or_create, is_run, write_atomic
+from nautilus.runtime.files import old_name
+
+
+def everything_in(folder):
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def save(path, text):
+    with atomic_folder(path) as fresh:
+        (fresh / "weights").write_text(text)
+
+
+def test_a_run_is_created_opened_and_told_from_a_checkpoint_folder(tmp_path):
+    run = Run.create(tmp_path / "deep" / "run", {"steps": 3, "layers": ["M", "E"]})
+    assert is_run(run.folder) and Run.open(run.folder).settings == {"steps": 3, "layers": ["M", "E"]}
+    assert (run.model, run.metrics) == (run.folder / "model", run.folder / "metrics.jsonl")
+    save(run.model, "weights")
+    write_atomic(run.model / "config.json", json.dumps({"model_type": "nemotron_h"}))
+    assert not is_run(run.model) and not is_run(tmp_path / "nothing") and not is_run(run.config)
+
+
+def test_a_new_run_does_not_overwrite_what_is_there(tmp_path):
+    Run.create(tmp_path / "run", {"a": 1})
+    with pytest.raises(UserError, match="already holds config.json; choose another folder"):
+        Run.create(tmp_path / "run", {"a": 2})
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="it is a file"):
+        Run.create(tmp_path / "file", {})
+    assert Run.open(tmp_path / "run").settings == {"a": 1}
+
+
+def test_opening_what_is_no_run_says_so(tmp_path):
+    with pytest.raises(UserError, match="no run in .*check the path"):
+        Run.open(tmp_path)
+
+
+def test_opening_a_run_puts_back_what_a_killed_save_left(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    for path in (run.model, run.state):
+        save(path, "old")
+        path.rename(old_name(path))
+        path.with_name(f".{path.name}.tmp-1").mkdir()
+    Run.open(run.folder)
+    kept = everything_in(run.folder)
+    assert kept.pop("config.json") and set(kept.values()) == {"old"} and len(kept) == 2
+    assert not list(run.folder.glob(".*"))
+
+
+def test_the_same_command_again_continues_and_another_one_is_refused(tmp_path):
+    settings = {"steps": 3, "optim": {"lr": 0.1}, "layers": [{"kind": "M"}], "out": "runs/a"}
+    run = continue_or_create(tmp_path / "run", settings)
+    write_atomic(run.metrics, "kept")
+    again = continue_or_create(tmp_path / "run", settings | {"out": "./runs/a"})
+    assert again.metrics.read_text() == "kept"
+    other = settings | {"optim": {"lr": 0.2}, "layers": [{"kind": "E"}]}
+    with pytest.raises(
+        UserError, match=r"layers.0.kind .begun with M, now E., optim.lr .begun with 0.1, now 0.2.;.*out="
+    ):
+        continue_or_create(tmp_path / "run", other)
