@@ -73,9 +73,7 @@ def nemotron_h_8b() -> Config:
 
 
 def nemotron_h_47b() -> Config:
-    pattern = (
-        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
-    )
+    pattern = "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
     return dense(pattern, 8192, 30720, Attention(heads=64, groups=8), Mamba(heads=256, state=256))
 
 

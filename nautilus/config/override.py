@@ -1,10 +1,10 @@
 """The one command syntax: `a.b=v` changes one setting of a tree of frozen records.
 
-    width=512              a plain value
-    rotary.theta=500000    a value inside a record
-    layers=MEM*E           a new pattern; every letter keeps the sizes it has in the old one
-    layers.E.active=4      one setting of every layer of a kind
-    layers.3.groups=2      one setting of one layer
+width=512              a plain value
+rotary.theta=500000    a value inside a record
+layers=MEM*E           a new pattern; every letter keeps the sizes it has in the old one
+layers.E.active=4      one setting of every layer of a kind
+layers.3.groups=2      one setting of one layer
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from nautilus.data.corpus import Corpus, Source, survey
 from nautilus.data.mix import Stream
 from nautilus.data.shard import Shard, encode_corpus
 from nautilus.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from nautilus.runtime import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,20 +39,6 @@ class Prepared:
             if corpus.held_out
         }
 
-    @property
-    def facts(self) -> dict[str, dict]:
-        """Per source: bytes, documents and fingerprint; with the interpreter for text that comes from it."""
-        return {
-            name: {
-                "train_bytes": corpus.train_bytes,
-                "held_out_bytes": corpus.held_out_bytes,
-                "documents": len(corpus.train) + len(corpus.held_out),
-                "fingerprint": corpus.fingerprint,
-                "python": corpus.python,
-            }
-            for name, corpus in self.corpora.items()
-        }
-
 
 def prepare(sources: tuple[Source, ...], cache: Path, *, vocab: int, tokenizer: Path | None = None) -> Prepared:
     """Surveys the sources, learns (or loads) the tokenizer, and encodes; what the cache already holds is reused."""
@@ -67,6 +54,11 @@ def prepare(sources: tuple[Source, ...], cache: Path, *, vocab: int, tokenizer: 
             trained = train_tokenizer(texts(corpora, progress, task), vocab=vocab, template=None)
             trained.save(words)
         loaded = load_tokenizer(words)
+        if loaded.vocab > vocab:
+            raise UserError(
+                f"the tokenizer in {words} has {loaded.vocab} words but model.vocab={vocab}; raise model.vocab or use "
+                f"another tokenizer"
+            )
         shards = {}
         for name, corpus in corpora.items():
             task = progress.add_task(f"encoding {name}", total=corpus.train_bytes + corpus.held_out_bytes)

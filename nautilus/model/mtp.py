@@ -40,7 +40,9 @@ class MtpBlock(nn.Module):
 class MtpLayer(nn.Module):
     """One layer of the block; the first also joins the two inputs, the last also norms the output."""
 
-    def __init__(self, layer: Layer, config: Config, build_mixer, *, opens: bool, closes: bool, device=None, dtype=None):
+    def __init__(
+        self, layer: Layer, config: Config, build_mixer, *, opens: bool, closes: bool, device=None, dtype=None
+    ):
         super().__init__()
         place = {"device": device, "dtype": dtype}
         width, eps = config.width, config.norm_eps

@@ -113,7 +113,9 @@ def place(state: State | None, document_BT: Tensor | None, batch: int, time: int
             return Span(before, position_T)
         return Span(before, position_T, first_BT=state.first_B[:, None].expand(batch, time))
     if document_BT.shape != (batch, time):
-        raise ValueError(f"document_BT has shape {tuple(document_BT.shape)}, the tokens {(batch, time)}; make them equal")
+        raise ValueError(
+            f"document_BT has shape {tuple(document_BT.shape)}, the tokens {(batch, time)}; make them equal"
+        )
     if state is not None and known_B is None:
         raise ValueError("document_BT was given, but the state began without; give document_BT from the first call on")
     ahead_B = document_BT[:, 0] - 1 if known_B is None else known_B

@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -23,7 +24,7 @@ def attention(
     q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, *, first_BT: Tensor | None = None, window: int = 0
 ) -> Tensor:
     """out_BTHP. first_BT is the position at which each new token's document begins (None: everything is visible)."""
-    function = choose("attention", ATTENTION_IMPLS, q_BTHP)
+    function = choose("attention", ATTENTION_IMPLS, q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
     return function(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
 
 
@@ -63,6 +64,104 @@ def attention_sdpa(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor
     return out.transpose(1, 2)
 
 
+def training_refuses(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> str | None:
+    if q_BTHP.device.type != "cpu":
+        return "it is made for the CPU"
+    if q_BTHP.shape[1] != k_BSGP.shape[1]:
+        return "there are cached keys"
+    if not (torch.is_grad_enabled() and (q_BTHP.requires_grad or k_BSGP.requires_grad or v_BSGP.requires_grad)):
+        return "no gradient is asked for, and only with its backward it is the faster one"
+    return None
+
+
+def attention_training(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
+    """For training on the CPU: a block of queries of all rows at a time, against the keys the block can reach."""
+    return Training.apply(q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+
+
+class Training(torch.autograd.Function):
+    """Keeps the output only; the probabilities are rebuilt in the backward. Z: queries times heads of a group."""
+
+    SCORES = 1 << 22  # held at a time in float32: 16 MiB
+
+    @staticmethod
+    def forward(ctx, q_BTHP, k_BSGP, v_BSGP, first_BT, window):
+        ctx.save_for_backward(q_BTHP, k_BSGP, v_BSGP, first_BT)
+        ctx.window = window
+        out_BTHP, (k, v) = torch.empty_like(q_BTHP), (by_group(t) for t in (k_BSGP, v_BSGP))
+        for queries, keys in blocks(q_BTHP, first_BT, window):
+            q = by_group(q_BTHP[:, queries], k_BSGP.shape[2])
+            weight = weights(q, k[:, keys], queries, keys, first_BT, window)
+            put(out_BTHP[:, queries], torch.bmm(weight.to(v.dtype), v[:, keys]))
+        return out_BTHP
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BTHP):  # type: ignore[override]
+        q_BTHP, k_BSGP, v_BSGP, first_BT = ctx.saved_tensors
+        groups, scale, dq_BTHP = k_BSGP.shape[2], q_BTHP.shape[-1] ** -0.5, torch.empty_like(q_BTHP)
+        k, v = (by_group(t) for t in (k_BSGP, v_BSGP))
+        dk, dv = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (k, v))
+        for queries, keys in blocks(q_BTHP, first_BT, ctx.window):
+            q, dout = (by_group(t[:, queries], groups) for t in (q_BTHP, dout_BTHP))
+            weight = weights(q, k[:, keys], queries, keys, first_BT, ctx.window)
+            dv[:, keys] += torch.bmm(weight.to(v.dtype).transpose(1, 2), dout)
+            dweight = torch.bmm(dout, v[:, keys].transpose(1, 2)).to(weight.dtype)
+            dscore = torch.ops.aten._softmax_backward_data(dweight, weight, -1, weight.dtype).to(q.dtype)
+            put(dq_BTHP[:, queries], torch.bmm(dscore, k[:, keys] * scale))
+            dk[:, keys] += torch.bmm(dscore.transpose(1, 2), q * scale)
+        dk_BSGP, dv_BSGP = torch.empty_like(k_BSGP), torch.empty_like(v_BSGP)
+        put(dk_BSGP, dk)
+        put(dv_BSGP, dv)
+        return dq_BTHP, dk_BSGP, dv_BSGP, None, None
+
+
+def blocks(q_BTHP: Tensor, first_BT: Tensor | None, window: int):
+    """(queries, the keys in reach of one of them) from the first block to the last."""
+    batch, time, heads, _ = q_BTHP.shape
+    step = max(16, min(128, Training.SCORES // (batch * heads * time)))
+    for begin in range(0, time, step):
+        end = min(begin + step, time)
+        low = max(0, begin - window + 1) if window else 0
+        if first_BT is not None:
+            low = max(low, int(first_BT[:, begin:end].min()))
+        yield slice(begin, end), slice(low, end)
+
+
+def by_group(tensor_BTHP: Tensor, groups: int = 0) -> Tensor:
+    """(B*G, heads of a group times T, P), contiguous; groups=0: every head is a group."""
+    split = tensor_BTHP.unflatten(2, (groups or tensor_BTHP.shape[2], -1))
+    return split.permute(0, 2, 3, 1, 4).flatten(2, 3).flatten(0, 1)
+
+
+def put(into_BTHP: Tensor, values: Tensor) -> None:
+    """The inverse of `by_group`."""
+    batch, time = into_BTHP.shape[:2]
+    split = values.unflatten(0, (batch, -1)).unflatten(2, (-1, time))
+    into_BTHP.unflatten(2, split.shape[1:3]).copy_(split.permute(0, 3, 1, 2, 4))
+
+
+def weights(q: Tensor, k: Tensor, queries: slice, keys: slice, first_BT: Tensor | None, window: int) -> Tensor:
+    """Softmax of the scores of one block, wide, (B*G, Z, S)."""
+    dtype, time = wide(q.dtype), queries.stop - queries.start
+    score = torch.bmm(q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype).transpose(1, 2))
+    query_T1, key_S = torch.arange(queries.start, queries.stop)[:, None], torch.arange(keys.start, keys.stop)
+    by_head = score.unflatten(1, (-1, time))
+    if first_BT is None and window == 0:
+        # Only the last columns hold keys that some query of the block comes before.
+        by_head[..., -time:].masked_fill_(key_S[-time:] > query_T1, float("-inf"))
+        return score.softmax(-1)
+    unseen = key_S > query_T1
+    if window:
+        unseen = unseen | (key_S <= query_T1 - window)
+    if first_BT is None:
+        by_head.masked_fill_(unseen, float("-inf"))
+    else:
+        unseen_BTS = unseen | (key_S < first_BT[:, queries, None])
+        by_head.unflatten(0, (len(first_BT), -1)).masked_fill_(unseen_BTS[:, None, None], float("-inf"))
+    return score.softmax(-1)
+
+
 def rotary_frequencies(head_width: int, theta: float, factor: float, low: float, high: float, original: int) -> Tensor:
     """Radians per position for each pair of channels, rescaled as Llama 3 does when factor > 1. Shape (P/2,), float64.
 
@@ -86,4 +185,8 @@ def rotate(x_BTHP: Tensor, position_BT: Tensor, frequency: Tensor) -> Tensor:
     return torch.cat([left * cos - right * sin, right * cos + left * sin], dim=-1).to(x_BTHP.dtype)
 
 
-ATTENTION_IMPLS = (Impl("torch", attention_sdpa), Impl("reference", attention_reference))
+ATTENTION_IMPLS = (
+    Impl("training", attention_training, training_refuses),
+    Impl("torch", attention_sdpa),
+    Impl("reference", attention_reference),
+)

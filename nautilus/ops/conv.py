@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
+from nautilus.ops.tiles import tiles
 
 
 @checked
@@ -81,37 +82,51 @@ class Shifted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, padded, weight_CW, bias_C, reach_BT):
         dtype, taps = wide(padded.dtype), weight_CW.shape[1]
-        x, weight, bias = padded.to(dtype), weight_CW.to(dtype), bias_C.to(dtype)
-        time = x.shape[1] - taps + 1
-        total = torch.addcmul(bias, x[:, taps - 1 :], weight[:, -1])
-        for tap in range(taps - 1):
-            total.addcmul_(x[:, tap : tap + time], weight[:, tap])
-        ctx.border = None if reach_BT is None else Border(reach_BT, taps)
-        if ctx.border is not None:
-            total[ctx.border.tokens] = (ctx.border.window_RWC(x) * weight.T).sum(1) + bias
-        ctx.save_for_backward(padded, weight_CW, total)
+        weight, bias = weight_CW.to(dtype), bias_C.to(dtype)
+        time = padded.shape[1] - taps + 1
+        total = torch.empty(len(padded), time, padded.shape[2], dtype=dtype, device=padded.device)
+        y = torch.empty_like(total, dtype=padded.dtype)
+        for rows in tiles(total):
+            x, part = padded[rows].to(dtype), total[rows]
+            torch.addcmul(bias, x[:, taps - 1 :], weight[:, -1], out=part)
+            for tap in range(taps - 1):
+                part.addcmul_(x[:, tap : tap + time], weight[:, tap])
+            if reach_BT is not None:
+                border = Border(reach_BT[rows], taps)
+                part[border.tokens] = (border.window_RWC(x) * weight.T).sum(1) + bias
+            y[rows] = torch.nn.functional.silu(part)
+        ctx.save_for_backward(padded, weight_CW, reach_BT, total)
         ctx.bias_dtype = bias_C.dtype
-        return torch.nn.functional.silu(total).to(padded.dtype)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTC):  # type: ignore[override]
-        padded, weight_CW, total = ctx.saved_tensors
-        dtype, taps, time = total.dtype, weight_CW.shape[1], total.shape[1]
-        x, weight = padded.to(dtype), weight_CW.to(dtype)
-        push = torch.ops.aten.silu_backward(dy_BTC.to(dtype), total)
-        dbias = push.sum((0, 1))
-        dx, dweight = torch.zeros_like(x), torch.empty_like(weight)
-        if ctx.border is not None:
-            apart_RC = push[ctx.border.tokens]
-            push[ctx.border.tokens] = 0
-            ctx.border.add_gradient(dx, apart_RC, weight)
-        for tap in range(taps):
-            dx[:, tap : tap + time].addcmul_(push, weight[:, tap])
-            dweight[:, tap] = (push * x[:, tap : tap + time]).sum((0, 1))
-        if ctx.border is not None:
-            dweight += torch.einsum("rc,rwc->cw", apart_RC, ctx.border.window_RWC(x))
-        return dx.to(padded.dtype), dweight.to(weight_CW.dtype), dbias.to(ctx.bias_dtype), None
+        padded, weight_CW, reach_BT, total = ctx.saved_tensors
+        dtype, weight = total.dtype, weight_CW.to(total.dtype)
+        dpadded, dweight = torch.empty_like(padded), torch.zeros_like(weight)
+        dbias = weight.new_zeros(len(weight))
+        for rows in tiles(total):
+            x = padded[rows].to(dtype)
+            push = torch.ops.aten.silu_backward(dy_BTC[rows].to(dtype), total[rows])
+            dbias += push.sum((0, 1))
+            border = None if reach_BT is None else Border(reach_BT[rows], weight.shape[1])
+            dpadded[rows] = shifted_gradients(x, push, weight, border, dweight)
+        return dpadded, dweight.to(weight_CW.dtype), dbias.to(ctx.bias_dtype), None
+
+
+def shifted_gradients(x, push_BTC: Tensor, weight_CW: Tensor, border: Border | None, dweight_CW: Tensor) -> Tensor:
+    """Gradient of the padded rows; that of the weights is added to `dweight_CW`. Overwrites `push_BTC`."""
+    time, dx = push_BTC.shape[1], torch.zeros_like(x)
+    if border is not None:
+        apart_RC = push_BTC[border.tokens]
+        push_BTC[border.tokens] = 0
+        border.add_gradient(dx, apart_RC, weight_CW)
+        dweight_CW += torch.einsum("rc,rwc->cw", apart_RC, border.window_RWC(x))
+    for tap in range(weight_CW.shape[1]):
+        dx[:, tap : tap + time].addcmul_(push_BTC, weight_CW[:, tap])
+        dweight_CW[:, tap] += (push_BTC * x[:, tap : tap + time]).sum((0, 1))
+    return dx
 
 
 CONV_IMPLS = (Impl("torch", causal_conv_shifted), Impl("reference", causal_conv_reference))

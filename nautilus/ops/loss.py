@@ -13,7 +13,7 @@ from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
 
-ELEMENTS = 1 << 20  # logits held at a time in float32: 4 MiB, which stays in a shared cache
+ELEMENTS = 1 << 21  # logits held at a time in float32: 8 MiB, which stays in a shared cache
 HELD = 1 << 26  # logit gradients kept for one matmul with the hidden states: at most this many elements
 
 
@@ -60,17 +60,32 @@ def weighted_nll_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor,
     return WeightedNll.apply(hidden_RD, weight_VD, target_R, weight_R)
 
 
-def chunk_logprob(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-prob of each target, log-softmax of all words) for one chunk of rows."""
-    logits_RV = torch.mm(hidden_RD, matrix_VD.T).to(wide(hidden_RD.dtype))
-    logprob_RV = torch.log_softmax(logits_RV, -1)
-    return logprob_RV.gather(-1, target_R[:, None])[:, 0], logprob_RV
+def chunk_logits(hidden_RD: Tensor, matrix_VD: Tensor) -> Tensor:
+    return torch.mm(hidden_RD, matrix_VD.T).to(wide(hidden_RD.dtype))
+
+
+def chunk_logprob(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> Tensor:
+    return chunk_logits(hidden_RD, matrix_VD).log_softmax(-1).gather(-1, target_R[:, None])[:, 0]
+
+
+def chunk_gradient(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-prob of each target, softmax - one-hot(target)) for one chunk of rows.
+
+    log p(t) = logit(t) - logit(m) + log p(m) with m the likeliest word, whose probability cannot underflow: this saves
+    the pass over all words that log-softmax beside softmax would cost.
+    """
+    logits_RV = chunk_logits(hidden_RD, matrix_VD)
+    distance_R1 = logits_RV.gather(-1, target_R[:, None]) - logits_RV.amax(-1, keepdim=True)
+    softmax_RV = logits_RV.softmax(-1)
+    logprob_R1 = distance_R1 + softmax_RV.amax(-1, keepdim=True).log()
+    softmax_RV.scatter_add_(-1, target_R[:, None], softmax_RV.new_full((len(target_R), 1), -1.0))
+    return logprob_R1[:, 0], softmax_RV
 
 
 class Sweep:
     """Log-probs of all rows, chunk by chunk, and on request the gradient of sum(push * log-prob).
 
-    d log p(target) / d logits = one-hot(target) - softmax. The push multiplies the narrow factors (hidden states and
+    - d log p(target) / d logits = softmax - one-hot(target). The push multiplies the narrow factors (hidden states and
     their gradient), never the wide logits.
     """
 
@@ -82,7 +97,7 @@ class Sweep:
 
     def logprob_R(self) -> Tensor:
         chunks = zip(self.hidden_RD.split(self.chunk), self.target_R.split(self.chunk), strict=True)
-        return torch.cat([chunk_logprob(hidden, self.matrix_VD, target)[0] for hidden, target in chunks])
+        return torch.cat([chunk_logprob(hidden, self.matrix_VD, target) for hidden, target in chunks])
 
     def gradients(self, push_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probs, gradient of the hidden states, gradient of the matrix in float32)."""
@@ -92,14 +107,12 @@ class Sweep:
         block = self.chunk * max(1, rows_for(HELD, len(self.matrix_VD)) // self.chunk)
         for begin in range(0, len(self.hidden_RD), block):
             rows = slice(begin, begin + block)
-            hidden, push_R1 = self.hidden_RD[rows], push_R[rows, None].to(self.dtype)
+            hidden, push_R1 = self.hidden_RD[rows], -push_R[rows, None].to(self.dtype)
             dlogits = hidden.new_empty(len(hidden), len(self.matrix_VD))
             for start in range(0, len(hidden), self.chunk):
                 part = slice(start, start + self.chunk)
                 target = self.target_R[rows][part]
-                logprob_R[rows][part], logprob_RV = chunk_logprob(hidden[part], self.matrix_VD, target)
-                softmax = logprob_RV.exp_().neg_()
-                dlogits[part] = softmax.scatter_add_(-1, target[:, None], softmax.new_ones(len(target), 1))
+                logprob_R[rows][part], dlogits[part] = chunk_gradient(hidden[part], self.matrix_VD, target)
             dhidden_RD[rows] = torch.mm(dlogits, self.matrix_VD) * push_R1
             dmatrix_VD += dlogits.T @ (hidden * push_R1).to(hidden.dtype)
         return logprob_R, dhidden_RD, dmatrix_VD

@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.ssd import wide
+from nautilus.ops.tiles import tiles
 
 
 def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -71,27 +72,32 @@ def gated_group_norm_fused(y: Tensor, z: Tensor, weight_D: Tensor, groups: int, 
 class GatedGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, z, weight_D, groups, eps):
-        dtype = wide(y.dtype)
-        v = torch.nn.functional.silu(z.to(dtype)).mul_(y).unflatten(-1, (groups, -1))
-        scale = torch.linalg.vecdot(v, v).div_(v.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
+        out, weight = torch.empty_like(y, dtype=z.dtype), weight_D.to(z.dtype)
+        scale = torch.empty(*y.shape[:-1], groups, 1, dtype=wide(y.dtype), device=y.device)
+        for rows in tiles(y):
+            v = torch.nn.functional.silu(z[rows].to(scale.dtype)).mul_(y[rows]).unflatten(-1, (groups, -1))
+            scale[rows] = torch.linalg.vecdot(v, v).div_(v.shape[-1]).add_(eps).rsqrt_().unsqueeze_(-1)
+            torch.mul(v.mul_(scale[rows]).flatten(-2).to(z.dtype), weight, out=out[rows])
         ctx.save_for_backward(y, z, weight_D, scale)
-        return v.mul_(scale).flatten(-2).to(z.dtype).mul_(weight_D.to(z.dtype))
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout):  # type: ignore[override]
         y, z, weight_D, scale = ctx.saved_tensors
         dtype, groups = scale.dtype, scale.shape[-2]
-        wide_z = z.to(dtype)
-        gate = torch.nn.functional.silu(wide_z)
-        unit = (gate * y).unflatten(-1, (groups, -1)).mul_(scale)
-        dout = dout.to(dtype)
-        dweight = (dout * unit.flatten(-2)).view(-1, dout.shape[-1]).sum(0).to(weight_D.dtype)
-        dunit = (dout * weight_D).unflatten(-1, (groups, -1))
-        dot = torch.linalg.vecdot(dunit, unit).unsqueeze_(-1).div_(-unit.shape[-1])
-        dv = dunit.addcmul_(unit, dot).mul_(scale).flatten(-2)
-        dz = torch.ops.aten.silu_backward(dv * y, wide_z)
-        return dv.mul_(gate).to(y.dtype), dz.to(z.dtype), dweight, None, None
+        dy, dz, dweight = torch.empty_like(y), torch.empty_like(z), torch.zeros_like(weight_D, dtype=dtype)
+        for rows in tiles(y):
+            wide_z, dwide = z[rows].to(dtype), dout[rows].to(dtype)
+            gate = torch.nn.functional.silu(wide_z)
+            unit = (gate * y[rows]).unflatten(-1, (groups, -1)).mul_(scale[rows])
+            dweight += (dwide * unit.flatten(-2)).view(-1, len(weight_D)).sum(0)
+            dunit = (dwide * weight_D).unflatten(-1, (groups, -1))
+            dot = torch.linalg.vecdot(dunit, unit).unsqueeze_(-1).div_(-unit.shape[-1])
+            dv = dunit.addcmul_(unit, dot).mul_(scale[rows]).flatten(-2)
+            dz[rows] = torch.ops.aten.silu_backward(dv * y[rows], wide_z)
+            dy[rows] = dv.mul_(gate)
+        return dy, dz, dweight.to(weight_D.dtype), None, None
 
 
 RMS_NORM_IMPLS = (Impl("torch", rms_norm_fused), Impl("reference", rms_norm_reference))

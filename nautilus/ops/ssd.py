@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
+from nautilus.ops.tiles import tiles
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -120,7 +121,6 @@ class Decay:
             gap.masked_fill_(apart_MQQ[:, None], float("-inf"))
         return gap.exp_().tril_()
 
-
     def from_here(self, each_MQH: Tensor) -> Tensor:
         """Each token's value plus those of all later tokens of its document in the chunk."""
         total = each_MQH.double().flip(1).cumsum(1).flip(1)
@@ -164,14 +164,15 @@ class Layout:
         """(B, T, G, N) as (M*G, Q, N), wide."""
         return self.tokens(b_BTGN).transpose(1, 2).to(self.dtype).reshape(self.m * self.groups, self.chunk, self.width)
 
-    def back(self, tensor: Tensor, like: Tensor) -> Tensor:
+    def back(self, tensor: Tensor) -> Tensor:
         """The inverse of `group_rows`."""
         rows = tensor.view(self.m, self.groups, self.chunk, self.width).transpose(1, 2)
-        return rows.reshape(like.shape).to(like.dtype)
+        return rows.reshape(self.batch, -1, self.groups, self.width)
 
-    def join(self, by_head: Tensor, by_group: Tensor, factor_MHQ: Tensor) -> Tensor:
+    def join(self, by_head: Tensor, by_group: Tensor, factor_MHQ: Tensor, out_BTHP: Tensor | None = None) -> Tensor:
         """by_head + factor * by_group as (M, Q, H, P)."""
-        out = by_head.new_empty(self.m, self.chunk, self.groups, self.share, self.head_width)
+        size = self.m, self.chunk, self.groups, self.share, self.head_width
+        out = by_head.new_empty(size) if out_BTHP is None else out_BTHP.view(size)
         heads = by_head.view(self.m, self.groups, self.share, self.chunk, self.head_width).permute(0, 3, 1, 2, 4)
         groups = by_group.view(self.m, self.groups, self.chunk, self.share, self.head_width).transpose(1, 2)
         factor = factor_MHQ.unflatten(1, (self.groups, self.share)).permute(0, 3, 1, 2)[..., None]
@@ -182,7 +183,7 @@ class Layout:
         return tensor.view(self.batch, -1, self.heads, self.head_width, self.width)
 
     def flat_states(self, tensor: Tensor) -> Tensor:
-        return tensor.view(self.m * self.groups, self.share * self.head_width, self.width)
+        return tensor.reshape(self.m * self.groups, self.share * self.head_width, self.width)
 
 
 class Chunked(torch.autograd.Function):
@@ -190,42 +191,77 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN, start_BT, chunk):
-        lay = Layout(x_BTHP, b_BTGN, chunk)
-        x, dt_MQH, b, c = lay.tokens(x_BTHP), lay.tokens(dt_BTH), lay.group_rows(b_BTGN), lay.group_rows(c_BTGN)
-        decay = Decay(dt_MQH, a_H, None if start_BT is None else lay.tokens(start_BT))
-        dt_MHQ = dt_MQH.transpose(1, 2)
-        mix = mixing(decay.inside_MHQQ(), b, c)
-        inside = torch.bmm(mix, lay.scaled(x, dt_MHQ, order="head"))
-        written = lay.scaled(x, dt_MHQ * decay.to_end_MHQ, order="group")
-        added = lay.states(torch.bmm(written.transpose(1, 2), b))
-        states = pass_states(added, state_BHPN, decay.through_MH)
-        before = torch.bmm(c, lay.flat_states(states[:, :-1].contiguous()).transpose(1, 2))
-        y_MQHP = lay.join(inside, before, decay.since_entry_MHQ)
-        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_MQHP, states)
+        y_BTHP = torch.empty(x_BTHP.shape, dtype=wide(x_BTHP.dtype), device=x_BTHP.device)
+        states = []
+        for rows in tiles(x_BTHP):
+            piece = Piece(x_BTHP[rows], dt_BTH[rows], a_H, b_BTGN[rows], c_BTGN[rows], at(start_BT, rows), chunk)
+            states.append(piece.forward(state_BHPN[rows], y_BTHP[rows]))
+        ctx.save_for_backward(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_BTHP, *states)
         ctx.chunk = chunk
-        return y_MQHP.view(x_BTHP.shape).to(x_BTHP.dtype), states[:, -1].clone()
+        return y_BTHP.to(x_BTHP.dtype), torch.cat([part[:, -1] for part in states])
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_BTHP, dlast_BHPN):  # type: ignore[override]
-        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_MQHP, states = ctx.saved_tensors
-        lay = Layout(x_BTHP, b_BTGN, ctx.chunk)
-        x, dt_MQH, b, c = lay.tokens(x_BTHP), lay.tokens(dt_BTH), lay.group_rows(b_BTGN), lay.group_rows(c_BTGN)
-        decay = Decay(dt_MQH, a_H, None if start_BT is None else lay.tokens(start_BT))
-        dt_MHQ, dy = dt_MQH.transpose(1, 2), lay.tokens(dy_BTHP)
+        x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, y_BTHP, *states = ctx.saved_tensors
+        inputs = x_BTHP, dt_BTH, b_BTGN, c_BTGN
+        dx, ddt, db, dc = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs)
+        da, dstate = torch.zeros_like(a_H), torch.empty_like(dlast_BHPN)
+        for rows, known in zip(tiles(x_BTHP), states, strict=True):
+            piece = Piece(x_BTHP[rows], dt_BTH[rows], a_H, b_BTGN[rows], c_BTGN[rows], at(start_BT, rows), ctx.chunk)
+            dx[rows], ddt[rows], da_H, db[rows], dc[rows], dstate[rows] = piece.backward(
+                dy_BTHP[rows], dlast_BHPN[rows], y_BTHP[rows], known
+            )
+            da += da_H
+        return dx, ddt, da, db, dc, dstate, None, None
+
+
+def at(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    return None if tensor is None else tensor[rows]
+
+
+class Piece:
+    """The chunked scan of some rows, forward and backward, outside of autograd."""
+
+    def __init__(self, x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, start_BT, chunk: int):
+        self.lay = lay = Layout(x_BTHP, b_BTGN, chunk)
+        self.x_MQHP, self.dt_MQH, self.a_H = lay.tokens(x_BTHP), lay.tokens(dt_BTH), a_H
+        self.b, self.c = lay.group_rows(b_BTGN), lay.group_rows(c_BTGN)
+        self.decay = Decay(self.dt_MQH, a_H, None if start_BT is None else lay.tokens(start_BT))
+        self.dt_MHQ = self.dt_MQH.transpose(1, 2)
+
+    def forward(self, state_BHPN: Tensor, y_BTHP: Tensor) -> Tensor:
+        """Writes y; gives the states at the borders of the chunks."""
+        lay, decay = self.lay, self.decay
+        inside = torch.bmm(
+            mixing(decay.inside_MHQQ(), self.b, self.c), lay.scaled(self.x_MQHP, self.dt_MHQ, order="head")
+        )
+        written = lay.scaled(self.x_MQHP, self.dt_MHQ * decay.to_end_MHQ, order="group")
+        added = lay.states(torch.bmm(written.transpose(1, 2), self.b))
+        states = pass_states(added, state_BHPN, decay.through_MH)
+        before = torch.bmm(self.c, lay.flat_states(states[:, :-1]).transpose(1, 2))
+        lay.join(inside, before, decay.since_entry_MHQ, out_BTHP=y_BTHP)
+        return states
+
+    def backward(self, dy_BTHP: Tensor, dlast_BHPN: Tensor, y_BTHP: Tensor, states: Tensor) -> tuple[Tensor, ...]:
+        """Gradients of x, dt, a, b, c and of the state that entered."""
+        lay, decay, b, c = self.lay, self.decay, self.b, self.c
+        dy_MQHP, x_MQHP, dt_MQH = lay.tokens(dy_BTHP), self.x_MQHP, self.dt_MQH
 
         # through the state that entered each chunk, and the one that left it
-        dbefore = lay.scaled(dy, decay.since_entry_MHQ, order="group")
-        dc = torch.bmm(dbefore, lay.flat_states(states[:, :-1].contiguous()))
+        dbefore = lay.scaled(dy_MQHP, decay.since_entry_MHQ, order="group")
+        dc = torch.bmm(dbefore, lay.flat_states(states[:, :-1]))
         denter = lay.states(torch.bmm(dbefore.transpose(1, 2), c))
         dadded, dstate = pass_states_back(denter, dlast_BHPN, decay.through_MH)
-        db = torch.bmm(lay.scaled(x, dt_MHQ * decay.to_end_MHQ, order="group"), lay.flat_states(dadded))
-        dx_end = torch.bmm(b, lay.flat_states(dadded).transpose(1, 2))
+        flat_dadded = lay.flat_states(dadded)
+        db = torch.bmm(lay.scaled(x_MQHP, self.dt_MHQ * decay.to_end_MHQ, order="group"), flat_dadded)
+        dx_end = torch.bmm(b, flat_dadded.transpose(1, 2))
 
         # inside the chunk
-        dy_head = lay.scaled(dy, torch.ones_like(dt_MHQ), order="head")
+        dy_head = lay.scaled(dy_MQHP, torch.ones_like(self.dt_MHQ), order="head")
+        x_head = lay.scaled(x_MQHP, self.dt_MHQ, order="head")
         inside = decay.inside_MHQQ()
-        dmix = torch.bmm(dy_head, lay.scaled(x, dt_MHQ, order="head").transpose(1, 2)).view_as(inside).mul_(inside)
+        dmix = torch.bmm(dy_head, x_head.transpose(1, 2)).view_as(inside).mul_(inside)
         dpair = dmix.unflatten(1, (lay.groups, lay.share)).sum(2).flatten(0, 1)
         dc.baddbmm_(dpair, b)
         db.baddbmm_(dpair.transpose(1, 2), c)
@@ -234,15 +270,13 @@ class Chunked(torch.autograd.Function):
 
         # Every weight of y_i holds exp(log_keep_i) and every use of x_j holds exp(-log_keep_j), so the gradient of
         # log_keep needs no (Q, Q) matrix: rows give dy*y, columns give dx*x, and the chunk's end has the state's share.
-        dx_dot_x = (dxdt * x).sum(-1)
-        dlog = (dy * y_MQHP).sum(-1).sub_(dx_dot_x * dt_MQH)
+        dx_dot_x = (dxdt * x_MQHP).sum(-1)
+        dlog = (dy_MQHP * lay.tokens(y_BTHP)).sum(-1).sub_(dx_dot_x * dt_MQH)
         dlog[:, -1] += (dadded * states[:, 1:]).sum((-1, -2)).view(lay.m, lay.heads)
         dstep = decay.from_here(dlog)
-        ddt = (dx_dot_x + dstep * a_H).view(dt_BTH.shape)
-        dx = torch.empty(x_BTHP.shape, dtype=x_BTHP.dtype, device=x_BTHP.device)
-        dx.view(dxdt.shape).copy_(dxdt.mul_(dt_MQH[..., None]))
-        da = (dstep * dt_MQH).sum((0, 1))
-        return dx, ddt, da, lay.back(db, b_BTGN), lay.back(dc, c_BTGN), dstate, None, None
+        ddt = (dx_dot_x + dstep * self.a_H).view(lay.batch, -1, lay.heads)
+        dx = dxdt.mul_(dt_MQH[..., None]).view(dy_BTHP.shape)
+        return dx, ddt, (dstep * dt_MQH).sum((0, 1)), lay.back(db), lay.back(dc), dstate
 
 
 def mixing(inside_MHQQ: Tensor, b: Tensor, c: Tensor) -> Tensor:

@@ -12,16 +12,19 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from nautilus.eval.examine import talk
 from nautilus.eval.loss import HeldOut
-from nautilus.recipes import pretrain
+from nautilus.recipes.pretrain import Settings as PretrainSettings
+from nautilus.recipes.pretrain import pretrain
 from nautilus.train.optim import OptimConfig
 
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n    ", "Return the ")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(pretrain.Settings):
+class Settings(PretrainSettings):
     out: Path = field(default=Path("runs/demo"), metadata={"help": "the run's folder; resumed if it is there"})
     steps: int = 500
     rows: int = 16
@@ -32,23 +35,23 @@ class Settings(pretrain.Settings):
 
 
 def main(settings: Settings) -> None:
-    begin, console = time.monotonic(), Console(soft_wrap=True)
-    run, model, prepared = pretrain.train(settings)
-    scores, samples = pretrain.examine(settings, run, model, prepared, {"train it again": "nautilus demo"})
+    begin, console = time.monotonic(), Console(soft_wrap=True, highlight=False)
+    run, scores, samples = pretrain(settings)
     for sample in samples:
         console.rule(style="dim")
-        console.print(sample.prompt, style="bold", end="", markup=False, highlight=False)
-        console.print(sample.completion, markup=False, highlight=False)
+        console.print(Text(sample.prompt, style="bold") + Text(sample.completion, style="none"))
     console.rule(style="dim")
     console.print(summary(scores))
-    minutes = (time.monotonic() - begin) / 60
-    console.print(f"{minutes:.1f} minutes. The report: {run.report}", highlight=False)
-    console.print(f"Talk to it: nautilus chat {run.folder}", highlight=False)
+    console.print(
+        f"{(time.monotonic() - begin) / 60:.1f} minutes, held-out bits per byte {scores.total.bits_per_byte:.3f}"
+    )
+    console.print(f"report      {run.report}\ntalk to it  {talk(run)}")
 
 
 def summary(scores: HeldOut) -> Table:
     """Bits per byte of text the model has not seen, by source, beside two compressors."""
-    table = Table("held-out text", "bytes", "bits per byte", "xz -9e", "bzip2 -9", title="Bits per byte (lower is better)")
+    columns = "held-out text", "bytes", "bits per byte", "xz -9e", "bzip2 -9"
+    table = Table(*columns, title="Bits per byte (lower is better)")
     for score in (*scores.scores, scores.total):
         measured = (score.bits_per_byte, score.xz_bits_per_byte, score.bz2_bits_per_byte)
         table.add_row(score.source, f"{score.bytes:,}", *(f"{value:.3f}" for value in measured))

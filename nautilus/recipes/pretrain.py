@@ -10,24 +10,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
 from nautilus.config import Config, to_dict
 from nautilus.data.corpus import sources
 from nautilus.data.prepare import Prepared, prepare
-from nautilus.eval.loss import HeldOut, held_out
-from nautilus.eval.report import Sample, gather, write_report
+from nautilus.eval.examine import examine, talk
+from nautilus.eval.loss import HeldOut
+from nautilus.eval.material import Sample
 from nautilus.model.language import Language
 from nautilus.model.weights import save_model
 from nautilus.ops.precision import compute_dtype
 from nautilus.presets import toy
 from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
-from nautilus.serve import Engine, Sampling
 from nautilus.train.average import average_checkpoints
 from nautilus.train.checkpoint import Checkpoints, snapshots
 from nautilus.train.loop import fit
-from nautilus.train.objective import pretrain
+from nautilus.train.objective import pretrain as objective
 from nautilus.train.optim import OptimConfig, adamw, schedule
 
 
@@ -45,7 +44,7 @@ class Settings:
     tokenizer: Path | None = setting(None, "folder of a tokenizer to use; none: learn one")
     steps: int = setting(1000, "updates")
     rows: int = setting(16, "rows of a step")
-    micro: int = setting(16, "rows of a micro-batch")
+    micro: int = setting(0, "rows of a micro-batch, 0: all of them")
     length: int = setting(512, "tokens of a row")
     reset: bool = setting(True, "documents of a row do not see each other")
     seed: int = 0
@@ -60,67 +59,54 @@ class Settings:
     average_every: int = setting(50, "updates between those snapshots")
     prompts: tuple[str, ...] = setting(("def main(",), "texts that the report shows continued")
 
+    def __post_init__(self):
+        if self.average * self.average_every > self.steps:
+            raise UserError(
+                f"average={self.average} snapshots, one every average_every={self.average_every} updates, do not fit "
+                f"into steps={self.steps}; lower one of them or raise steps"
+            )
+
 
 def main(settings: Settings) -> None:
-    run, model, prepared = train(settings)
-    scores, _ = examine(settings, run, model, prepared)
+    run, scores, _ = pretrain(settings)
     total = scores.total
-    console = Console(soft_wrap=True)
-    console.print(f"held-out bits per byte {total.bits_per_byte:.4f}, xz {total.xz_bits_per_byte:.4f}")
-    console.print(f"report {run.report}\ntalk to it: nautilus chat {run.folder}", highlight=False)
+    say = Console(soft_wrap=True, highlight=False).print
+    say(f"held-out bits per byte {total.bits_per_byte:.4f}, xz {total.xz_bits_per_byte:.4f}")
+    say(f"report {run.report}\ntalk to it: {talk(run)}")
 
 
-def train(settings: Settings) -> tuple[Run, Language, Prepared]:
-    """The trained model in eval mode, saved in the run's model folder."""
-    if settings.average * settings.average_every > settings.steps:
-        raise UserError(
-            f"average={settings.average} snapshots, one every average_every={settings.average_every}, do not fit into "
-            f"steps={settings.steps}; lower one of them or raise steps"
-        )
+def pretrain(settings: Settings) -> tuple[Run, HeldOut, Sequence[Sample]]:
+    """The whole stage: text, training, saved model, report."""
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings))
     found = sources(settings.data, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
     prepared = prepare(found, run.folder / "data", vocab=settings.model.vocab, tokenizer=settings.tokenizer)
-    if prepared.tokenizer.vocab > settings.model.vocab:
-        raise UserError(
-            f"the tokenizer has {prepared.tokenizer.vocab} words but model.vocab={settings.model.vocab}; raise "
-            f"model.vocab or use another tokenizer"
-        )
+    model = train(settings, run, prepared).eval()
+    texts = {name: corpus.fingerprint[:12] for name, corpus in prepared.corpora.items()}
+    facts = {"text": ", ".join(f"{name} {mark}" for name, mark in texts.items()), "steps": f"{settings.steps:,}"}
+    save_model(model, run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=facts)
+    start = None if settings.reset else prepared.tokenizer.document_end
+    asked = examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
+    return run, *asked
+
+
+def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
     model = Language(replace(settings.model, eos=prepared.tokenizer.stop)).initialise(settings.seed)
     model.compute = compute_dtype(settings.compute)
-    rows = {"length": settings.length, "rows": settings.rows, "micro": settings.micro}
+    size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
+    kept = settings.average_every if settings.average else 0
     fit(
         model,
-        prepared.stream(**rows, seed=settings.seed, reset=settings.reset),
-        pretrain(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
+        prepared.stream(**size, seed=settings.seed, reset=settings.reset),
+        objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         adamw(model, settings.optim),
         steps=settings.steps,
         schedule=schedule(settings.optim, settings.steps),
         clip=settings.optim.clip,
         balance=settings.balance,
-        checkpoints=Checkpoints(
-            run=run, every=settings.save_every, snapshots=settings.average_every if settings.average else 0
-        ),
+        checkpoints=Checkpoints(run=run, every=settings.save_every, snapshots=kept),
         health_every=10,
     )
     if settings.average:
         model.load_state_dict(average_checkpoints(snapshots(run)[-settings.average :]))
-    facts = {"text": ", ".join(f"{name} {c.fingerprint[:12]}" for name, c in prepared.corpora.items())}
-    save_model(model, run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=facts)
-    return run, model.eval(), prepared
-
-
-def examine(
-    settings: Settings, run: Run, model: Language, prepared: Prepared, commands: dict[str, str] | None = None
-) -> tuple[HeldOut, Sequence[Sample]]:
-    """Held-out loss and completions; both also go into the run's report."""
-    tokenizer = prepared.tokenizer
-    start = None if settings.reset else tokenizer.document_end
-    scores = held_out(model, tokenizer.encode, prepared.held_out(), start=start)
-    sampling = Sampling(temperature=0.7, top_p=0.95, max_tokens=96)
-    answers = Engine(model, tokenizer).generate(settings.prompts, sampling)
-    samples = [Sample(prompt=p, completion=a.text) for p, a in zip(settings.prompts, answers, strict=True)]
-    talk = {"talk to it": f"nautilus chat {run.folder}"}
-    report = gather(run, model.config, held_out=scores, samples=samples, commands=(commands or {}) | talk)
-    write_report(run.report, report)
-    return scores, samples
+    return model

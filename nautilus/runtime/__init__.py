@@ -4,7 +4,7 @@ from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full
 from nautilus.runtime.files import atomic_folder, repair, write_atomic
 from nautilus.runtime.memory import keep_memory
 from nautilus.runtime.progress import Progress, read_metrics
-from nautilus.runtime.run import Run, continue_or_create, is_run
+from nautilus.runtime.run import Run, continue_or_create, is_run, program
 
 __all__ = [
     "DISK_FULL",
@@ -17,6 +17,7 @@ __all__ = [
     "disk_full",
     "is_run",
     "keep_memory",
+    "program",
     "read_metrics",
     "repair",
     "write_atomic",

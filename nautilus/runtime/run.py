@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,6 +59,15 @@ class Run:
     @property
     def settings(self) -> dict:
         return json.loads(self.config.read_text())["settings"]
+
+
+def program() -> str:
+    """How to call this program again, for commands that are shown to be pasted."""
+    called = Path(sys.argv[0])
+    if called.name != "nautilus":
+        return "nautilus" if shutil.which("nautilus") else f"{Path(sys.executable).name} -m nautilus"
+    found = shutil.which("nautilus")
+    return "nautilus" if found and Path(found).samefile(called) else str(called)
 
 
 def continue_or_create(folder: str | Path, settings: dict) -> Run:

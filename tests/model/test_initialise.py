@@ -99,9 +99,7 @@ def test_convolutions_are_uniform_within_one_over_the_root_of_the_taps(weights):
         bound_and_spread(weights[f"backbone.layers.0.mixer.conv1d.{name}"], 4)
 
 
-@pytest.mark.parametrize(
-    "name", ["weight", pytest.param("bias", marks=pytest.mark.xfail(strict=True, reason="the bias assumes four taps"))]
-)
+@pytest.mark.parametrize("name", ["weight", "bias"])
 def test_convolutions_of_other_taps_are_uniform_within_their_own_bound(name):
     config = dataclasses.replace(CONFIG, layers=lay("M", dataclasses.replace(KINDS[0], taps=9)), mtp=())
     bound_and_spread(Language(config).initialise(0).state_dict()[f"backbone.layers.0.mixer.conv1d.{name}"], 9)

@@ -149,7 +149,6 @@ def test_rows_of_a_state_go_on_in_any_order_and_number(name, twin):
         same(got, want[:, 8:])
 
 
-@pytest.mark.xfail(strict=True, reason="the convolution's tail is a view of the whole padded input")
 @torch.no_grad()
 def test_a_state_holds_on_to_no_more_than_it_remembers(twin):
     """A long prefill leaves three inputs of the convolution behind, not all of them."""
@@ -158,7 +157,6 @@ def test_a_state_holds_on_to_no_more_than_it_remembers(twin):
     assert tail_BRC.untyped_storage().nbytes() <= 2 * tail_BRC.nbytes
 
 
-@pytest.mark.xfail(strict=True, reason="Cache.append looks at the keys' requires_grad, not at the queries'")
 def test_calls_that_train_the_queries_alone_can_share_a_cache(stir):
     """Keys without a gradient are written in place; no attention of an earlier call may need what was there before."""
     model = stir(shrink(preset("llama_3_1_8b")))

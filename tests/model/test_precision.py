@@ -49,6 +49,11 @@ ON_PURPOSE = {
     ("ops.ssd", "copy_"),
     ("ops.norm", "mul"),
     ("ops.norm", "mul_"),
+    ("ops.norm", "copy_"),
+    ("ops.conv", "copy_"),
+    ("ops.attention", "add_"),
+    ("ops.attention", "copy_"),
+    ("ops.loss", "mul"),
     ("ops.loss", "copy_"),
     ("ops.loss", "add_"),
     ("autograd", "_scaled_dot_product_flash_attention_for_cpu_backward"),
@@ -59,8 +64,7 @@ def test_every_cast_is_written_down(name, stir):
     """float32 masters, bf16 compute, forward, backward and decode: no operation promotes one side in silence."""
     model = stir(shrink(preset(name)), dtype=torch.float32).train()
     model.compute = torch.bfloat16
-    for mixer in model.experts_mixers().values():
-        mixer.aux_weight = 1e-3
+    model.collect_balance(True)
     tokens_BT, document_BT = tokens(), torch.tensor([[0] * 5 + [1] * 14] * 2)
     with Promotions() as promotions:
         hidden_BTD, state = model.hidden(tokens_BT, document_BT=document_BT)

@@ -55,6 +55,7 @@ def test_rows_of_a_cache_are_caches_of_their_own(amounts, rows):
     assert same_tokens(grown, [k[index] for k in [*k_list, k]]) and same_tokens(cache, k_list)
 
 
+@torch.no_grad()
 def test_a_long_chain_of_single_tokens_moves_a_few_times_only():
     """Doubling: 200 appends of one token copy the past at most log2(200) + 1 times, not 200 times."""
     draw = torch.Generator().manual_seed(0)

@@ -100,10 +100,7 @@ def test_nan_in_another_document_or_in_its_tail_is_not_felt(function, poison, pu
     close("dx", grads["x_BTC"][:, 4:], want_grads["x_BTC"][:, 4:], 1e-15)
 
 
-LEAKY = pytest.mark.xfail(strict=True, reason="Border.add_gradient multiplies by the mask; 0 times NaN is NaN")
-
-
-@pytest.mark.parametrize("function", [causal_conv_reference, pytest.param(causal_conv_shifted, marks=LEAKY)])
+@pytest.mark.parametrize("function", FORMS)
 def test_nan_flowing_back_into_one_document_does_not_reach_the_one_before(function):
     t, reach_BT = inputs(9), reaches([{4}, {4}], 9)
     x = t.pop("x_BTC").requires_grad_()

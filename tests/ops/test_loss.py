@@ -135,7 +135,6 @@ def test_gradients_are_those_of_finite_differences(function):
     assert torch.autograd.gradcheck(call, list(leaves.values()))
 
 
-@pytest.mark.xfail(strict=True, reason="the chunked form returns None for weight_R, without a word")
 def test_a_weight_that_asks_for_a_gradient_gets_one_or_an_error(pushed):
     t = inputs(5, weights=True)
     _, want = pushed(weighted_nll_reference, t)
@@ -146,9 +145,6 @@ def test_a_weight_that_asks_for_a_gradient_gets_one_or_an_error(pushed):
     torch.testing.assert_close(got["weight_R"], want["weight_R"])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the gradients saved by the forward count as constants; once_differentiable says so"
-)
 def test_a_second_derivative_is_right_or_refused():
     t, found = inputs(5, weights=True), []
     hidden_RD = t.pop("hidden_RD").requires_grad_()

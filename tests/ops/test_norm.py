@@ -63,7 +63,6 @@ def test_fused_norms_equal_their_references_with_every_gradient(shape, same):
         same(gated(gated_group_norm_fused, groups), gated(gated_group_norm_reference, groups), t)
 
 
-@pytest.mark.xfail(strict=True, reason="flatten(0, -2) in the fused backward needs two axes; the references do not")
 def test_a_single_row_without_other_axes_is_taken_too(same):
     one, two = (partial(f, eps=EPS) for f in (rms_norm_fused, rms_norm_reference))
     same(one, two, inputs((12,)))
