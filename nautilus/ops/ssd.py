@@ -109,9 +109,10 @@ class Decay:
         self.to_end_MHQ = (self.log_keep_MHQ[..., -1:] - self.log_keep_MHQ).exp()
         self.through_MH = self.since_entry_MHQ[..., -1]
         if self.document_MQ is not None:
-            self.since_entry_MHQ = self.since_entry_MHQ * (self.document_MQ == 0)[:, None]
-            self.to_end_MHQ = self.to_end_MHQ * (self.document_MQ == self.document_MQ[:, -1:])[:, None]
-            self.through_MH = self.through_MH * (self.document_MQ[:, -1] == 0)[:, None]
+            # Filled, not multiplied: between documents, whose sums are unrelated, an exponential may be infinite.
+            self.since_entry_MHQ.masked_fill_((self.document_MQ != 0)[:, None], 0)
+            self.to_end_MHQ.masked_fill_((self.document_MQ != self.document_MQ[:, -1:])[:, None], 0)
+            self.through_MH = self.since_entry_MHQ[..., -1]
 
     def inside_MHQQ(self) -> Tensor:
         """exp of the decay from column's token to row's token; zero above the diagonal and across documents."""

@@ -197,3 +197,19 @@ def test_the_chosen_form_is_the_chunked_one_unless_another_is_forced(monkeypatch
     assert torch.equal(ssd(**t, chunk=4)[0], ssd_chunked(**t, chunk=4)[0])
     monkeypatch.setenv("NAUTILUS_OPS", "reference")
     assert torch.equal(ssd(**t, chunk=4)[0], ssd_reference(**t)[0])
+
+
+def test_a_long_decay_before_a_border_neither_overflows_nor_blurs_what_follows(pushed, close):
+    """Sums of dt * a restart at a border; the factor from an earlier document to the chunk's end must stay zero."""
+    t = inputs(16, 4, 2)
+    t["dt_BTH"][:, :10] = 40.0
+    start_BT = torch.zeros(BATCH, 16, dtype=torch.bool)
+    start_BT[:, 10] = True
+    (want, last), want_grads = pushed(partial(ssd_reference, start_BT=start_BT), t)
+    narrow = {name: value.float() for name, value in t.items()}
+    (got, state), grads = pushed(partial(ssd_chunked, start_BT=start_BT, chunk=16), narrow)
+    close("y", got[:, 10:].double(), want[:, 10:], 1e-6)
+    close("state", state.double(), last, 1e-6)
+    for name in ("x_BTHP", "b_BTGN", "c_BTGN", "dt_BTH"):
+        assert grads[name].isfinite().all()
+        close(name, grads[name][:, 10:].double(), want_grads[name][:, 10:], 1e-5)
