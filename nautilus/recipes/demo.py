@@ -26,11 +26,11 @@ PROMPTS = ("def read_lines(path):\n", "class Queue:\n    ", "Return the ")
 @dataclass(frozen=True, kw_only=True)
 class Settings(PretrainSettings):
     out: Path = field(default=Path("runs/demo"), metadata={"help": "the run's folder; resumed if it is there"})
-    steps: int = 500
-    rows: int = 16
+    steps: int = 560
+    rows: int = 8
     length: int = 256
     max_bytes: int = 6_000_000
-    optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=30, decay=0.3)
+    optim: OptimConfig = OptimConfig(lr=5e-3, min_lr=5e-5, warmup=40, decay=0.3)
     prompts: tuple[str, ...] = PROMPTS
 
 
