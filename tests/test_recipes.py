@@ -7,11 +7,15 @@ import json
 import pathlib
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import nautilus
 from nautilus.cli import main
 from nautilus.cli.command import COMMANDS
 from nautilus.runtime import Run, read_metrics
+from nautilus.train.average import merge_coefficients
+from nautilus.train.checkpoint import snapshots
 
 FOLDER = pathlib.Path(nautilus.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
@@ -67,9 +71,21 @@ def test_a_training_recipe_leaves_a_whole_run(name, places, tmp_path, capsys):
     left = Run.open(out)
     assert [row["step"] for row in read_metrics(left.metrics)] == [0, 1]
     assert left.report.read_text().startswith("<!DOCTYPE html>") or "<html" in left.report.read_text()
+    assert left.picture.read_bytes().startswith(b"\x89PNG")
     model, tokenizer = nautilus.load(out)
     assert model.config.vocab == 400 and tokenizer.encode("comes before")
     assert json.loads(left.config.read_text())["settings"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_final_weights_can_be_an_average_of_snapshots(places, tmp_path):
+    words = TRIED["pretrain"].format(text=places["text"], out=tmp_path / "out").split()
+    assert main(["pretrain", *words, "average=2", "average_every=1"]) == 0
+    parts = [load_file(folder / "model.safetensors") for folder in snapshots(Run(tmp_path / "out"))]
+    weights = nautilus.load(tmp_path / "out")[0].state_dict()
+    first, second = merge_coefficients(2)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, first * parts[0][name] + second * parts[1][name])
 
 
 @pytest.mark.slow

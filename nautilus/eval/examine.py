@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.eval import charts
 from nautilus.eval.loss import HeldOut, held_out
 from nautilus.eval.material import Sample
-from nautilus.eval.report import gather, write_report
+from nautilus.eval.report import gather, write_picture, write_report
 from nautilus.model.language import Language
 from nautilus.runtime import Run, program
 from nautilus.serve import Engine, Sampling
@@ -33,7 +34,10 @@ def examine(
     note = f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}"
     samples = [Sample(prompt=p, completion=a.text, note=note) for p, a in zip(prompts, answers, strict=True)]
     commands = {"talk to it": talk(run), "look inside": f"{program()} info {run.folder}"}
-    write_report(run.report, gather(run, model.config, held_out=scores, samples=samples, commands=commands))
+    report = gather(run, model.config, held_out=scores, samples=samples, commands=commands)
+    write_report(run.report, report)
+    if charts.missing() is None:
+        write_picture(run.picture, report)
     return scores, samples
 
 

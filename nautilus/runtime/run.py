@@ -17,7 +17,7 @@ class Run:
 
     config.json    the stage's settings          model/         a plain Hugging Face checkpoint folder
     metrics.jsonl  one line per step             state/         what resuming needs
-    report.html    for people
+    report.html    for people; report.png is its summary in one picture
     """
 
     def __init__(self, folder: str | Path):
@@ -27,6 +27,7 @@ class Run:
         self.state = self.folder / "state"
         self.metrics = self.folder / "metrics.jsonl"
         self.report = self.folder / "report.html"
+        self.picture = self.folder / "report.png"
 
     @staticmethod
     def create(folder: str | Path, settings: dict) -> Run:

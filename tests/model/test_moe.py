@@ -4,7 +4,7 @@ import torch
 from nautilus.config import Experts
 from nautilus.model.language import Language
 from nautilus.model.moe import ExpertsMixer
-from nautilus.model.state import place
+from nautilus.model.state import Span
 from nautilus.presets import preset, shrink
 
 WIDTH = 10
@@ -35,7 +35,7 @@ def hidden(seed=5, rows=2, time=7, dtype=torch.float64):
 
 
 def run(mixer, hidden_BTD):
-    return mixer(hidden_BTD, place(None, None, *hidden_BTD.shape[:2], hidden_BTD.device), None)[0]
+    return mixer(hidden_BTD, Span(0, torch.arange(hidden_BTD.shape[1])), None)[0]
 
 
 def choose(w, layer, x):
