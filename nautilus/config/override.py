@@ -15,55 +15,92 @@ import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from nautilus.config.layer import KINDS, Layer, lay, require
 
 
+class Change(NamedTuple):
+    """What is left of one override on its way down: the rest of its path, its value, its name as it was written."""
+
+    path: list[str]
+    value: str
+    full: str
+
+
 def apply_overrides(settings, overrides: Sequence[str]):
-    """A copy of `settings` with each `path=value` applied in turn; the first wrong one is a ValueError."""
+    """A copy of `settings` with every `path=value` applied; the first wrong one is a ValueError.
+
+    A record is built once, with all that changes in it: settings that depend on one another may come in any order.
+    Where one setting is given twice the later one counts.
+    """
+    changes = []
     for text in overrides:
         path, equals, value = text.partition("=")
         require(bool(equals and path), f"{text!r} is not of the form name=value")
         # A hyphen equals an underscore, but alone it is the letter of MLP layers.
         parts = [part if part == "-" else part.replace("-", "_") for part in path.split(".")]
-        settings = change(settings, parts, value, path)
-    return settings
+        changes.append(Change(parts, value, path))
+    return changed(settings, changes)
 
 
-def change(settings, path: list[str], value: str, full: str):
+def changed(settings, changes: Sequence[Change]):
+    """The record with the changes made in it and in the records inside."""
+    by_name: dict[str, list[Change]] = {}
+    for change in changes:
+        require_name(settings, change)
+        by_name.setdefault(change.path[0], []).append(change._replace(path=change.path[1:]))
+    return dataclasses.replace(settings, **{name: new_value(settings, name, inner) for name, inner in by_name.items()})
+
+
+def require_name(settings, change: Change) -> None:
     names = [field.name for field in dataclasses.fields(settings)]
-    if path[0] not in names:
-        near = difflib.get_close_matches(path[0], names, n=1)
-        hint = f"did you mean {'.'.join([*full.split('.')[: -len(path)], near[0]])!r}?" if near else f"have {names}"
-        raise ValueError(f"no setting {full!r}; {hint}")
-    old, hint = getattr(settings, path[0]), typing.get_type_hints(type(settings))[path[0]]
-    if isinstance(old, tuple) and "Layer" in str(settings.__annotations__.get(path[0], "")):
-        new = change_layers(old, path[1:], value, full, donors=(*settings.layers, *settings.mtp))
-    elif len(path) > 1:
-        require(dataclasses.is_dataclass(record_type(hint)), f"{full!r}: {path[0]!r} is a plain value, set it directly")
-        new = change(old if old is not None else record_type(hint)(), path[1:], value, full)
-    else:
-        new = parse(value, hint, full)
-    return replaced(settings, path[0], new)
+    if change.path[0] in names:
+        return
+    near = difflib.get_close_matches(change.path[0], names, n=1)
+    ahead = change.full.split(".")[: -len(change.path)]
+    hint = f"did you mean {'.'.join([*ahead, near[0]])!r}?" if near else f"have {names}"
+    raise ValueError(f"no setting {change.full!r}; {hint}")
 
 
-def replaced(settings, name: str, new):
-    return dataclasses.replace(settings, **{name: new})
+def new_value(settings, name: str, changes: list[Change]):
+    old, hint = getattr(settings, name), typing.get_type_hints(type(settings))[name]
+    if isinstance(old, tuple) and "Layer" in str(settings.__annotations__.get(name, "")):
+        return changed_layers(old, changes, donors=(*settings.layers, *settings.mtp))
+    inside = [change for change in changes if change.path]
+    for change in changes:
+        if not change.path:
+            old = parse(change.value, hint, change.full)
+    if not inside:
+        return old
+    kind = record_type(hint)
+    require(dataclasses.is_dataclass(kind), f"{inside[0].full!r}: {name!r} is a plain value, set it directly")
+    return changed(kind() if old is None else old, inside)
 
 
-def change_layers(old: tuple[Layer, ...], path: list[str], value: str, full: str, donors: tuple[Layer, ...]):
-    if not path:
-        first_of_kind = {layer.letter: layer for layer in reversed(donors)}
-        return lay(value, *first_of_kind.values())
-    require(len(path) > 1, f"{full}={value!r}: name the setting too, such as {full}.heads=8")
-    if path[0].isdigit():
-        chosen = [int(path[0])]
-        require(chosen[0] < len(old), f"{full!r}: layer {path[0]} does not exist, the model has 0..{len(old) - 1}")
-    else:
-        require(path[0] in KINDS, f"{full!r}: {path[0]!r} is neither a layer number nor one of {' '.join(KINDS)}")
-        chosen = [i for i, layer in enumerate(old) if layer.letter == path[0]]
-        require(bool(chosen), f"{full!r}: the model has no layer of kind {path[0]!r}")
-    return tuple(change(layer, path[1:], value, full) if i in chosen else layer for i, layer in enumerate(old))
+def changed_layers(layers: tuple[Layer, ...], changes: list[Change], donors: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """A new pattern first, then the settings of single layers and of kinds."""
+    for change in changes:
+        if not change.path:
+            first_of_kind = {layer.letter: layer for layer in reversed(donors)}
+            layers = lay(change.value, *first_of_kind.values())
+    inside: dict[int, list[Change]] = {}
+    for change in changes:
+        for index in chosen_layers(layers, change) if change.path else ():
+            inside.setdefault(index, []).append(change._replace(path=change.path[1:]))
+    return tuple(changed(layer, inside[i]) if i in inside else layer for i, layer in enumerate(layers))
+
+
+def chosen_layers(layers: tuple[Layer, ...], change: Change) -> list[int]:
+    (which, *rest), full = change.path, change.full
+    require(bool(rest), f"{full}={change.value!r}: name the setting too, such as {full}.heads=8")
+    if which.isdigit():
+        require(int(which) < len(layers), f"{full!r}: layer {which} does not exist, the model has 0..{len(layers) - 1}")
+        return [int(which)]
+    require(which in KINDS, f"{full!r}: {which!r} is neither a layer number nor one of {' '.join(KINDS)}")
+    found = [i for i, layer in enumerate(layers) if layer.letter == which]
+    require(bool(found), f"{full!r}: the model has no layer of kind {which!r}")
+    return found
 
 
 def record_type(hint):

@@ -122,3 +122,15 @@ def test_the_letter_of_an_mlp_layer_is_not_taken_for_an_underscore():
 def test_a_wrong_setting_says_what_is_wrong_with_it(text, message):
     with pytest.raises(ValueError, match=message):
         changed(text)
+
+
+def test_settings_that_depend_on_one_another_may_come_in_any_order():
+    for pair in (["layers.E.experts=2", "layers.E.active=1"], ["layers.E.active=1", "layers.E.experts=2"]):
+        (layer,) = {layer for layer in apply_overrides(CONFIG, pair).layers if layer.letter == "E"}
+        assert (layer.experts, layer.active) == (2, 1)
+    for pair in (["layers=MM", "layers.1.heads=4"], ["layers.1.heads=4", "layers=MM"]):
+        assert [layer.heads for layer in apply_overrides(CONFIG, pair).layers] == [8, 4]
+
+
+def test_the_later_of_two_values_counts():
+    assert apply_overrides(CONFIG, ["width=64", "width=128"]).width == 128
