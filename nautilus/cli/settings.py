@@ -17,14 +17,14 @@ TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 
 def resolve(kind: type, words: Sequence[str]):
-    """The record that the words ask for: `kind()` with each `a.b=v`, `--a.b=v`, `--a.b v` and MODEL applied in turn."""
-    settings = kind()
+    """The record that the words ask for: `kind()` with MODEL and then every `a.b=v`, `--a.b=v`, `--a.b v` applied."""
+    settings, overrides = kind(), []
     for name, value in assignments(words, switches(kind)):
         if name == "model" and typing.get_type_hints(kind).get("model") is Config:
             settings = dataclasses.replace(settings, model=preset(value))
         else:
-            settings = apply_overrides(settings, [f"{name}={value}"])
-    return settings
+            overrides.append(f"{name}={value}")
+    return apply_overrides(settings, overrides)
 
 
 def switches(kind: type) -> set[str]:

@@ -85,7 +85,7 @@ def test_a_new_pattern_keeps_the_sizes_of_each_kind():
 def test_one_setting_of_a_kind_of_one_layer_and_of_a_record_inside():
     got = apply_overrides(CONFIG, ["layers.M.heads=16", "layers.4.groups=4", "layers.*.rotary.theta=500000"])
     assert [layer.heads for layer in got.layers if isinstance(layer, Mamba)] == [16, 16]
-    assert [layer.groups for layer in got.layers if isinstance(layer, Mamba)] == [8, 4]
+    assert [layer.groups for layer in got.layers if isinstance(layer, Mamba)] == [8, 16]
     assert got.layers[2] == replace(ATTENTION, rotary=Rotary(theta=5e5))
     assert got.mtp == CONFIG.mtp
 
@@ -128,8 +128,8 @@ def test_settings_that_depend_on_one_another_may_come_in_any_order():
     for pair in (["layers.E.experts=2", "layers.E.active=1"], ["layers.E.active=1", "layers.E.experts=2"]):
         (layer,) = {layer for layer in apply_overrides(CONFIG, pair).layers if layer.letter == "E"}
         assert (layer.experts, layer.active) == (2, 1)
-    for pair in (["layers=MM", "layers.1.heads=4"], ["layers.1.heads=4", "layers=MM"]):
-        assert [layer.heads for layer in apply_overrides(CONFIG, pair).layers] == [8, 4]
+    for pair in (["layers=MM", "layers.1.heads=16"], ["layers.1.heads=16", "layers=MM"]):
+        assert [layer.heads for layer in apply_overrides(CONFIG, pair).layers] == [8, 16]
 
 
 def test_the_later_of_two_values_counts():
