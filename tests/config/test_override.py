@@ -85,7 +85,7 @@ def test_a_new_pattern_keeps_the_sizes_of_each_kind():
 def test_one_setting_of_a_kind_of_one_layer_and_of_a_record_inside():
     got = apply_overrides(CONFIG, ["layers.M.heads=16", "layers.4.groups=4", "layers.*.rotary.theta=500000"])
     assert [layer.heads for layer in got.layers if isinstance(layer, Mamba)] == [16, 16]
-    assert [layer.groups for layer in got.layers if isinstance(layer, Mamba)] == [8, 16]
+    assert [layer.groups for layer in got.layers if isinstance(layer, Mamba)] == [8, 4]
     assert got.layers[2] == replace(ATTENTION, rotary=Rotary(theta=5e5))
     assert got.mtp == CONFIG.mtp
 
