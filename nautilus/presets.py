@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 
 from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing, Rotary, lay
 
@@ -143,7 +144,9 @@ PRESETS = {
 
 def preset(name: str) -> Config:
     if name not in PRESETS:
-        raise ValueError(f"no preset {name!r}; have {', '.join(PRESETS)}")
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {near[0]!r}? Have" if near else "have"
+        raise ValueError(f"no preset {name!r}; {hint} {', '.join(PRESETS)}")
     return PRESETS[name]()
 
 

@@ -197,13 +197,16 @@ def test_an_error_ends_in_one_message(play, capsys, error, status, message):
         main(["play", "--traceback"])
 
 
-def test_a_bug_of_ours_keeps_its_traceback(play):
+def test_a_bug_of_ours_is_one_line_too_and_says_how_to_see_more(play, capsys):
     def fail(settings):
         raise KeyError("ours")
 
     play.does(fail)
+    assert main(["play"]) == 1
+    shown = capsys.readouterr().err
+    assert "failed: KeyError: 'ours'" in shown and "--traceback" in shown and len(shown.splitlines()) == 1
     with pytest.raises(KeyError):
-        main(["play"])
+        main(["play", "--traceback"])
 
 
 def test_a_failing_command_gives_its_status(play):

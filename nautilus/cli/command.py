@@ -46,6 +46,11 @@ Settings are written a.b=v or --a.b v; a hyphen equals an underscore. Every comm
 """
 
 
+MISTAKES = (ValueError, OSError, ImportError)
+# Nothing that a person gives should lead here; where it does, one line is still better than a page.
+FAILURES = (RuntimeError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
     given = list(sys.argv[1:] if words is None else words)
@@ -59,8 +64,10 @@ def main(words: Sequence[str] | None = None) -> int:
         # The reader (`| head`) has gone; without this Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, OSError, ImportError) as bad:
+    except MISTAKES as bad:
         return complain(explain(bad), 2)
+    except FAILURES as bad:
+        return complain(f"failed: {type(bad).__name__}: {bad} (add --traceback to see where)", 1)
 
 
 def complain(message: str, status: int) -> int:
@@ -72,7 +79,7 @@ def explain(bad: Exception) -> str:
     if isinstance(bad, UserError):
         return str(bad)
     if isinstance(bad, OSError) and bad.errno in DISK_FULL:
-        return str(disk_full(Path(bad.filename or ".")))
+        return str(disk_full(Path(bad.filename))) if bad.filename else "cannot write the output: the disk is full"
     return f"{str(bad) or type(bad).__name__} (add --traceback to see where)"
 
 

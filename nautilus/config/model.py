@@ -46,6 +46,7 @@ class Config:
     def __post_init__(self):
         require(self.vocab >= 1 and self.width >= 1, f"vocab={self.vocab} and width={self.width} must be positive")
         require(len(self.layers) > 0, "layers is empty; a model needs at least one layer")
+        require(self.positions >= 1, f"positions={self.positions} must be at least 1")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require(self.init_std >= 0, f"init_std={self.init_std} must be 0 (0.9/sqrt(width)) or positive")
         strange = [layer for layer in self.mtp if not isinstance(layer, (Attention, Experts))]

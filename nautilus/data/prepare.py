@@ -13,7 +13,7 @@ from nautilus.data.corpus import Corpus, Source, survey
 from nautilus.data.mix import Stream
 from nautilus.data.shard import Shard, encode_corpus
 from nautilus.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, atomic_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +49,13 @@ def prepare(sources: tuple[Source, ...], cache: Path, *, vocab: int, tokenizer: 
             corpora[source.name] = survey(source)
             progress.advance(task)
         words = tokenizer or cache / f"tokenizer-{vocab}-{'-'.join(c.fingerprint[:8] for c in corpora.values())}"
+        if tokenizer is not None and not (words / "tokenizer.json").exists():
+            raise UserError(f"tokenizer={words} holds no tokenizer.json; give the folder of one, or leave it out")
         if not (words / "tokenizer.json").exists():
             task = progress.add_task("learning the tokenizer", total=sum(c.train_bytes for c in corpora.values()))
             trained = train_tokenizer(texts(corpora, progress, task), vocab=vocab, template=None)
-            trained.save(words)
+            with atomic_folder(words) as fresh:
+                trained.save(fresh)
         loaded = load_tokenizer(words)
         if loaded.vocab > vocab:
             raise UserError(

@@ -45,7 +45,8 @@ def walk(root: Path) -> list[tuple[str, Path]]:
     for folder, below, files in os.walk(root):
         below[:] = [name for name in below if not name.startswith(".")]
         paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        found += [(path.relative_to(root).as_posix(), path) for path in paths]
+        # Regular files only: a pipe would be waited for without end.
+        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
     return sorted(found)
 
 

@@ -142,7 +142,7 @@ def render_template(template: str, variables: dict) -> str:
     """The text of any template, ours or a checkpoint's own."""
     try:
         return compiled(template).render(variables)
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError) as bad:
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as bad:
         raise UserError(
             f"the chat template cannot render these messages: {bad}; check roles, content and tools"
         ) from bad

@@ -34,6 +34,7 @@ CONTROL = (
     ("<tool_response>", False),
     ("</tool_response>", False),
 )
+PAD = "<unk>"  # id 0, as in the released files; never produced by byte-level text
 SMALLEST = len(CONTROL) + 256  # control tokens and one token per byte
 
 # Words with one mark or blank before them; single digits, so that numbers have one spelling; runs of marks with the
@@ -157,6 +158,7 @@ class Tokenizer:
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{name: word for name, word in self.words.items() if word},
+            **({"pad_token": PAD} if PAD in self.control else {}),
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
             **({"chat_template": self.template} if self.template is not None else {}),
@@ -217,14 +219,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     plan, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if "model" not in plan:
         raise UserError(f"{folder / 'tokenizer.json'} has no 'model'; it is not a file of the tokenizers library")
-    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    bos, eos = word_of(config.get("bos_token")), word_of(config.get("eos_token"))
-    if eos is None:
+    try:
+        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as bad:  # the tokenizers library raises nothing narrower
+        raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
+    try:
+        bos, eos = word_of(config.get("bos_token")), word_of(config.get("eos_token"))
+        stop = read_json(folder / "generation_config.json").get("eos_token_id") or []
+        stops = [int(id) for id in ([stop] if isinstance(stop, int) else stop)]
+        template = template_of(folder, config)
+    except (TypeError, LookupError, AttributeError, ValueError) as bad:
+        raise UserError(f"the tokenizer's settings in {folder} are not as transformers writes them: {bad}") from bad
+    if not isinstance(eos, str):
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it so that a completion can end")
-    stop = read_json(folder / "generation_config.json").get("eos_token_id") or []
-    return Tokenizer(
-        core, bos=bos, eos=eos, template=template_of(folder, config), stop=[stop] if isinstance(stop, int) else stop
-    )
+    return Tokenizer(core, bos=bos, eos=eos, template=template, stop=stops)
 
 
 def read_json(path: Path) -> dict:
@@ -232,9 +240,12 @@ def read_json(path: Path) -> dict:
     if not path.exists():
         return {}
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as bad:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as bad:
         raise UserError(f"cannot read {path}: {bad}; copy it again from where the checkpoint came from") from bad
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds {type(document).__name__}, not an object; copy it again")
+    return document
 
 
 def word_of(entry) -> str | None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 
+from nautilus.data.prepare import bars
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import charts
 from nautilus.eval.loss import HeldOut, held_out
@@ -24,21 +27,36 @@ def examine(
     *,
     prompts: Sequence[str],
     start: int | None = None,
-) -> tuple[HeldOut, Sequence[Sample]]:
+) -> tuple[HeldOut | None, Sequence[Sample]]:
     """Scores `texts`, a mapping from source to held-out documents, continues `prompts`, and writes the report.
 
-    `start` is the token that stood before every document in training, if any did.
+    Without texts there are no scores. `start` is the token that stood before every document in training, if any did.
     """
-    scores = held_out(model, tokenizer.encode, texts, start=start)
-    answers = Engine(model, tokenizer).generate(prompts, SAMPLING)
+    with bars() as progress:
+        task = progress.add_task("scoring held-out text", total=None)
+        watch = lambda done, total: progress.update(task, completed=done, total=total)
+        scores = held_out(model, tokenizer.encode, texts, start=start, watch=watch) if texts else None
+        last = progress.add_task("writing the report", total=2)
+        answers = Engine(model, tokenizer).generate(prompts, SAMPLING)
+        progress.advance(last)
+        samples = write_all(run, model, scores, prompts, [answer.text for answer in answers])
+        progress.advance(last)
+    return scores, samples
+
+
+def write_all(
+    run: Run, model: Language, scores: HeldOut | None, prompts: Sequence[str], answers: Sequence[str]
+) -> Sequence[Sample]:
+    """The report, and its picture where matplotlib is there."""
     note = f"temperature {SAMPLING.temperature}, top-p {SAMPLING.top_p}"
-    samples = [Sample(prompt=p, completion=a.text, note=note) for p, a in zip(prompts, answers, strict=True)]
-    commands = {"talk to it": talk(run), "look inside": f"{program()} info {run.folder}"}
+    samples = [Sample(prompt=p, completion=a, note=note) for p, a in zip(prompts, answers, strict=True)]
+    again = shlex.join([program(), *sys.argv[1:]])
+    commands = {"train it": again, "talk to it": talk(run), "look inside": f"{program()} info {run.folder}"}
     report = gather(run, model.config, held_out=scores, samples=samples, commands=commands)
     write_report(run.report, report)
     if charts.missing() is None:
         write_picture(run.picture, report)
-    return scores, samples
+    return samples
 
 
 def talk(run: Run) -> str:

@@ -80,7 +80,7 @@ def write_picture(path: str | Path, report: Report) -> None:
     parts = []
     loss, held_out = series(report.rows, "loss"), report.held_out
     if loss is not None:
-        parts.append(("Training loss", charts.draw_loss, (thin(smooth(loss)),)))
+        parts.append(("Training loss, all terms", charts.draw_loss, (thin(smooth(loss)),)))
     if held_out is not None and held_out.loads:
         parts.append(("Load of each expert on held-out text", charts.draw_loads, (held_out.loads,)))
     if held_out is not None:

@@ -29,7 +29,7 @@ def headline(report: Report) -> str:
     loss = series(report.rows, "next_token") or series(report.rows, "loss")
     if loss is not None:
         end, start = smooth(loss).values[-1], loss.values[0]
-        entries.append(("Training loss", f"{end:.3f}", f"nats per token at the end; {start:.2f} at the start"))
+        entries.append(("Next-token loss", f"{end:.3f}", f"nats per token at the end; {start:.2f} at the start"))
     best = "Held-out bits per byte"
     if report.held_out is not None:
         total = report.held_out.total

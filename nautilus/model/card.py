@@ -52,9 +52,9 @@ def model_card(config: Config, *, family: str, facts: dict[str, str]) -> str:
     """Markdown: the sizes, then `facts` on file and training as they were passed in, then what opens the folder."""
     counts = weight_count(config)
     rows = {
-        "parameters": f"{counts['main']:,}",
+        "parameters": f"{counts['main'] + counts['mtp']:,}",
         "active per token (head included, embedding not)": f"{counts['active']:,}",
-        "multi-token prediction": f"{counts['mtp']:,} more parameters" if config.mtp else "none",
+        "of these multi-token prediction": f"{counts['mtp']:,}" if config.mtp else "none",
         "layers": f"{len(config.layers)}: `{config.pattern}`",
         "width, vocabulary": f"{config.width:,}, {config.vocab:,}",
         "config": f"`{family}`, fingerprint `{config.fingerprint}`",

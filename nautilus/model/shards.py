@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} has no {path.name}; a checkpoint folder needs one") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as bad:
+    except (ValueError, RecursionError) as bad:
         raise UserError(f"{path} is not valid JSON ({bad}); copy or download it again") from bad
     if not isinstance(document, dict):
         raise UserError(f"{path} holds {type(document).__name__}, not an object; copy or download it again")

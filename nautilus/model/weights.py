@@ -21,6 +21,7 @@ from nautilus.model.card import model_card
 from nautilus.model.language import Language
 from nautilus.model.layout import WRITTEN, Slot, layout_of, name_map, written_slots
 from nautilus.model.shards import Stored, inventory, read_json, read_tensors, write_shards
+from nautilus.presets import PRESETS
 from nautilus.runtime import UserError, atomic_folder, repair
 
 READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
@@ -53,9 +54,16 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
 
 def local_folder(source: str | Path) -> Path:
     """The folder itself, or the local copy of a hub repository: configs, tokenizer and safetensors only."""
-    repair(source)  # a save that was killed between its two renames
+    if Path(source).parent.is_dir():
+        repair(source)  # a save that was killed between its two renames
     if Path(source).is_dir():
         return Path(source)
+    if str(source) in PRESETS:
+        raise UserError(
+            f"{str(source)!r} is a preset: sizes without weights. Train one with nautilus pretrain {source}"
+        )
+    if Path(source).parent != Path(".") and Path(source).parent.is_dir():
+        raise UserError(f"no folder {str(source)!r}, though {str(Path(source).parent)!r} is there; check the name")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         raise UserError(
             f"{str(source)!r} is neither a folder nor the id of a hub repository, which is of the form owner/name"
@@ -87,6 +95,10 @@ def described(document: dict, folder: Path) -> Config:
         return read_config(document)
     except ValueError as bad:
         raise UserError(f"{folder / 'config.json'}: {bad}") from bad
+    except (TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError) as bad:
+        raise UserError(
+            f"{folder / 'config.json'} does not describe a model ({type(bad).__name__}: {bad}); copy it again"
+        ) from bad
 
 
 def with_stops(config: Config, folder: Path) -> Config:
@@ -95,7 +107,10 @@ def with_stops(config: Config, folder: Path) -> Config:
     stops = read_json(path).get("eos_token_id") if path.exists() else None
     if stops is None:
         return config
-    return dataclasses.replace(config, eos=tuple(stops) if isinstance(stops, list) else (stops,))
+    stops = stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(stop, int) and 0 <= stop < config.vocab for stop in stops):
+        raise UserError(f"{path}: eos_token_id={stops} must be token ids in 0..{config.vocab - 1}; correct the file")
+    return dataclasses.replace(config, eos=tuple(stops))
 
 
 def derived(name: str) -> bool:

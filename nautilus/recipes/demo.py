@@ -41,10 +41,10 @@ def main(settings: Settings) -> None:
         console.rule(style="dim")
         console.print(Text(sample.prompt, style="bold") + Text(sample.completion, style="none"))
     console.rule(style="dim")
-    console.print(summary(scores))
-    console.print(
-        f"{(time.monotonic() - begin) / 60:.1f} minutes, held-out bits per byte {scores.total.bits_per_byte:.3f}"
-    )
+    if scores is not None:
+        console.print(summary(scores))
+    minutes, bits = (time.monotonic() - begin) / 60, scores.total.bits_per_byte if scores else float("nan")
+    console.print(f"{minutes:.1f} minutes, held-out bits per byte {bits:.3f}")
     console.print(f"report      {run.report}\ntalk to it  {talk(run)}")
 
 

@@ -7,7 +7,7 @@ where an interrupted run stopped. The output folder opens with `nautilus chat` a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -27,16 +27,14 @@ from nautilus.train.average import average_checkpoints
 from nautilus.train.checkpoint import Checkpoints, snapshots
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
-from nautilus.train.optim import OptimConfig, adamw, schedule
+from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
+LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    model: Config = toy()
+    model: Config = setting(toy(), "a preset, or sizes: model.width=384, model.layers=MEM*E, model.layers.E.active=2")
     out: Path = setting(Path("runs/pretrain"), "the run's folder; resumed if it is there")
     data: tuple[str, ...] = setting(("embedded",), "text: [weight*]place[#field]; embedded, paths, hub:owner/name")
     undecodable: str = setting("error", "text that is not UTF-8: error, skip or replace")
@@ -46,12 +44,12 @@ class Settings:
     rows: int = setting(16, "rows of a step")
     micro: int = setting(0, "rows of a micro-batch, 0: all of them")
     length: int = setting(512, "tokens of a row")
-    reset: bool = setting(True, "documents of a row do not see each other")
-    seed: int = 0
+    reset: bool = setting(True, "documents of a row do not see each other; false: one running text")
+    seed: int = setting(0, "of the initial weights and the order of the text")
     compute: str = setting("auto", "bf16 or fp32 activations; auto: what is faster here")
     optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=50)
     mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns")
-    mtp_weight: float = 0.3
+    mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
     aux_weight: float = setting(1e-4, "of the sequence balance loss")
     balance: float = setting(1e-3, "step of the load-balancing biases")
     save_every: int = setting(200, "updates between saved states, 0: only at the end")
@@ -60,23 +58,33 @@ class Settings:
     prompts: tuple[str, ...] = setting(("def main(",), "texts that the report shows continued")
 
     def __post_init__(self):
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.average * self.average_every > self.steps:
             raise UserError(
                 f"average={self.average} snapshots, one every average_every={self.average_every} updates, do not fit "
                 f"into steps={self.steps}; lower one of them or raise steps"
             )
+        schedule(self.optim, self.steps)
+        compute_dtype(self.compute)
 
 
 def main(settings: Settings) -> None:
     run, scores, _ = pretrain(settings)
-    total = scores.total
     say = Console(soft_wrap=True, highlight=False).print
-    say(f"held-out bits per byte {total.bits_per_byte:.4f}, xz {total.xz_bits_per_byte:.4f}")
+    if scores is None:
+        say("no text was held out: the sources are too small")
+    else:
+        model, xz = scores.total.bits_per_byte, scores.total.xz_bits_per_byte
+        say(f"held-out bits per byte {model:.4f}; xz -9e needs {xz:.4f}; lower is better")
     say(f"report {run.report}\ntalk to it: {talk(run)}")
 
 
-def pretrain(settings: Settings) -> tuple[Run, HeldOut, Sequence[Sample]]:
+def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]:
     """The whole stage: text, training, saved model, report."""
+    if settings.mtp_depths and not settings.model.mtp:
+        raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings))
     found = sources(settings.data, undecodable=settings.undecodable, max_bytes=settings.max_bytes)

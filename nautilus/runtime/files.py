@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -78,7 +79,9 @@ def settle(path: Path) -> None:
 def repair(path: str | Path) -> bool:
     """Finish or undo what a killed `atomic_folder(path)` left. False, and nothing done, while one is still at work."""
     path = Path(os.path.realpath(path))
-    leftovers = sorted(path.parent.glob(f".{path.name}.tmp-*"))
+    # Only names that atomic_folder gives: never a folder of somebody else's that happens to look alike.
+    leftovers = sorted(path.parent.glob(f".{glob.escape(path.name)}.tmp-*"))
+    leftovers = [folder for folder in leftovers if folder.name.rpartition("-")[2].isdigit()]
     if any(is_locked(folder) for folder in leftovers):
         return False
     settle(path)

@@ -12,7 +12,7 @@ from typing import Self
 from nautilus.runtime.errors import disk_errors
 from nautilus.runtime.files import write_atomic
 
-SHOWN = ("loss", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
+SHOWN = ("loss", "next_token", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
 PLAIN_SECONDS = 10.0
 
 

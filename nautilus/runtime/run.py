@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Self
 
 from nautilus.runtime.errors import UserError, disk_errors
 from nautilus.runtime.files import repair, write_atomic
+
+CLAIMED: dict[Path, int] = {}  # lock files that this process holds until it ends
 
 
 class Run:
@@ -43,8 +48,11 @@ class Run:
                 f"cannot create a run in {folder}: it already holds {', '.join(found[:4])}; choose another folder,"
                 f" resume the run that is there, or remove it."
             )
-        write_atomic(run.config, json.dumps({"nautilus_run": 1, "settings": settings}, indent=2, default=str) + "\n")
+        run.write_settings(settings)
         return run
+
+    def write_settings(self, settings: dict) -> None:
+        write_atomic(self.config, json.dumps({"nautilus_run": 1, "settings": settings}, indent=2, default=str) + "\n")
 
     @staticmethod
     def open(folder: str | Path) -> Run:
@@ -57,9 +65,29 @@ class Run:
             repair(run.state)
         return run
 
+    def claim(self) -> Self:
+        """Keeps other processes from training in this folder until this one ends; a UserError if one does."""
+        path = self.folder.resolve() / ".lock"
+        if path in CLAIMED:
+            return self
+        with disk_errors(self.folder):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(
+                f"the run in {self.folder} is being trained by another process; wait for it, or choose another folder"
+            ) from None
+        CLAIMED[path] = handle
+        return self
+
     @property
     def settings(self) -> dict:
-        return json.loads(self.config.read_text())["settings"]
+        found = json.loads(self.config.read_text()).get("settings")
+        if not isinstance(found, dict):
+            raise UserError(f"{self.config} holds no settings; restore it from a copy, or choose another folder")
+        return found
 
 
 def program() -> str:
@@ -73,14 +101,16 @@ def program() -> str:
 
 def continue_or_create(folder: str | Path, settings: dict) -> Run:
     """The run that is in the folder, to be resumed, or a new one. A resumed run must have been begun with the same
-    settings, `out` aside; otherwise a UserError names those that differ."""
+    settings, `out` aside; otherwise a UserError names those that differ. One that never saved a state begins anew."""
     if not is_run(folder):
-        return Run.create(folder, settings)
-    run = Run.open(folder)
+        return Run.create(folder, settings).claim()
+    run = Run.open(folder).claim()
+    if not run.state.is_dir() and not run.model.is_dir():
+        run.write_settings(settings)
     begun, asked = (dict(flat_settings(json.loads(json.dumps(s, default=str)))) for s in (run.settings, settings))
     names = sorted(name for name in begun.keys() | asked.keys() if begun.get(name) != asked.get(name) and name != "out")
     if names:
-        pairs = ", ".join(f"{name} (begun with {begun.get(name)}, now {asked.get(name)})" for name in names[:4])
+        pairs = ", ".join(f"{name} (begun with {begun.get(name)}, now {asked.get(name)})" for name in names)
         raise UserError(
             f"cannot go on with the run in {folder}: these settings differ: {pairs};"
             f" use the same, choose another folder with out=, or remove this one."
@@ -101,6 +131,6 @@ def is_run(folder: str | Path) -> bool:
     """Whether the folder is a run; a Hugging Face folder has a config.json too, but not a run's."""
     try:
         content = json.loads(Path(folder, "config.json").read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "nautilus_run" in content

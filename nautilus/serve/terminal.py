@@ -16,6 +16,8 @@ UNSAFE = {code: "\ufffd" for code in (*range(9), *range(11, 32), *range(127, 160
 
 def lines() -> Iterator[str]:
     """What is typed or piped in, line by line, empty ones left out. Ctrl-C drops the line being typed, Ctrl-D ends."""
+    if sys.stdin is None:  # closed by whoever started the program
+        return
     if not sys.stdin.isatty():
         yield from filter(None, (line.rstrip("\r\n") for line in sys.stdin))
         return

@@ -112,6 +112,8 @@ def step_name(step: int) -> str:
 
 def state_folders(run: Run) -> list[Path]:
     """Oldest first. What killed saves left behind is cleared away on the way."""
+    if run.state.exists() and not run.state.is_dir():
+        raise UserError(f"cannot resume {run.folder}: {run.state} is no folder; move it away, or choose another run")
     for leftover in run.state.glob(".step_*"):
         repair(run.state / f"step_{leftover.name.removeprefix('.step_').partition('.')[0]}")
     return sorted(run.state.glob("step_*"))
@@ -124,7 +126,8 @@ def newest_sound(run: Run) -> Path | None:
         fault = damage(folder)
         if fault is None:
             return folder
-        aside = folder.rename(folder.with_name(f"damaged_{folder.name}"))
+        serial = len([*run.state.glob(f"damaged_*{folder.name}")])
+        aside = folder.rename(folder.with_name(f"damaged_{serial}_{folder.name}"))
         damaged.append(f"{folder.name}: {fault}")
         log.warning("the saved state %s is damaged (%s); moved to %s, trying the one before", folder, fault, aside.name)
     if damaged:

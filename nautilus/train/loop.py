@@ -104,7 +104,8 @@ def fit(
 
 def leave(stop: Stop, position: Position, checkpoints: Checkpoints | None) -> NoReturn:
     where = checkpoints.run.folder if checkpoints else "memory only"
-    raise SystemExit(f"stopped by {stop.asked} after step {position.step}; saved in {where}, resume it to go on")
+    saved = f"saved in {where}; the same command again goes on from there"
+    raise SystemExit(f"stopped by {stop.asked} after step {position.step}; {saved}")
 
 
 @dataclass(frozen=True, kw_only=True)

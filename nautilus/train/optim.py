@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,11 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
+def setting(default, text: str):
+    """A field with its help text."""
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
     """AdamW and its warm-up, stable, decay (WSD) schedule; the defaults follow the published runs.
@@ -24,19 +29,21 @@ class OptimConfig:
     `shape`. decay=0 holds `lr` to the end. `clip` bounds the norm of the gradient; 0 leaves it alone.
     """
 
-    lr: float = 1e-3
-    min_lr: float = 1e-5
-    warmup: int = 0
-    decay: float = 0.2
-    shape: str = "minus_sqrt"
-    betas: tuple[float, float] = (0.9, 0.95)
+    lr: float = setting(1e-3, "learning rate between warm-up and decay")
+    min_lr: float = setting(1e-5, "learning rate at the end")
+    warmup: int = setting(0, "updates over which the rate rises")
+    decay: float = setting(0.2, "share of all updates over which the rate falls")
+    shape: str = setting("minus_sqrt", "of the fall: minus_sqrt, linear or cosine")
+    betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's two memories")
     eps: float = 1e-8
-    weight_decay: float = 0.1
-    clip: float = 1.0
+    weight_decay: float = setting(0.1, "of matrices; vectors and biases have none")
+    clip: float = setting(1.0, "largest norm of the gradient, 0: any")
 
     def __post_init__(self):
         if self.shape not in SHAPES:
             raise ValueError(f"optim.shape={self.shape!r} is unknown; have {', '.join(SHAPES)}")
+        if not all(map(math.isfinite, (self.lr, self.min_lr, self.eps, self.weight_decay, self.clip, *self.betas))):
+            raise ValueError(f"optim has a setting that is no finite number: {self}; give finite ones")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} must lie in 0..optim.lr={self.lr}")
         if not (0 <= self.decay <= 1 and self.warmup >= 0):

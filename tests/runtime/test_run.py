@@ -1,8 +1,10 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
-from nautilus.runtime import Run, UserError, atomic_folder, continue_or_create, is_run, write_atomic
+from nautilus.runtime import Run, UserError, atomic_folder, continue_or_create, is_run, repair, write_atomic
 from nautilus.runtime.files import old_name
 
 
@@ -54,7 +56,11 @@ def test_opening_a_run_puts_back_what_a_killed_save_left(tmp_path):
 def test_the_same_command_again_continues_and_another_one_is_refused(tmp_path):
     settings = {"steps": 3, "optim": {"lr": 0.1}, "layers": [{"kind": "M"}], "out": "runs/a"}
     run = continue_or_create(tmp_path / "run", settings)
+    changed = continue_or_create(tmp_path / "run", settings | {"steps": 4})
+    assert changed.settings["steps"] == 4  # nothing was trained yet, so nothing is lost
+    run = continue_or_create(tmp_path / "run", settings)
     write_atomic(run.metrics, "kept")
+    run.state.mkdir()
     again = continue_or_create(tmp_path / "run", settings | {"out": "./runs/a"})
     assert again.metrics.read_text() == "kept"
     other = settings | {"optim": {"lr": 0.2}, "layers": [{"kind": "E"}]}
@@ -62,3 +68,25 @@ def test_the_same_command_again_continues_and_another_one_is_refused(tmp_path):
         UserError, match=r"layers.0.kind .begun with M, now E., optim.lr .begun with 0.1, now 0.2.;.*out="
     ):
         continue_or_create(tmp_path / "run", other)
+
+
+def test_two_processes_cannot_train_in_one_folder(tmp_path):
+    script = (
+        "import sys; from nautilus.runtime import continue_or_create\n"
+        "try: continue_or_create(sys.argv[1], {'steps': 1})\n"
+        "except ValueError as bad: sys.exit(str(bad))"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    continue_or_create(tmp_path / "run", {"steps": 1})
+    refused = subprocess.run(command, capture_output=True, text=True)
+    assert refused.returncode == 1 and "another process" in refused.stderr
+
+
+def test_only_what_atomic_folder_left_is_cleared_away(tmp_path):
+    for name in (".my.tmp-backup", ".model.tmp-mine"):
+        (tmp_path / name).mkdir()
+    for name in ("*", "model"):
+        Run(tmp_path / name)
+        repair(tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp-mine", ".my.tmp-backup"]
