@@ -167,9 +167,8 @@ def prepare(folder: Path) -> float:
     from nautilus.data.corpus import sources
     from nautilus.data.prepare import prepare as prepare_text
     from nautilus.model.language import Language
-    from nautilus.model.weights import save_model
 
-    save_model(Language(config()).initialise(0), folder / "model", precision="fp32")
+    Language(config()).initialise(0).save(folder / "model", precision="fp32")
     found = prepare_text(sources(("python",)), folder / "data", vocab=VOCAB)
     parts = {}
     for name, shard in found.shards["python"].items():

@@ -7,6 +7,7 @@ D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from nautilus.model.mlp import LinearMixer, MlpMixer
 from nautilus.model.moe import ExpertsMixer
 from nautilus.model.mtp import MtpBlock
 from nautilus.model.norm import RmsNorm
+from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, advance, place
 from nautilus.ops.ssd import wide
 
@@ -172,6 +174,10 @@ class Language(nn.Module):
     def auxiliary(self) -> list[tuple[Tensor, Tensor]]:
         """(sum, count) of the sequence balance loss of each pass through a router since `collect_balance(True)`."""
         return [pair for mixer in self.experts_mixers().values() for pair in mixer.balances or ()]
+
+    def save(self, folder: str | Path, *, precision: str | None = None, tokenizer=None, facts=None) -> None:
+        """Writes a Hugging Face checkpoint folder; see `save_model`."""
+        save_model(self, folder, precision=precision, tokenizer=tokenizer, facts=facts)
 
     def initialise(self, seed: int) -> Language:
         """Random initial weights; see initialise.py."""

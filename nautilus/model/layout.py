@@ -16,6 +16,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from torch import Tensor
+
 from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp
 
 Shape = tuple[int, ...]
@@ -28,6 +30,8 @@ WRITTEN = {"nemotron_h": "legacy", "nautilus": "legacy", "nemotron_h_puzzle": "p
 STACK = re.compile(r"(.*\.experts)\.((?:up|down|gate)_proj)")
 LAYER = re.compile(r"backbone\.layers\.(\d+)\.(norm|mixer)\.(.*)")
 OUTSIDE = {"backbone.embeddings.weight": "model.embed_tokens.weight", "backbone.norm_f.weight": "model.norm.weight"}
+
+ALWAYS_FLOAT32 = "e_score_correction_bias"
 
 
 class Slot(NamedTuple):
@@ -176,3 +180,8 @@ def written_slots(config: Config, layout: str) -> dict[str, Slot]:
 def tensor_table(config: Config, layout: str = "legacy") -> dict[str, Shape]:
     """Name and shape of every tensor of a checkpoint in that layout."""
     return {name: slot.shape for name, slot in written_slots(config, layout).items()}
+
+
+def place_of(slot: Slot, places: dict[str, Tensor]) -> Tensor:
+    whole = places[slot.parameter]
+    return whole if slot.expert is None else whole[slot.expert]

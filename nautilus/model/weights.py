@@ -1,32 +1,26 @@
-"""A model from a checkpoint folder, and a checkpoint folder from a model.
+"""A model from a checkpoint folder.
 
 Reading is strict: a missing, unexpected or mis-shaped tensor, a NaN, a quantised file are errors that name what they
-are about, and no code that came with a checkpoint is ever run. Writing replaces the folder as a whole or not at all.
+are about, and no code that came with a checkpoint is ever run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nautilus.config import Config, pattern_of
-from nautilus.config.released import read_config, write_config
-from nautilus.model.card import model_card
+from nautilus.config.released import read_config
 from nautilus.model.language import Language
-from nautilus.model.layout import WRITTEN, Slot, layout_of, name_map, written_slots
-from nautilus.model.shards import Stored, inventory, read_json, read_tensors, write_shards
+from nautilus.model.layout import Slot, layout_of, name_map, place_of
+from nautilus.model.shards import Stored, inventory, read_json, read_tensors
 from nautilus.presets import PRESETS
-from nautilus.runtime import UserError, atomic_folder, repair
+from nautilus.runtime import UserError, repair
 
 READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-ALWAYS_FLOAT32 = "e_score_correction_bias"
 SHOWN = 20
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
@@ -177,75 +171,3 @@ def fill(model: Language, folder: Path, slots: dict[str, Slot], stored: dict[str
             f"{folder} says tie_word_embeddings=true, but its lm_head.weight differs from its embedding; "
             f"set tie_word_embeddings to false in its config.json"
         )
-
-
-def place_of(slot: Slot, places: dict[str, Tensor]) -> Tensor:
-    whole = places[slot.parameter]
-    return whole if slot.expert is None else whole[slot.expert]
-
-
-def save_model(
-    model: Language,
-    folder: str | Path,
-    *,
-    precision: str | None = None,
-    tokenizer=None,
-    facts: dict[str, str] | None = None,
-    shard_bytes: float = 5e9,
-) -> None:
-    """Write a Hugging Face folder in the layout of the model's family; replace `folder` as a whole, or leave it.
-
-    precision: bf16, fp32 or fp16; None writes the parameters as they are. The load-balancing bias stays float32.
-    tokenizer: anything with save(folder). facts: rows of the model card about the training. Besides the model, memory
-    holds at most the converted copies of one file of `shard_bytes`.
-    """
-    document = write_config(model.config)
-    family = str(document["model_type"])
-    slots = written_slots(model.config, WRITTEN.get(family, family))
-    main = chosen_type(precision, model.backbone.embeddings.weight.dtype)
-    tensor, sizes = exporter(model, slots, main if precision else None)
-    facts = {"precision": short_name(main), "bytes": f"{sum(sizes.values()):,}"} | (facts or {})
-    with atomic_folder(folder) as fresh:
-        write_json(fresh / "config.json", document | {"dtype": str(main).removeprefix("torch.")})
-        write_json(fresh / "generation_config.json", generation_settings(model.config))
-        write_shards(fresh, sizes, tensor, shard_bytes=shard_bytes)
-        (fresh / "README.md").write_text(model_card(model.config, family=family, facts=facts))
-        if tokenizer is not None:
-            tokenizer.save(fresh)
-
-
-def exporter(
-    model: Language, slots: dict[str, Slot], dtype: torch.dtype | None
-) -> tuple[Callable[[str], Tensor], dict[str, int]]:
-    """A function that makes the tensor of a name, ready to be written, and the bytes of each; dtype None: as held."""
-    places = model.state_dict()
-    held = {name: place_of(slot, places) for name, slot in slots.items()}
-    types = {name: torch.float32 if name.endswith(ALWAYS_FLOAT32) else dtype or t.dtype for name, t in held.items()}
-
-    def tensor(name: str) -> Tensor:
-        ready = held[name].to("cpu", types[name]).contiguous()
-        # The file format has no two names for one memory.
-        return ready.clone() if name == "lm_head.weight" and model.config.tied else ready
-
-    return tensor, {name: t.numel() * types[name].itemsize for name, t in held.items()}
-
-
-def chosen_type(precision: str | None, held: torch.dtype) -> torch.dtype:
-    if precision is not None and precision not in PRECISIONS:
-        raise UserError(f"precision={precision!r} cannot be written; {', '.join(PRECISIONS)} can")
-    main = held if precision is None else PRECISIONS[precision]
-    if main not in PRECISIONS.values():
-        raise UserError(f"the model is in {held}, which no checkpoint holds; give precision={' or '.join(PRECISIONS)}")
-    return main
-
-
-def short_name(dtype: torch.dtype) -> str:
-    return next(name for name, kind in PRECISIONS.items() if kind == dtype)
-
-
-def generation_settings(config: Config) -> dict:
-    return {"bos_token_id": config.bos, "eos_token_id": list(config.eos) or None, "pad_token_id": config.pad}
-
-
-def write_json(path: Path, document: dict) -> None:
-    path.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n")

@@ -19,7 +19,6 @@ from nautilus.eval.examine import examine, talk
 from nautilus.eval.loss import HeldOut
 from nautilus.eval.material import Sample
 from nautilus.model.language import Language
-from nautilus.model.weights import save_model
 from nautilus.ops.precision import compute_dtype
 from nautilus.presets import toy
 from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
@@ -92,7 +91,7 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
     model = train(settings, run, prepared).eval()
     texts = {name: corpus.fingerprint[:12] for name, corpus in prepared.corpora.items()}
     facts = {"text": ", ".join(f"{name} {mark}" for name, mark in texts.items()), "steps": f"{settings.steps:,}"}
-    save_model(model, run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=facts)
+    model.save(run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=facts)
     start = None if settings.reset else prepared.tokenizer.document_end
     asked = examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
     return run, *asked

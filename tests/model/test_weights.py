@@ -17,7 +17,8 @@ from nautilus.config import Linear, Mamba, Nothing, lay, weight_count
 from nautilus.model import shards
 from nautilus.model.language import Language
 from nautilus.model.layout import PREFIX, name_map, parameter_table, tensor_table
-from nautilus.model.weights import load_model, save_model
+from nautilus.model.save import save_model
+from nautilus.model.weights import load_model
 from nautilus.presets import PRESETS, preset, shrink
 from nautilus.runtime import UserError
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from nautilus.ops.attention import attention_reference, attention_sdpa, rotary_frequencies, rotate
+from nautilus.ops.attention import (
+    Training,
+    attention_reference,
+    attention_sdpa,
+    attention_training,
+    rotary_frequencies,
+    rotate,
+    training_refuses,
+)
 
 BATCH, HEAD_WIDTH = 2, 6
 FORMS = [attention_reference, attention_sdpa]
@@ -200,3 +208,37 @@ def test_angles_a_million_tokens_in_are_exact_in_float32_and_bf16(close):
         want = torch.complex(*x.to(dtype).double().chunk(2, dim=-1)) * turn
         assert got.dtype == dtype
         close("rotate", got, torch.cat([want.real, want.imag], dim=-1), unit)
+
+
+@pytest.mark.parametrize("time", [1, 16, 17, 40])
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+def test_the_training_form_equals_the_formula_with_every_gradient(time, window, same, monkeypatch):
+    """Blocks of 16 queries, so that several of them, and one that is not full, meet every mask."""
+    monkeypatch.setattr(Training, "SCORES", 1)
+    for heads, groups in ((4, 2), (3, 3), (4, 1)):
+        for marks in (None, [{0, 3}, {time - 1}], [set(range(0, time, 2)), set()]):
+            first_BT = None if marks is None else firsts(marks, time, time)
+            one, two = (partial(f, first_BT=first_BT, window=window) for f in (attention_training, attention_reference))
+            same(one, two, inputs(time, time, heads, groups))
+
+
+def test_the_training_form_is_chosen_for_gradients_without_cached_keys_and_for_nothing_else():
+    t = inputs(4, 4, 2, 1)
+    assert training_refuses(*t.values()) is not None
+    t["v_BSGP"].requires_grad_()
+    assert training_refuses(*t.values()) is None
+    with torch.no_grad():
+        assert training_refuses(*t.values()) is not None
+    assert "cached" in str(training_refuses(t["q_BTHP"][:, :2], t["k_BSGP"], t["v_BSGP"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_training_form_loses_no_more_than_its_format(dtype, pushed):
+    t = inputs(40, 40, 4, 2)
+    rounded = {name: value.to(dtype) for name, value in t.items()}
+    (want,), want_grads = pushed(attention_reference, {name: value.double() for name, value in rounded.items()})
+    (got,), grads = pushed(attention_training, rounded)
+    unit = torch.finfo(dtype).eps
+    assert (got.double() - want).norm() <= 2 * unit * want.norm()
+    for name, grad in grads.items():
+        assert (grad.double() - want_grads[name]).norm() <= 4 * unit * want_grads[name].norm(), name

@@ -9,7 +9,8 @@ import torch
 
 from nautilus.config import Experts
 from nautilus.model.language import Language
-from nautilus.model.weights import load_model, save_model
+from nautilus.model.save import save_model
+from nautilus.model.weights import load_model
 from nautilus.presets import preset, shrink
 
 transformers = pytest.importorskip("transformers")

@@ -10,7 +10,7 @@ from rich.console import Console
 import nautilus
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.model.language import Language
-from nautilus.model.weights import save_model
+from nautilus.model.save import save_model
 from nautilus.presets import preset, shrink
 from nautilus.recipes import chat
 from nautilus.recipes.chat import Settings
