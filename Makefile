@@ -10,7 +10,7 @@ export PYTHONDONTWRITEBYTECODE =
 BIN := .venv/bin
 # Packages are not compiled at install time: that takes 25 s for torch alone, and what is imported gets compiled then.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
-INPUTS := pyproject.toml constraints.txt
+INPUTS := pyproject.toml constraints.txt setup.py $(wildcard nautilus/ops/cpu/*.cpp nautilus/ops/cpu/*.h)
 # Two workers use two cores; torch keeps to one thread in each (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -28,7 +28,7 @@ check: .venv/.ready-test
 	$(BIN)/pyright
 	$(PYTEST)
 
-# A stamp is as new as the last install from the same pyproject.toml; with it in place a second run starts at once.
+# A stamp is as new as the last install from the same inputs; with it in place a second run starts at once.
 .venv/.ready-demo: .venv/.ready-torch $(INPUTS)
 	$(PIP) --no-build-isolation --editable '.[report]'
 	@touch $@

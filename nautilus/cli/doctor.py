@@ -137,10 +137,12 @@ def faster_paths() -> dict[str, str]:
     """Each faster implementation and why it is off."""
     import torch
 
+    from nautilus.ops.cpu.library import native
+
     forced = os.environ.get("NAUTILUS_OPS")
     gpu = "no Triton kernels in this version" if torch.cuda.is_available() else "no GPU that torch can use was found"
     return {
-        "native CPU kernels": "off: this version has none; the torch implementations run",
+        "native CPU kernels": f"{'on' if native().functions else 'off'}: {native().reason}",
         "GPU kernels": f"off: {gpu}",
     } | ({"NAUTILUS_OPS": f"set to {forced!r}: only implementations of that name run"} if forced else {})
 

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 from nautilus.config import Mamba
 from nautilus.model.linear import Linear
 from nautilus.model.state import MambaState, Span
-from nautilus.ops.conv import causal_conv
-from nautilus.ops.norm import gated_group_norm
-from nautilus.ops.ssd import ssd, wide
+from nautilus.ops.mamba import mamba
+from nautilus.ops.ssd import wide
 
 
 class MambaMixer(nn.Module):
@@ -33,31 +32,21 @@ class MambaMixer(nn.Module):
         self.out_proj = Linear(layer.inner, width, **place)
 
     def forward(self, hidden_BTD: Tensor, span: Span, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        layer = self.layer
-        z, xbc, dt = self.in_proj(hidden_BTD).split([layer.inner, layer.conv_width, layer.heads], dim=-1)
-        xbc, tail = causal_conv(
-            xbc,
+        out, tail, ssm = mamba(
+            self.in_proj(hidden_BTD),
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
+            self.dt_bias,
+            -torch.exp(self.A_log.to(wide(hidden_BTD.dtype))),
+            self.D,
+            self.norm.weight,
+            groups=self.layer.groups,
+            eps=self.eps,
             tail_BRC=None if state is None else state.tail_BRC,
+            state_BHPN=None if state is None else state.ssm_BHPN,
             reach_BT=span.reach_BT,
         )
-        x, b, c = xbc.split([layer.inner, layer.groups * layer.state, layer.groups * layer.state], dim=-1)
-        x_BTHP = x.unflatten(-1, (layer.heads, layer.head_width))
-        dtype = wide(hidden_BTD.dtype)
-        y_BTHP, ssm = ssd(
-            x_BTHP,
-            nn.functional.softplus(dt.to(dtype) + self.dt_bias.to(dtype)),
-            -torch.exp(self.A_log.to(dtype)),
-            b.unflatten(-1, (layer.groups, layer.state)),
-            c.unflatten(-1, (layer.groups, layer.state)),
-            state_BHPN=None if state is None else state.ssm_BHPN,
-            start_BT=span.start_BT,
-            chunk=min(layer.chunk, 64),
-        )
-        y = torch.addcmul(y_BTHP, x_BTHP, self.D.to(x.dtype)[:, None]).flatten(-2)
-        out = self.out_proj(gated_group_norm(y, z, self.norm.weight, layer.groups, self.eps))
-        return out, MambaState(tail, ssm)
+        return self.out_proj(out), MambaState(tail, ssm)
 
 
 class DepthwiseWeights(nn.Module):

@@ -54,8 +54,7 @@ class ExpertsMixer(nn.Module):
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
         matrices = self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
-        cast = (None if matrix is None else matrix.to(inner_RX.dtype) for matrix in matrices)
-        routed = experts(inner_RX, index_RK, weight_RK, *cast)  # type: ignore[arg-type]
+        routed = experts(inner_RX, index_RK, weight_RK, *matrices)
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
             out = out + self.shared_experts(hidden_RD)[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nautilus.ops.cpu.experts import experts_native, experts_refuse
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 
@@ -64,13 +65,22 @@ def experts(
     down_EXF: Tensor,
     gate_EFX: Tensor | None = None,
 ) -> Tensor:
-    """sum over the K chosen experts of weight * down(activation(up x)); accumulated in float32, shape (R, X)."""
-    function = choose("experts", EXPERTS_IMPLS, x_RX)
-    return function(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX)
+    """sum over the K chosen experts of weight * down(activation(up x)); accumulated in float32, shape (R, X).
+
+    The matrices may be wider than x (float32 masters): they are rounded to x's dtype where they are used.
+    """
+    tensors = x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX
+    return choose("experts", EXPERTS_IMPLS, *tensors)(*tensors)
+
+
+def at_width(x_RX: Tensor, *matrices: Tensor | None) -> list[Tensor | None]:
+    """The matrices in the dtype of the activations."""
+    return [None if matrix is None else matrix.to(x_RX.dtype) for matrix in matrices]
 
 
 def experts_reference(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """One expert after another over the tokens that chose it."""
+    up_EFX, down_EXF, gate_EFX = at_width(x_RX, up_EFX, down_EXF, gate_EFX)
     out = weight_RK.new_zeros(x_RX.shape)
     for e in range(up_EFX.shape[0]):
         token, slot = (index_RK == e).nonzero(as_tuple=True)
@@ -114,6 +124,7 @@ def sort_pairs(index_RK: Tensor, weight_RK: Tensor, experts: int, multiple: int)
 def experts_sorted(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """Pairs sorted by expert, one matmul per expert and matrix on contiguous rows."""
     multiple = 32 if x_RX.dtype == torch.bfloat16 and x_RX.device.type == "cpu" and len(x_RX) > 64 else 1
+    up_EFX, down_EXF, gate_EFX = at_width(x_RX, up_EFX, down_EXF, gate_EFX)
     pairs = sort_pairs(index_RK, weight_RK, up_EFX.shape[0], multiple)
     return SortedExperts.apply(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs)
 
@@ -190,4 +201,8 @@ def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
     return out
 
 
-EXPERTS_IMPLS = (Impl("torch", experts_sorted), Impl("reference", experts_reference))
+EXPERTS_IMPLS = (
+    Impl("native", experts_native, experts_refuse),
+    Impl("torch", experts_sorted),
+    Impl("reference", experts_reference),
+)

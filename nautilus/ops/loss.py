@@ -57,6 +57,8 @@ def weighted_nll_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor,
     used = weight_R.nonzero()[:, 0]
     if used.shape[0] < weight_R.shape[0]:
         hidden_RD, target_R, weight_R = hidden_RD[used], target_R[used], weight_R[used]
+    if not (torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)):
+        return -torch.dot(Sweep(hidden_RD, weight_VD, target_R).logprob_R(), weight_R.to(wide(hidden_RD.dtype)))
     return WeightedNll.apply(hidden_RD, weight_VD, target_R, weight_R)
 
 
@@ -136,8 +138,6 @@ class WeightedNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_RD, weight_VD, target_R, weight_R):
         sweep, weight_R = Sweep(hidden_RD, weight_VD, target_R), weight_R.to(wide(hidden_RD.dtype))
-        if not any(ctx.needs_input_grad[:2]):
-            return -torch.dot(sweep.logprob_R(), weight_R)
         logprob_R, dhidden_RD, dmatrix_VD = sweep.gradients(-weight_R)
         ctx.save_for_backward(dhidden_RD, dmatrix_VD)
         ctx.weight_dtype = weight_VD.dtype

@@ -1,0 +1,1 @@
+"""C++ twins of ops for the CPU, behind a plain C interface."""

@@ -1,0 +1,90 @@
+// The plain C interface: what Python passes through ctypes, and the table of kernels that each level fills.
+#pragma once
+
+#include <stdint.h>
+
+// Sizes of one Mamba-2 mixer call. B rows, T time, H heads, P head width, G groups, N state width, taps of the
+// convolution, I = H P, C = I + 2 G N channels of the convolution. A token of the input is I + C + H numbers: z, xBC, dt.
+struct MambaSizes {
+  int64_t rows, time, heads, head_width, groups, state, taps, bf16;
+  float eps;
+};
+
+// Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), y, borders.
+struct MambaForward {
+  MambaSizes sizes;
+  const void* input;           // (B, T, I + C + H)
+  const float* conv_weight;    // (C, taps)
+  const float* conv_bias;      // (C)
+  const float* dt_bias;        // (H)
+  const float* a;              // (H), negative
+  const float* skip;           // (H)
+  const float* norm_weight;    // (I)
+  const void* tail;            // (B, taps - 1, C): inputs of the convolution before the first token
+  const float* state;          // (B, H, N, P)
+  const int32_t* reach;        // (B, T): how many earlier tokens belong to the token's document
+  void* output;                // (B, T, I)
+  float* last_state;           // (B, H, N, P)
+  float* y;                    // (B, T, I): the scan's output, kept for the backward
+  float* borders;              // (B, chunks, H, N, P): the state before each chunk, kept for the backward
+};
+
+// What the backward reads beside the forward's record, and the gradients it writes. Those of parameters are apart for
+// each row, to be summed: (B, C, taps), (B, C), (B, H), (B, H), (B, H), (B, I).
+struct MambaBackward {
+  MambaForward forward;
+  const void* doutput;         // (B, T, I)
+  const float* dlast_state;    // (B, H, N, P)
+  void* dinput;
+  float *dconv_weight, *dconv_bias, *ddt_bias, *da, *dskip, *dnorm_weight;
+  float* dtail;                // (B, taps - 1, C); null: not wanted
+  float* dstate;               // (B, H, N, P)
+};
+
+// Tokens between two kept states; the blocks of time in which the mixer works.
+enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64 };
+
+// Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
+// Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
+struct ExpertsSizes {
+  int64_t tokens, width, hidden, experts, active, weights_bf16;
+};
+
+struct ExpertsForward {
+  ExpertsSizes sizes;
+  const void* x;         // (R, X) bf16
+  const int64_t* index;  // (R, K)
+  const float* weight;   // (R, K)
+  const void *up, *down; // (E, F, X) and (E, X, F), float or bf16
+  void* output;          // (R, X) bf16
+  int32_t* first;        // (E + 1), written
+  int32_t* pair;         // (Z), written: which (token, slot) each sorted pair is
+  int32_t* place;        // (R, K), written: where each pair is
+  void* hidden;          // (Z, F) bf16, written: up x before the activation
+  void* y;               // (Z, X) bf16, written: the output of each pair
+};
+
+struct ExpertsBackward {
+  ExpertsForward forward;
+  const void* doutput;   // (R, X) bf16
+  void* dx;              // (R, X) bf16
+  float* dweight;        // (R, K)
+  float *dup, *ddown;    // as up and down
+};
+
+// One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
+struct Kernels {
+  void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
+  void (*mamba_backward)(const MambaBackward*, int64_t item, void* scratch);
+  int64_t (*mamba_scratch)(const MambaSizes*, int backward);  // bytes one thread needs
+  void (*experts_sort)(const ExpertsForward*);
+  void (*experts_forward)(const ExpertsForward*, int64_t expert, void* scratch);
+  void (*experts_backward)(const ExpertsBackward*, int64_t expert, void* scratch);
+  // Adds up each token's pairs for a block of tokens: outputs times their weights, or gradients as they are.
+  void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t block);
+  int64_t (*experts_scratch)(const ExpertsSizes*, int backward);
+};
+
+#define NAUTILUS_JOIN(a, b) a##_##b
+#define NAUTILUS_NAME(a, b) NAUTILUS_JOIN(a, b)
+#define NAUTILUS_FILL(file) NAUTILUS_NAME(fill_##file, NAUTILUS_LEVEL)

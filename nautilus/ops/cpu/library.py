@@ -1,0 +1,100 @@
+"""The native library: found, checked, and told which instruction level and which threads to use.
+
+NAUTILUS_NATIVE chooses: `off` for none, or the name of a level (avx512, avx2, baseline) below the best one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+INTERFACE = 2
+FILE = Path(__file__).with_name("libnautilus.so")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """`functions` is None where there is no native path; `reason` then says why, and otherwise which level runs."""
+
+    functions: ctypes.CDLL | None
+    level: str
+    reason: str
+
+
+@functools.cache
+def native() -> Native:
+    wanted = os.environ.get("NAUTILUS_NATIVE", "")
+    if wanted == "off":
+        return absent("NAUTILUS_NATIVE=off")
+    if not FILE.exists():
+        return absent("the native library was not built: install a C++17 compiler, then install nautilus again")
+    try:
+        functions = ctypes.CDLL(str(FILE))
+        found = functions.nautilus_interface()
+    except (OSError, AttributeError) as error:
+        return absent(f"the native library cannot be used ({error}); install nautilus again")
+    if found != INTERFACE:
+        return absent(
+            f"the native library has interface {found}, this version needs {INTERFACE}; install nautilus again"
+        )
+    return choose_level(functions, wanted)
+
+
+def absent(reason: str) -> Native:
+    return Native(functions=None, level="", reason=reason)
+
+
+def choose_level(functions: ctypes.CDLL, wanted: str) -> Native:
+    functions.nautilus_level_name.restype = ctypes.c_char_p
+    names: list[str] = []
+    while (name := functions.nautilus_level_name(len(names))) is not None:
+        names.append(name.decode())
+    here = [name for index, name in enumerate(names) if functions.nautilus_level_is_here(index)]
+    if wanted and wanted not in here:
+        raise ValueError(f"NAUTILUS_NATIVE={wanted!r} is no level of this machine; choose off, {' or '.join(here)}")
+    level = wanted or here[0]
+    functions.nautilus_choose(names.index(level))
+    functions.nautilus_borrow_team.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    functions.nautilus_borrow_team(*team_of_torch())
+    return Native(functions=functions, level=level, reason=f"level {level}")
+
+
+def team_of_torch() -> tuple[int | None, int | None]:
+    """Addresses of GOMP_parallel and omp_get_thread_num in the OpenMP library that torch runs on, if it is libgomp.
+
+    Two teams of threads would fight over the cores, because idle OpenMP threads spin before they sleep.
+    """
+    maps = Path("/proc/self/maps")
+    for line in maps.read_text().splitlines() if maps.exists() else []:
+        path = line.split(maxsplit=5)[-1]
+        if Path(path).name.startswith("libgomp"):
+            team = ctypes.CDLL(path)
+            return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (team.GOMP_parallel, team.omp_get_thread_num))  # type: ignore[return-value]
+    return None, None
+
+
+def refuses(*tensors: torch.Tensor | None) -> str | None:
+    """Why native kernels cannot take these tensors; None when they can."""
+    for tensor in tensors:
+        if tensor is not None and tensor.device.type != "cpu":
+            return f"a tensor is on {tensor.device}"
+        if tensor is not None and tensor.dtype not in (torch.float32, torch.bfloat16):
+            return f"a tensor is {tensor.dtype}"
+    return None if native().functions is not None else native().reason
+
+
+def pointer(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def call(name: str, arguments: ctypes.Structure) -> None:
+    """Runs one kernel on torch's number of threads."""
+    functions = native().functions
+    assert functions is not None
+    if functions[name](ctypes.byref(arguments), torch.get_num_threads()):
+        raise MemoryError(f"{name}: no memory for its scratch; use fewer rows at a time")

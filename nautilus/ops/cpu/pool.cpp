@@ -1,0 +1,119 @@
+#include "pool.h"
+
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace {
+
+struct Job {
+  Piece piece;
+  void* context;
+  int64_t items;
+  std::atomic<int64_t> next{0};
+
+  void work(int thread) {
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) piece(context, item, thread);
+  }
+};
+
+// ----- threads of our own --------------------------------------------------------------------------------------------
+
+// Waiting threads spin for about this many pauses (some 30 us) before they sleep: calls come in bursts.
+constexpr int SPINS = 4000;
+
+inline void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+class Pool {
+ public:
+  void run(int threads, Job& job) {
+    std::lock_guard<std::mutex> one_caller(calling_);
+    while (static_cast<int>(workers_.size()) < threads - 1) {
+      int number = static_cast<int>(workers_.size()) + 1;
+      workers_.emplace_back([this, number] { serve(number); });
+    }
+    job_ = &job;
+    wanted_ = threads;
+    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      turn_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    job.work(0);
+    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++)
+      spins < SPINS ? pause_briefly() : std::this_thread::yield();
+  }
+
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      stop_ = true;
+      turn_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+ private:
+  void serve(int number) {
+    for (int64_t seen = 0;;) {
+      for (int spins = 0; turn_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) pause_briefly();
+      if (turn_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(sleep_);
+        wake_.wait(lock, [&] { return turn_.load(std::memory_order_acquire) != seen; });
+      }
+      seen = turn_.load(std::memory_order_acquire);
+      if (stop_) return;
+      if (number < wanted_) job_->work(number);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::mutex calling_, sleep_;
+  std::condition_variable wake_;
+  std::vector<std::thread> workers_;
+  std::atomic<int64_t> turn_{0};
+  std::atomic<int> busy_{0};
+  Job* job_ = nullptr;
+  int wanted_ = 0;
+  bool stop_ = false;
+};
+
+// ----- a borrowed team -----------------------------------------------------------------------------------------------
+
+using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+using ThreadNumber = int (*)();
+Parallel borrowed_parallel = nullptr;
+ThreadNumber borrowed_number = nullptr;
+
+void join_in(void* job) { static_cast<Job*>(job)->work(borrowed_number()); }
+
+}  // namespace
+
+void borrow_team(void* parallel, void* thread_number) {
+  borrowed_parallel = reinterpret_cast<Parallel>(parallel);
+  borrowed_number = reinterpret_cast<ThreadNumber>(thread_number);
+}
+
+void run_pieces(int threads, int64_t items, Piece piece, void* context) {
+  Job job;
+  job.piece = piece;
+  job.context = context;
+  job.items = items;
+  if (items < threads) threads = static_cast<int>(items);
+  if (threads <= 1) return job.work(0);
+  if (borrowed_parallel) return borrowed_parallel(join_in, &job, static_cast<unsigned>(threads), 0);
+  // Never destroyed: at exit other threads may still be inside.
+  static Pool* pool = new Pool;
+  pool->run(threads, job);
+}

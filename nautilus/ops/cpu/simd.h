@@ -1,0 +1,266 @@
+// One vector of floats, F, with W lanes, at the instruction level this file is compiled for.
+//
+// Every kernel is written once in terms of F and compiled once per level. A level is a translation unit of its own with
+// its own compiler flags, so nothing here may have external linkage: a function shared between levels would be kept by
+// the linker in one version only, perhaps one that the machine cannot run.
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace {
+
+#if defined(__AVX512F__)
+
+struct F {
+  static constexpr int W = 16;
+  __m512 v;
+};
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm512_storeu_ps(p, a.v); }
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+// The second operand is given back where either is NaN: NaN in `b` passes through.
+inline F larger(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F smaller(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F round_whole(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F times_power_of_two(F a, F whole) { return {_mm512_scalef_ps(a.v, whole.v)}; }
+inline F load(const uint16_t* p) {
+  __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+inline void store(uint16_t* p, F a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+inline float sum_lanes(F a) { return _mm512_reduce_add_ps(a.v); }
+
+#elif defined(__AVX2__)
+
+struct F {
+  static constexpr int W = 8;
+  __m256 v;
+};
+inline F load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, F a) { _mm256_storeu_ps(p, a.v); }
+inline F set(float x) { return {_mm256_set1_ps(x)}; }
+inline F operator+(F a, F b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline F larger(F a, F b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline F smaller(F a, F b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline F round_whole(F a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline F times_power_of_two(F a, F whole) {
+  __m256i bits = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(whole.v), _mm256_set1_epi32(127)), 23);
+  return {_mm256_mul_ps(a.v, _mm256_castsi256_ps(bits))};
+}
+inline F load(const uint16_t* p) {
+  __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16))};
+}
+inline void store(uint16_t* p, F a) {
+  __m256i bits = _mm256_castps_si256(a.v);
+  __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i near = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+  __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+  near = _mm256_srli_epi32(_mm256_blendv_epi8(near, _mm256_set1_epi32(0x7FC00000), nan), 16);
+  __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(near, near), 0xD8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+}
+inline float sum_lanes(F a) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+#elif defined(__ARM_NEON)
+
+struct F {
+  static constexpr int W = 4;
+  float32x4_t v;
+};
+inline F load(const float* p) { return {vld1q_f32(p)}; }
+inline void store(float* p, F a) { vst1q_f32(p, a.v); }
+inline F set(float x) { return {vdupq_n_f32(x)}; }
+inline F operator+(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
+inline F larger(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
+inline F smaller(F a, F b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
+inline F round_whole(F a) { return {vrndnq_f32(a.v)}; }
+inline F times_power_of_two(F a, F whole) {
+  int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole.v), vdupq_n_s32(127)), 23);
+  return {vmulq_f32(a.v, vreinterpretq_f32_s32(bits))};
+}
+inline F load(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }
+inline void store(uint16_t* p, F a) {
+  uint32x4_t bits = vreinterpretq_u32_f32(a.v);
+  uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  uint32x4_t near = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+  near = vbslq_u32(vceqq_f32(a.v, a.v), near, vdupq_n_u32(0x7FC00000));
+  vst1_u16(p, vshrn_n_u32(near, 16));
+}
+inline float sum_lanes(F a) { return vaddvq_f32(a.v); }
+
+#else
+
+// Four lanes in plain C++: what any compiler for any machine understands.
+struct F {
+  static constexpr int W = 4;
+  float v[4];
+};
+template <class Each>
+inline F lanes(Each each) {
+  F r;
+  for (int i = 0; i < 4; i++) r.v[i] = each(i);
+  return r;
+}
+inline F load(const float* p) { return lanes([&](int i) { return p[i]; }); }
+inline void store(float* p, F a) { memcpy(p, a.v, sizeof a.v); }
+inline F set(float x) { return lanes([&](int) { return x; }); }
+inline F operator+(F a, F b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
+inline F operator-(F a, F b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
+inline F operator*(F a, F b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
+inline F operator/(F a, F b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+inline F fma(F a, F b, F c) { return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+inline F larger(F a, F b) { return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F smaller(F a, F b) { return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+inline F round_whole(F a) { return lanes([&](int i) { return nearbyintf(a.v[i]); }); }
+inline F times_power_of_two(F a, F whole) {
+  return lanes([&](int i) { return ldexpf(a.v[i], whole.v[i] == whole.v[i] ? static_cast<int>(whole.v[i]) : 0); });
+}
+inline float widen(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float r;
+  memcpy(&r, &bits, 4);
+  return r;
+}
+inline F load(const uint16_t* p) { return lanes([&](int i) { return widen(p[i]); }); }
+inline void store(uint16_t* p, F a) {
+  for (int i = 0; i < 4; i++) {
+    uint32_t bits;
+    memcpy(&bits, &a.v[i], 4);
+    p[i] = a.v[i] != a.v[i] ? 0x7FC0 : static_cast<uint16_t>((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+  }
+}
+inline float sum_lanes(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+
+#endif
+
+constexpr int W = F::W;
+
+// Before loops over values that live in registers: an array of vectors stays in memory unless every index is known.
+#define UNROLL _Pragma("GCC unroll 32")
+
+// Pairs of bf16 numbers, one pair in each lane, and acc + a_0 b_0 + a_1 b_1 in float32. BF16 instructions treat
+// subnormal inputs as zero; the other levels compute them.
+#if defined(__AVX512BF16__)
+struct Pairs {
+  __m512bh v;
+};
+inline Pairs load_pairs(const uint16_t* p) { return {(__m512bh)_mm512_loadu_si512(p)}; }
+inline Pairs set_pair(const uint16_t* p) {
+  int both;
+  memcpy(&both, p, 4);
+  return {(__m512bh)_mm512_set1_epi32(both)};
+}
+inline F dot(F acc, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v)}; }
+#else
+struct Pairs {
+  F even, odd;
+};
+inline Pairs load_pairs(const uint16_t* p) {
+  float even[W], odd[W];
+  for (int i = 0; i < W; i++) {
+    uint32_t low = static_cast<uint32_t>(p[2 * i]) << 16, high = static_cast<uint32_t>(p[2 * i + 1]) << 16;
+    memcpy(even + i, &low, 4);
+    memcpy(odd + i, &high, 4);
+  }
+  return {load(even), load(odd)};
+}
+inline Pairs set_pair(const uint16_t* p) {
+  uint32_t low = static_cast<uint32_t>(p[0]) << 16, high = static_cast<uint32_t>(p[1]) << 16;
+  float even, odd;
+  memcpy(&even, &low, 4);
+  memcpy(&odd, &high, 4);
+  return {set(even), set(odd)};
+}
+inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
+#endif
+
+
+// At most the first `count` numbers, zeros after them; stores touch no more than that. No masks: some CPUs store through
+// them many times slower, and whole vectors are the common case.
+template <class T>
+inline F load(const T* p, int64_t count) {
+  if (count >= W) return load(p);
+  T part[W] = {};
+  for (int i = 0; i < count; i++) part[i] = p[i];
+  return load(part);
+}
+template <class T>
+inline void store(T* p, F a, int64_t count) {
+  if (count >= W) return store(p, a);
+  T part[W];
+  store(part, a);
+  for (int i = 0; i < count; i++) p[i] = part[i];
+}
+
+// `count` numbers as another type.
+template <class To, class From>
+inline void copy(To* to, const From* from, int64_t count) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) store(to + i, load(from + i));
+  if (i < count) store(to + i, load(from + i, count - i), count - i);
+}
+
+// e^x to about 2 ulp: x = n ln 2 + r, |r| <= ln 2 / 2, and a polynomial of degree 6 in r (Taylor, remainder 1.2e-7).
+// Below -87 the result is at most 1.7e-38, above 88 it is 1.7e38. NaN stays NaN.
+inline F exp(F x) {
+  x = smaller(set(88.0f), larger(set(-87.0f), x));
+  F n = round_whole(x * set(1.44269504088896341f));
+  F r = fma(n, set(-0.693359375f), x);
+  r = fma(n, set(2.12194440e-4f), r);
+  F p = set(1.0f / 720);
+  p = fma(p, r, set(1.0f / 120));
+  p = fma(p, r, set(1.0f / 24));
+  p = fma(p, r, set(1.0f / 6));
+  p = fma(p, r, set(0.5f));
+  p = fma(p, r, set(1.0f));
+  p = fma(p, r, set(1.0f));
+  return times_power_of_two(p, n);
+}
+inline F sigmoid(F x) { return set(1.0f) / (set(1.0f) + exp(set(0.0f) - x)); }
+
+// log(1 + e^x) = max(x, 0) + log(1 + e), e = e^-|x|, with log(1 + e) = 2 artanh(s), s = e / (2 + e) <= 1/3, as a series
+// (first term left out: 3^-17 / 17 = 5e-10 of the sum).
+inline F softplus(F x) {
+  F zero = set(0.0f), e = exp(smaller(x, zero) - larger(zero, x)), s = e / (set(2.0f) + e), q = s * s;
+  F sum = set(1.0f / 15);
+  sum = fma(sum, q, set(1.0f / 13));
+  sum = fma(sum, q, set(1.0f / 11));
+  sum = fma(sum, q, set(1.0f / 9));
+  sum = fma(sum, q, set(1.0f / 7));
+  sum = fma(sum, q, set(1.0f / 5));
+  sum = fma(sum, q, set(1.0f / 3));
+  sum = fma(sum, q, set(1.0f));
+  return larger(zero, x) + set(2.0f) * s * sum;
+}
+
+}  // namespace

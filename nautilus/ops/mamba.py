@@ -1,0 +1,74 @@
+"""The Mamba-2 mixer between its two projections. Letters: B batch, T time, H heads, P head width, I inner width (H P),
+G groups, N state width, C channels of the convolution (I + 2 G N), W its taps, R = W - 1, E input width (I + C + H).
+
+    z, xBC, dt = input;   x, b, c = conv(xBC);   y = scan(x, softplus(dt + dt_bias), a, b, c) + skip x
+    out = group_norm(y silu(z)) norm
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from nautilus.ops.conv import causal_conv, with_tail
+from nautilus.ops.cpu.mamba import mamba_native, mamba_refuses
+from nautilus.ops.dispatch import Impl, choose
+from nautilus.ops.norm import gated_group_norm
+from nautilus.ops.shapes import checked
+from nautilus.ops.ssd import ssd, wide
+
+
+@checked
+def mamba(
+    input_BTE: Tensor,
+    weight_CW: Tensor,
+    bias_C: Tensor,
+    dt_bias_H: Tensor,
+    a_H: Tensor,
+    skip_H: Tensor,
+    norm_I: Tensor,
+    *,
+    groups: int,
+    eps: float,
+    tail_BRC: Tensor | None = None,
+    state_BHPN: Tensor | None = None,
+    reach_BT: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out_BTI in the input's dtype, the W-1 last inputs of the convolution, and the state after the last token (wide).
+
+    reach_BT says how many earlier tokens belong to each token's document (None: all, tail and state included); where it
+    is 0 the document begins.
+    """
+    tensors = input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I
+    named = {"groups": groups, "eps": eps, "tail_BRC": tail_BRC, "state_BHPN": state_BHPN, "reach_BT": reach_BT}
+    out_BTI, last_BHPN = choose("mamba", MAMBA_IMPLS, *tensors, **named)(*tensors, **named)
+    xbc_BTC = input_BTE[:, -weight_CW.shape[1] + 1 :, norm_I.shape[0] : norm_I.shape[0] + bias_C.shape[0]]
+    padded = with_tail(xbc_BTC, tail_BRC, weight_CW.shape[1])
+    return out_BTI, padded[:, xbc_BTC.shape[1] :].clone(), last_BHPN
+
+
+def mamba_composed(
+    input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *, groups, eps, tail_BRC=None, state_BHPN=None,
+    reach_BT=None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One op after another, each in whichever form is chosen for it."""
+    inner, heads, dtype = norm_I.shape[0], a_H.shape[0], wide(input_BTE.dtype)
+    z, xbc, dt = input_BTE.split([inner, bias_C.shape[0], heads], dim=-1)
+    xbc, _ = causal_conv(xbc, weight_CW, bias_C, tail_BRC=tail_BRC, reach_BT=reach_BT)
+    x, b, c = xbc.split([inner, *[(bias_C.shape[0] - inner) // 2] * 2], dim=-1)
+    x_BTHP = x.unflatten(-1, (heads, -1))
+    y_BTHP, last = ssd(
+        x_BTHP, softplus(dt.to(dtype) + dt_bias_H.to(dtype)), a_H,
+        b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1)),
+        state_BHPN=state_BHPN, start_BT=None if reach_BT is None else reach_BT == 0,
+    )  # fmt: skip
+    y = torch.addcmul(y_BTHP, x_BTHP, skip_H.to(x.dtype)[:, None]).flatten(-2)
+    return gated_group_norm(y, z, norm_I, groups, eps), last
+
+
+MAMBA_IMPLS = (
+    Impl("native", mamba_native, mamba_refuses),
+    Impl("torch", mamba_composed),
+    Impl("reference", mamba_composed),
+)

@@ -1,0 +1,60 @@
+"""Builds the native CPU kernels: one shared library behind a plain C interface, every instruction level inside.
+
+The library knows nothing of Python. Without a compiler, or with one that is too old, the install goes on without it and
+`nautilus doctor` says so.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+FOLDER = Path("nautilus/ops/cpu")
+COMMON = [
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    # Products and sums are fused where the kernels say so, never where the compiler likes: all widths must agree.
+    *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
+]
+AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")]
+LEVELS: dict[str, list[str]] = {"baseline": []}
+if platform.machine() in ("x86_64", "AMD64"):
+    LEVELS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
+KERNELS = ("mamba", "experts")  # compiled once for each level
+ONCE = ("entry", "pool")
+
+
+class Build(build_ext):
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_name("libnautilus.so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        where = Path(self.build_temp)
+        objects = self.compile(where, [FOLDER / f"{name}.cpp" for name in ONCE], [])
+        for level, flags in LEVELS.items():
+            names = [f"-DNAUTILUS_LEVEL={level}"]
+            objects += self.compile(where / level, [FOLDER / f"{name}.cpp" for name in KERNELS], [*flags, *names])
+        library = Path(self.get_ext_fullpath(ext.name))
+        static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
+        self.compiler.link_shared_object(
+            objects, str(library), extra_postargs=["-pthread", *static], target_lang="c++", build_temp=str(where)
+        )
+
+    def compile(self, where: Path, sources: list[Path], flags: list[str]) -> list[str]:
+        names = [str(source) for source in sources]
+        return self.compiler.compile(
+            names, output_dir=str(where), extra_postargs=[*COMMON, *flags], depends=ext_depends()
+        )
+
+
+def ext_depends() -> list[str]:
+    return [str(path) for path in sorted(FOLDER.glob("*.[ch]*"))]
+
+
+setup(
+    ext_modules=[Extension("nautilus.ops.cpu.libnautilus", sources=[], depends=ext_depends(), optional=True)],
+    cmdclass={"build_ext": Build},
+)
