@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nautilus.ops.cpu.norm import rms_norm_native, rms_norm_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.ssd import wide
 from nautilus.ops.tiles import tiles
@@ -16,7 +17,7 @@ from nautilus.ops.tiles import tiles
 
 def rms_norm(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; the weight is applied before the cast back."""
-    return choose("rms_norm", RMS_NORM_IMPLS, hidden)(hidden, weight_D, eps)
+    return choose("rms_norm", RMS_NORM_IMPLS, hidden, weight_D, eps)(hidden, weight_D, eps)
 
 
 def rms_norm_reference(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -100,5 +101,9 @@ class GatedGroupNorm(torch.autograd.Function):
         return dy, dz, dweight.to(weight_D.dtype), None, None
 
 
-RMS_NORM_IMPLS = (Impl("torch", rms_norm_fused), Impl("reference", rms_norm_reference))
+RMS_NORM_IMPLS = (
+    Impl("native", rms_norm_native, rms_norm_refuses),
+    Impl("torch", rms_norm_fused),
+    Impl("reference", rms_norm_reference),
+)
 GATED_NORM_IMPLS = (Impl("torch", gated_group_norm_fused), Impl("reference", gated_group_norm_reference))

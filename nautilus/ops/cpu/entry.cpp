@@ -14,9 +14,11 @@
 #define LEVEL(name)                     \
   void fill_mamba_##name(Kernels*);     \
   void fill_experts_##name(Kernels*);   \
+  void fill_norm_##name(Kernels*);      \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
+    fill_norm_##name(k);                \
   }
 
 LEVEL(baseline)
@@ -73,7 +75,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 2; }
+EXPORT int nautilus_interface() { return 3; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -163,4 +165,20 @@ EXPORT int nautilus_experts_backward(const ExpertsBackward* b, int threads) {
       b, kernels.experts_scratch(&b->forward.sizes, 1), b->forward.sizes.experts, threads);
   if (!failed) combine(&b->forward, b->forward.y, b->dx, 0, threads);
   return failed;
+}
+
+EXPORT int nautilus_norm_forward(const NormForward* f, int threads) {
+  run_pieces(
+      threads, (f->rows + NORM_BLOCK - 1) / NORM_BLOCK,
+      [](void* f, int64_t block, int) { kernels.norm_forward(static_cast<const NormForward*>(f), block); },
+      const_cast<NormForward*>(f));
+  return 0;
+}
+
+EXPORT int nautilus_norm_backward(const NormBackward* g, int threads) {
+  run_pieces(
+      threads, (g->forward.rows + NORM_BLOCK - 1) / NORM_BLOCK,
+      [](void* g, int64_t block, int) { kernels.norm_backward(static_cast<const NormBackward*>(g), block); },
+      const_cast<NormBackward*>(g));
+  return 0;
 }

@@ -42,7 +42,7 @@ struct MambaBackward {
 };
 
 // Tokens between two kept states; the blocks of time in which the mixer works.
-enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64 };
+enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
@@ -72,6 +72,23 @@ struct ExpertsBackward {
   float *dup, *ddown;    // as up and down
 };
 
+// RMSNorm of rows: y = x / sqrt(mean(x^2) + eps) weight, in float32, rounded once.
+struct NormForward {
+  int64_t rows, width, bf16;
+  const void* x;        // (rows, width)
+  const float* weight;  // (width)
+  void* y;
+  float* scale;         // (rows), 1 / root mean square; may be null
+  float eps;
+};
+
+struct NormBackward {
+  NormForward forward;  // x, weight and scale are read
+  const void* dy;
+  void* dx;
+  float* dweight;       // (blocks of NORM_BLOCK rows, width), to be summed
+};
+
 // One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
 struct Kernels {
   void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
@@ -83,6 +100,8 @@ struct Kernels {
   // Adds up each token's pairs for a block of tokens: outputs times their weights, or gradients as they are.
   void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t block);
   int64_t (*experts_scratch)(const ExpertsSizes*, int backward);
+  void (*norm_forward)(const NormForward*, int64_t block);
+  void (*norm_backward)(const NormBackward*, int64_t block);
 };
 
 #define NAUTILUS_JOIN(a, b) a##_##b

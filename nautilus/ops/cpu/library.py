@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 2
+INTERFACE = 3
 FILE = Path(__file__).with_name("libnautilus.so")
 
 
