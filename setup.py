@@ -6,7 +6,10 @@ The library knows nothing of Python. Without a compiler, or with one that is too
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -19,11 +22,12 @@ COMMON = [
     # Products and sums are fused where the kernels say so, never where the compiler likes: all widths must agree.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
 ]
+EXTRA = shlex.split(os.environ.get("NAUTILUS_CXXFLAGS", ""))  # for sanitizers
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")]
 LEVELS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
-KERNELS = ("mamba", "experts", "norm")  # compiled once for each level
+KERNELS = ("experts", "linear", "mamba", "norm", "nvfp4")  # compiled once for each level
 ONCE = ("entry", "pool")
 
 
@@ -40,14 +44,30 @@ class Build(build_ext):
         library = Path(self.get_ext_fullpath(ext.name))
         static = [] if sys.platform == "darwin" else ["-static-libstdc++", "-static-libgcc"]
         self.compiler.link_shared_object(
-            objects, str(library), extra_postargs=["-pthread", *static], target_lang="c++", build_temp=str(where)
+            objects,
+            str(library),
+            extra_postargs=["-pthread", *static, *EXTRA],
+            target_lang="c++",
+            build_temp=str(where),
         )
+        seal(library)
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        library = FOLDER / "libnautilus.so"
+        if library.exists():
+            seal(library)
 
     def compile(self, where: Path, sources: list[Path], flags: list[str]) -> list[str]:
         names = [str(source) for source in sources]
         return self.compiler.compile(
-            names, output_dir=str(where), extra_postargs=[*COMMON, *flags], depends=ext_depends()
+            names, output_dir=str(where), extra_postargs=[*COMMON, *flags, *EXTRA], depends=ext_depends()
         )
+
+
+def seal(library: Path) -> None:
+    """Writes the checksum without which the library is not loaded: a file cut short would end the process."""
+    library.with_suffix(".sha256").write_text(hashlib.sha256(library.read_bytes()).hexdigest() + "\n")
 
 
 def ext_depends() -> list[str]:

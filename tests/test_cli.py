@@ -16,6 +16,7 @@ from nautilus.cli import command, doctor, info, main
 from nautilus.cli.command import COMMANDS, Command
 from nautilus.cli.settings import assignments, pasteable, resolve
 from nautilus.config import Config, to_dict
+from nautilus.ops.cpu.library import native
 from nautilus.presets import PRESETS, preset
 from nautilus.runtime import Run, UserError, write_atomic
 
@@ -270,13 +271,16 @@ def test_info_reads_folders_runs_and_files(tmp_path):
 def test_info_explains_what_it_cannot_read(tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "config.json").write_text("[" * 100_000)
     (tmp_path / "empty").mkdir()
     Run.create(tmp_path / "young", {})
     for source, message in {
         "supre": "did you mean 'super'?",
         str(tmp_path / "nowhere"): "no hub id",
         str(tmp_path / "empty"): "no config.json in the folder",
-        str(tmp_path / "broken"): "is not JSON",
+        str(tmp_path / "broken"): "is not valid JSON",
+        str(tmp_path / "deep"): "is not valid JSON",
         str(tmp_path / "young"): "has no model yet",
         "someone/something": "check the name and the network",
     }.items():
@@ -294,7 +298,7 @@ def test_doctor_measures_and_explains(capsys):
     assert all(rate > 0 for rate in facts["speed"].values())
     assert facts["versions"]["nautilus"] == nautilus.__version__ and "torch" in facts["versions"]
     assert facts["machine"]["cores"] == os.cpu_count() and facts["machine"]["disk_free_gb"] > 0
-    assert facts["faster_paths"]["native CPU kernels"].startswith("off: ")
+    assert facts["faster_paths"]["native CPU kernels"] in (f"{word}: {native().reason}" for word in ("on", "off"))
 
 
 def test_doctor_prints_every_section(capsys):

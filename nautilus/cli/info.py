@@ -18,7 +18,7 @@ from nautilus.config import Attention, Config, Layer, Mamba, weight_count
 from nautilus.config.model import idle_weights, layer_weights
 from nautilus.config.released import read_config
 from nautilus.presets import PRESETS, preset
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,7 @@ def config_of(source: str) -> Config:
     path = folder / "config.json" if folder.is_dir() else folder
     if not path.is_file():
         path = fetch_config(source)
-    try:
-        return read_config(json.loads(path.read_text()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as bad:
-        raise UserError(f"{path} is not JSON ({bad}); it should be the config.json of a checkpoint folder") from bad
+    return read_config(read_json(path, "it should be the config.json of a checkpoint folder"))
 
 
 def fetch_config(source: str) -> Path:

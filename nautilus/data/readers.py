@@ -116,8 +116,8 @@ def read_jsonl(where: str, column: str, decode: Decoder) -> Iterator[tuple[str, 
 def parse_row(line: str, place: str):
     try:
         return json.loads(line)
-    except json.JSONDecodeError as bad:
-        raise UserError(f"{place} is not JSON ({bad.msg}, column {bad.colno}); every line must be one object") from bad
+    except (ValueError, RecursionError) as bad:
+        raise UserError(f"{place} is not JSON ({bad}); every line must be one object") from bad
 
 
 def text_in(row, column: str, place: str, decode: Decoder) -> str | None:

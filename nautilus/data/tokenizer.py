@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from nautilus.data.template import TEMPLATE
-from nautilus.runtime import UserError, write_atomic
+from nautilus.runtime import UserError, read_json, write_atomic
 
 # id → word; the flag says special: left out by skip_special, as in the released tokenizers.
 CONTROL = (
@@ -216,7 +216,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"no tokenizer.json in {folder}; a checkpoint folder needs one (nautilus and transformers write it)"
         )
-    plan, config = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    plan = read_json(folder / "tokenizer.json")
+    config, generation = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
     if "model" not in plan:
         raise UserError(f"{folder / 'tokenizer.json'} has no 'model'; it is not a file of the tokenizers library")
     try:
@@ -225,27 +229,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
     try:
         bos, eos = word_of(config.get("bos_token")), word_of(config.get("eos_token"))
-        stop = read_json(folder / "generation_config.json").get("eos_token_id") or []
+        stop = generation.get("eos_token_id") or []
         stops = [int(id) for id in ([stop] if isinstance(stop, int) else stop)]
         template = template_of(folder, config)
     except (TypeError, LookupError, AttributeError, ValueError) as bad:
         raise UserError(f"the tokenizer's settings in {folder} are not as transformers writes them: {bad}") from bad
+    if template is not None and not isinstance(template, str):
+        raise UserError(f"the chat template in {folder} is {type(template).__name__}, not text; copy it again")
+    if any(id < 0 for id in stops):
+        raise UserError(
+            f"{folder / 'generation_config.json'} stops at the tokens {stops}; ids count from 0, correct it"
+        )
     if not isinstance(eos, str):
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it so that a completion can end")
     return Tokenizer(core, bos=bos, eos=eos, template=template, stop=stops)
-
-
-def read_json(path: Path) -> dict:
-    """The object in a file; an absent file is an empty one."""
-    if not path.exists():
-        return {}
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as bad:
-        raise UserError(f"cannot read {path}: {bad}; copy it again from where the checkpoint came from") from bad
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds {type(document).__name__}, not an object; copy it again")
-    return document
 
 
 def word_of(entry) -> str | None:

@@ -68,6 +68,8 @@ def exporter(
 
     def tensor(name: str) -> Tensor:
         ready = held[name].to("cpu", types[name]).contiguous()
+        if not ready.isfinite().all():
+            raise UserError(f"{name} holds NaN or infinite numbers as {types[name]}; nothing was written over")
         # The file format has no two names for one memory.
         return ready.clone() if name == "lm_head.weight" and model.config.tied else ready
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, read_json
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,18 +27,6 @@ class Stored(NamedTuple):
     file: Path
     dtype: str  # as safetensors spells it: BF16, F32, F8_E4M3, ...
     shape: tuple[int, ...]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}; a checkpoint folder needs one") from None
-    except (ValueError, RecursionError) as bad:
-        raise UserError(f"{path} is not valid JSON ({bad}); copy or download it again") from bad
-    if not isinstance(document, dict):
-        raise UserError(f"{path} holds {type(document).__name__}, not an object; copy or download it again")
-    return document
 
 
 def inventory(folder: Path) -> dict[str, Stored]:

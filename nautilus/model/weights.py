@@ -16,9 +16,9 @@ from nautilus.config import Config, pattern_of
 from nautilus.config.released import read_config
 from nautilus.model.language import Language
 from nautilus.model.layout import Slot, layout_of, name_map, place_of
-from nautilus.model.shards import Stored, inventory, read_json, read_tensors
+from nautilus.model.shards import Stored, inventory, read_tensors
 from nautilus.presets import PRESETS
-from nautilus.runtime import UserError, repair
+from nautilus.runtime import UserError, read_json, repair
 
 READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 SHOWN = 20

@@ -1,7 +1,7 @@
 """What every job needs around its work: errors for people, whole files, the run folder, a progress line. No torch."""
 
 from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full
-from nautilus.runtime.files import atomic_folder, repair, write_atomic
+from nautilus.runtime.files import atomic_folder, read_json, repair, write_atomic
 from nautilus.runtime.memory import keep_memory
 from nautilus.runtime.progress import Progress, read_metrics
 from nautilus.runtime.run import Run, continue_or_create, is_run, program
@@ -18,6 +18,7 @@ __all__ = [
     "is_run",
     "keep_memory",
     "program",
+    "read_json",
     "read_metrics",
     "repair",
     "write_atomic",

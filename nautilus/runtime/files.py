@@ -5,12 +5,26 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from nautilus.runtime.errors import UserError, disk_errors
+
+
+def read_json(path: str | Path, cure: str = "copy or download it again") -> dict:
+    """The object in a JSON file; UserError, with what to do about it, for any file that does not hold one."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{Path(path).parent} has no {Path(path).name}; {cure}") from None
+    except (OSError, ValueError, RecursionError) as bad:
+        raise UserError(f"{path} is not valid JSON ({bad}); {cure}") from bad
+    if not isinstance(document, dict):
+        raise UserError(f"{path} holds {type(document).__name__}, not an object; {cure}")
+    return document
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -28,9 +28,9 @@ def parse_rows(text: str) -> Iterator[tuple[str, dict]]:
     for line in text.splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return
-        if not isinstance(row, dict):
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             return
         yield line + "\n", row
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Self
 
 from nautilus.runtime.errors import UserError, disk_errors
-from nautilus.runtime.files import repair, write_atomic
+from nautilus.runtime.files import read_json, repair, write_atomic
 
 CLAIMED: dict[Path, int] = {}  # lock files that this process holds until it ends
 
@@ -84,7 +84,7 @@ class Run:
 
     @property
     def settings(self) -> dict:
-        found = json.loads(self.config.read_text()).get("settings")
+        found = read_json(self.config, "restore it from a copy, or choose another folder").get("settings")
         if not isinstance(found, dict):
             raise UserError(f"{self.config} holds no settings; restore it from a copy, or choose another folder")
         return found

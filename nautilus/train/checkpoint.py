@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nautilus.model.shards import write_file
-from nautilus.runtime import Progress, Run, UserError, atomic_folder, repair
+from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_json, repair
 
 log = logging.getLogger("nautilus.train")
+CURE = "restore the state from a copy, or remove it to go on from the one before"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,9 @@ def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, set
     folder = newest_sound(run)
     if folder is None:
         return None
-    record = json.loads((folder / "state.json").read_text())
+    record = read_json(folder / "state.json", CURE)
+    if absent := {"step", "tokens", "stream", "settings"} - record.keys():
+        raise UserError(f"{folder / 'state.json'} has no {' and no '.join(sorted(absent))}; {CURE}")
     refuse_other_settings(run, record["settings"], settings)
     training = load_file(folder / "training.safetensors")
     try:

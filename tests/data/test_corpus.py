@@ -41,6 +41,12 @@ def test_a_folder_gives_its_text_files_by_relative_name(tmp_path):
     assert [d.name for d in read(one(tmp_path))] == ["a.rst", "a/z.md", "b.txt"]
 
 
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
+    put(tmp_path, {"a.txt": "text", "c.txt": "more"})
+    os.mkfifo(tmp_path / "b.txt")
+    assert texts(one(tmp_path)) == {"a.txt": "text", "c.txt": "more"}
+
+
 def test_a_lone_file_is_read_in_pieces_that_join_to_the_whole(tmp_path):
     text = "".join(f"line {i} é\n" + ("\n" if i % 40 == 0 else "") for i in range(20000))
     put(tmp_path, {"book.unusual": text})
@@ -133,6 +139,7 @@ def test_an_empty_corpus_says_what_was_looked_at(tmp_path):
         ('{"body": "x"}', r"line 1 has the fields \['body'\] but no field 'text'"),
         ("[1]", "line 1 has a list but no field"),
         ('{"text": "a"}\n{oops', "line 2 is not JSON"),
+        ('{"text": "a"}\n' + "[" * 100_000, "line 2 is not JSON"),
     ],
 )
 def test_a_row_that_gives_no_text_is_named(tmp_path, content, message):

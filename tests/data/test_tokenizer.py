@@ -162,15 +162,23 @@ def test_special_words_and_templates_are_read_in_every_spelling(tokenizer, tmp_p
     ("file", "content", "message"),
     [
         ("tokenizer.json", None, "no tokenizer.json"),
-        ("tokenizer.json", "{oops", "cannot read .*tokenizer.json"),
+        ("tokenizer.json", "{oops", "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", "[]", "holds list, not an object"),
         ("tokenizer.json", "{}", "has no 'model'"),
+        ("tokenizer.json", '{"model": {"type": "BPE"}}', "is no tokenizer"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 7}', "chat template .* is int, not text"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "not as transformers writes them"),
+        ("generation_config.json", '{"eos_token_id": [-4]}', "stops at the tokens .*-4"),
+        ("generation_config.json", '{"eos_token_id": "two"}', "not as transformers writes them"),
         ("tokenizer_config.json", "{}", "names no eos_token"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "has no token '<end>'"),
     ],
 )
 def test_a_broken_folder_is_named(tokenizer, tmp_path, file, content, message):
     tokenizer.save(tmp_path)
-    (tmp_path / file).unlink()
+    (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
         (tmp_path / file).write_text(content)
     with pytest.raises(ValueError, match=message):

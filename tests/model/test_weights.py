@@ -1,7 +1,9 @@
 import contextlib
+import copy as copying
 import dataclasses
 import errno
 import json
+import math
 import resource
 import shutil
 import struct
@@ -263,6 +265,19 @@ def test_the_card_says_what_is_inside_and_what_was_told(tmp_path, saved):
     numbers = (counts["main"] + counts["mtp"], counts["mtp"], counts["active"])
     for part in (*(f"{number:,}" for number in numbers), "bf16", "12,345", "drops"):
         assert part in card
+
+
+@pytest.mark.parametrize("precision,value", [(None, math.nan), ("bf16", math.inf), ("fp16", 1e6)])
+def test_numbers_that_are_none_are_not_written_over_a_good_folder(tmp_path, saved, precision, value):
+    save_model(saved[1], tmp_path / "model")
+    good = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    broken = copying.deepcopy(saved[1])
+    with torch.no_grad():
+        broken.backbone.norm_f.weight[3] = value
+    with pytest.raises(UserError, match="norm_f.weight holds NaN or infinite"):
+        save_model(broken, tmp_path / "model", precision=precision)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == good
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_tokenizer_is_saved_beside_the_weights(tmp_path, saved):

@@ -1,5 +1,6 @@
 import dataclasses
 import io
+import shutil
 import subprocess
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from rich.console import Console
 
 import nautilus
+from nautilus.cli import main
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.model.save import save_model
@@ -164,3 +166,34 @@ def test_a_model_without_a_chat_template_continues_text(monkeypatch, capsys, fol
 def test_no_model_is_an_error_that_says_how_to_name_one():
     with pytest.raises(ValueError, match="nautilus chat MODEL"):
         chat.main(Settings())
+
+
+def test_a_closed_standard_input_ends_the_talk(folder):
+    for redirect in ("< /dev/null", "<&-"):
+        command = f"{sys.executable} -m nautilus chat {folder} {redirect}"
+        ended = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+        assert ended.returncode == 0 and ended.stdout == "" and "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "file,content,message",
+    [
+        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("config.json", "[" * 100_000, "config.json is not valid JSON"),
+        ("generation_config.json", '{"eos_token_id": 99999999999}', "must be token ids"),
+    ],
+)
+def test_a_broken_folder_is_one_message(folder, tmp_path, capsys, file, content, message):
+    broken = shutil.copytree(folder, tmp_path / "model")
+    (broken / file).write_text(content)
+    assert main(["chat", str(broken), "prompt=hello"]) == 2
+    shown = capsys.readouterr().err
+    assert message in shown and len(shown.splitlines()) == 1
+
+
+def test_a_template_that_is_no_jinja_is_one_message(folder, tmp_path, capsys):
+    broken = shutil.copytree(folder, tmp_path / "model")
+    (broken / "chat_template.jinja").write_text("{% for message in %}")
+    assert main(["chat", str(broken), "prompt=hello"]) == 2
+    shown = capsys.readouterr().err
+    assert "not valid jinja" in shown and len(shown.splitlines()) == 1

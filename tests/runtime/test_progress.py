@@ -21,7 +21,7 @@ def follow(path, steps, total=10, start=0, **extra):
 @given(
     reached=st.integers(0, 9),
     start=st.integers(0, 9),
-    torn=st.sampled_from(["", "{", "3", '{"step": 3, "lo', "\x00\x00"]),
+    torn=st.sampled_from(["", "{", "3", '{"step": 3, "lo', "\x00\x00", '{"step": "3"}', "{}", "[" * 100_000]),
 )
 def test_no_step_occurs_twice_after_resuming(tmp_path_factory, reached, start, torn):
     start = min(start, reached)

@@ -14,11 +14,15 @@
 #define LEVEL(name)                     \
   void fill_mamba_##name(Kernels*);     \
   void fill_experts_##name(Kernels*);   \
+  void fill_linear_##name(Kernels*);    \
   void fill_norm_##name(Kernels*);      \
+  void fill_nvfp4_##name(Kernels*);     \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
+    fill_linear_##name(k);              \
     fill_norm_##name(k);                \
+    fill_nvfp4_##name(k);               \
   }
 
 LEVEL(baseline)
@@ -75,7 +79,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 3; }
+EXPORT int nautilus_interface() { return 4; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -167,18 +171,56 @@ EXPORT int nautilus_experts_backward(const ExpertsBackward* b, int threads) {
   return failed;
 }
 
-EXPORT int nautilus_norm_forward(const NormForward* f, int threads) {
+namespace {
+
+// Kernels without scratch: kernel(arguments, item) for every item.
+template <class Arguments>
+int share_out_plainly(void (*kernel)(const Arguments*, int64_t), const Arguments* arguments, int64_t items, int threads) {
+  struct Plain {
+    void (*kernel)(const Arguments*, int64_t);
+    const Arguments* arguments;
+  } plain{kernel, arguments};
   run_pieces(
-      threads, (f->rows + NORM_BLOCK - 1) / NORM_BLOCK,
-      [](void* f, int64_t block, int) { kernels.norm_forward(static_cast<const NormForward*>(f), block); },
-      const_cast<NormForward*>(f));
+      threads, items,
+      [](void* context, int64_t item, int) {
+        auto* p = static_cast<Plain*>(context);
+        p->kernel(p->arguments, item);
+      },
+      &plain);
   return 0;
 }
 
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+}  // namespace
+
+EXPORT int nautilus_norm_forward(const NormForward* f, int threads) {
+  return share_out_plainly(kernels.norm_forward, f, blocks(f->rows, NORM_BLOCK), threads);
+}
+
 EXPORT int nautilus_norm_backward(const NormBackward* g, int threads) {
-  run_pieces(
-      threads, (g->forward.rows + NORM_BLOCK - 1) / NORM_BLOCK,
-      [](void* g, int64_t block, int) { kernels.norm_backward(static_cast<const NormBackward*>(g), block); },
-      const_cast<NormBackward*>(g));
-  return 0;
+  return share_out_plainly(kernels.norm_backward, g, blocks(g->forward.rows, NORM_BLOCK), threads);
+}
+
+EXPORT int64_t nautilus_linear_packed_size(int64_t inputs, int64_t outputs) {
+  return kernels.linear_packed_size(inputs, outputs);
+}
+
+EXPORT int nautilus_linear_pack(const LinearPack* p, int threads) {
+  return share_out_plainly(kernels.linear_pack, p, kernels.linear_panels(p->outputs), threads);
+}
+
+EXPORT int nautilus_linear_forward(const LinearForward* f, int threads) {
+  int64_t items = kernels.linear_panels(f->outputs) * kernels.linear_row_blocks(f->rows);
+  return share_out_plainly(kernels.linear_forward, f, items, threads);
+}
+
+EXPORT int nautilus_nvfp4_pack(const Nvfp4Pack* p, int threads) {
+  return share_out_plainly(kernels.nvfp4_pack, p, blocks(p->outputs, NVFP4_ROWS), threads);
+}
+
+EXPORT int nautilus_nvfp4_forward(const Nvfp4Forward* f, int threads) {
+  share_out_plainly(kernels.nvfp4_quantise, f, f->rows, threads);
+  int64_t items = blocks(f->outputs, 4 * NVFP4_ROWS) * blocks(f->rows, NVFP4_BLOCK);
+  return share_out_plainly(kernels.nvfp4_forward, f, items, threads);
 }

@@ -42,7 +42,7 @@ struct MambaBackward {
 };
 
 // Tokens between two kept states; the blocks of time in which the mixer works.
-enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128 };
+enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
@@ -70,6 +70,40 @@ struct ExpertsBackward {
   void* dx;              // (R, X) bf16
   float* dweight;        // (R, K)
   float *dup, *ddown;    // as up and down
+};
+
+// A matrix (outputs, inputs) of bf16 or float, packed for linear_forward.
+struct LinearPack {
+  int64_t inputs, outputs, bf16;
+  const void* weight;
+  void* packed;
+};
+
+// y (rows, outputs) = x (rows, inputs) W^T; x bf16, y bf16 or, where `wide`, float.
+struct LinearForward {
+  int64_t rows, inputs, outputs, wide;
+  const void *x, *packed;
+  void* y;
+};
+
+// NVFP4 in its released layout: codes (outputs, inputs / 2), two in a byte, the even one low; scale (outputs, inputs /
+// 16), E4M3 without sign. Repacked for nvfp4_forward: sixteen rows beside each other, inputs rounded up to a multiple of
+// 32, see nvfp4.cpp.
+struct Nvfp4Pack {
+  int64_t inputs, outputs;
+  const uint8_t *codes, *scale;
+  uint8_t *packed_codes, *packed_scale;
+};
+
+struct Nvfp4Forward {
+  int64_t rows, inputs, outputs, wide;
+  const void* x;  // (rows, inputs) bf16
+  const uint8_t *packed_codes, *packed_scale;
+  float tensor_scale;
+  void* y;
+  int8_t* q;      // scratch: (rows, padded inputs), activations as integers,
+  float* q_scale; // (rows, padded inputs / 32),
+  int32_t* q_sum; // (rows, padded inputs / 16): -12 times the sum of a block
 };
 
 // RMSNorm of rows: y = x / sqrt(mean(x^2) + eps) weight, in float32, rounded once.
@@ -100,6 +134,14 @@ struct Kernels {
   // Adds up each token's pairs for a block of tokens: outputs times their weights, or gradients as they are.
   void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t block);
   int64_t (*experts_scratch)(const ExpertsSizes*, int backward);
+  void (*linear_pack)(const LinearPack*, int64_t panel);
+  int64_t (*linear_packed_size)(int64_t inputs, int64_t outputs);  // bytes
+  int64_t (*linear_panels)(int64_t outputs);
+  int64_t (*linear_row_blocks)(int64_t rows);
+  void (*linear_forward)(const LinearForward*, int64_t item);  // item: row block * panels + panel
+  void (*nvfp4_pack)(const Nvfp4Pack*, int64_t panel);
+  void (*nvfp4_quantise)(const Nvfp4Forward*, int64_t row);
+  void (*nvfp4_forward)(const Nvfp4Forward*, int64_t item);
   void (*norm_forward)(const NormForward*, int64_t block);
   void (*norm_backward)(const NormBackward*, int64_t block);
 };

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-INTERFACE = 3
+INTERFACE = 4
 FILE = Path(__file__).with_name("libnautilus.so")
 
 
@@ -33,6 +34,9 @@ def native() -> Native:
         return absent("NAUTILUS_NATIVE=off")
     if not FILE.exists():
         return absent("the native library was not built: install a C++17 compiler, then install nautilus again")
+    seal = FILE.with_suffix(".sha256")
+    if not seal.exists() or seal.read_text().strip() != hashlib.sha256(FILE.read_bytes()).hexdigest():
+        return absent(f"{FILE.name} is not what was built (its checksum differs); install nautilus again")
     try:
         functions = ctypes.CDLL(str(FILE))
         found = functions.nautilus_interface()

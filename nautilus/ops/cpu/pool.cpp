@@ -39,7 +39,8 @@ class Pool {
     std::lock_guard<std::mutex> one_caller(calling_);
     while (static_cast<int>(workers_.size()) < threads - 1) {
       int number = static_cast<int>(workers_.size()) + 1;
-      workers_.emplace_back([this, number] { serve(number); });
+      // A new thread knows which turns are over: it would take part in the last one again.
+      workers_.emplace_back([this, number, seen = turn_.load()] { serve(number, seen); });
     }
     job_ = &job;
     wanted_ = threads;
@@ -65,8 +66,8 @@ class Pool {
   }
 
  private:
-  void serve(int number) {
-    for (int64_t seen = 0;;) {
+  void serve(int number, int64_t seen) {
+    for (;;) {
       for (int spins = 0; turn_.load(std::memory_order_acquire) == seen && spins < SPINS; spins++) pause_briefly();
       if (turn_.load(std::memory_order_acquire) == seen) {
         std::unique_lock<std::mutex> lock(sleep_);

@@ -1,0 +1,77 @@
+"""Experts as one native call against one expert after another in float64, and the laws of the native form."""
+
+import pytest
+import torch
+
+from nautilus.ops.cpu.experts import experts_native, experts_refuse
+from nautilus.ops.experts import experts_reference
+
+# tokens, width, hidden, experts, active; widths below, at and beside whole vectors and panels of columns
+SIZES = [(1, 2, 4, 3, 1), (5, 18, 34, 4, 2), (70, 64, 130, 3, 2), (300, 66, 20, 2, 1), (230, 16, 16, 9, 4)]
+
+
+def inputs(size, seed=0, weights=torch.float32):
+    tokens, width, hidden, count, active = size
+    draw = torch.Generator().manual_seed(seed)
+    normal = lambda *shape: torch.randn(*shape, generator=draw)
+    return {
+        "x_RX": normal(tokens, width).bfloat16(),
+        "index_RK": torch.rand(tokens, count, generator=draw).topk(active).indices,
+        "weight_RK": torch.rand(tokens, active, generator=draw),
+        # Already at the precision in which they are used, so that rounding them is no part of the comparison.
+        "up_EFX": (normal(count, hidden, width) / width**0.5).bfloat16().to(weights),
+        "down_EXF": (normal(count, width, hidden) / hidden**0.5).bfloat16().to(weights),
+    }
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_native_equals_one_expert_after_another(level, size, weights, rounds_once):
+    """Rounded on the way: up (twice its share through the square), the activation, down, the sum; as many back."""
+    rounds_once(experts_native, experts_reference, inputs(size, weights=weights), single=6 * 2.0**-8)
+
+
+def test_whole_numbers_are_exact_so_each_pair_is_counted_once(level):
+    draw = torch.Generator().manual_seed(0)
+    whole = lambda *shape: torch.randint(-1, 2, shape, generator=draw).float()
+    t = inputs((230, 2, 2, 5, 2)) | {"x_RX": whole(230, 2).bfloat16(), "weight_RK": torch.ones(230, 2)}
+    t |= {"up_EFX": whole(5, 2, 2), "down_EXF": whole(5, 2, 2)}
+    results = []
+    for function, dtype in ((experts_native, torch.bfloat16), (experts_reference, torch.float64)):
+        leaves = {n: v.to(dtype if n == "x_RX" or dtype == torch.float64 else v.dtype).requires_grad_()
+                  for n, v in t.items() if n != "index_RK"}  # fmt: skip
+        out = function(index_RK=t["index_RK"], **leaves)
+        results.append([out, *torch.autograd.grad(out.sum(), list(leaves.values()))])
+    assert all(torch.equal(g.double(), w.double()) for g, w in zip(*results, strict=True))
+
+
+def test_a_token_has_the_same_bits_in_any_company(level):
+    """Alone, in a batch, in another order, on more threads, with a gradient wanted or not."""
+    t = inputs((300, 66, 130, 5, 2))
+    want = experts_native(**t)
+    for some in (torch.tensor([7]), torch.arange(299, -1, -1), torch.arange(40, 53)):
+        few = t | {n: t[n][some] for n in ("x_RX", "index_RK", "weight_RK")}
+        assert torch.equal(experts_native(**few), want[some])
+    learning = {n: v if n == "index_RK" else v.clone().requires_grad_() for n, v in t.items()}
+    assert torch.equal(experts_native(**learning), want)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert torch.equal(experts_native(**t), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_masters_in_float32_are_rounded_like_a_cast(level):
+    t = inputs((9, 6, 10, 3, 2))
+    t["up_EFX"] += torch.randn(t["up_EFX"].shape) * 2.0**-12
+    narrow = t | {n: t[n].bfloat16() for n in ("up_EFX", "down_EXF")}
+    assert torch.equal(experts_native(**t), experts_native(**narrow))
+
+
+def test_what_native_refuses():
+    t = inputs((5, 18, 34, 4, 2))
+    assert experts_refuse(**t) is None
+    assert "gated" in experts_refuse(**t, gate_EFX=t["up_EFX"])
+    assert "float32" in experts_refuse(**t | {"x_RX": t["x_RX"].float()})
+    assert "even" in experts_refuse(**inputs((5, 17, 34, 4, 2)))

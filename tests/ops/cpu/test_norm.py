@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from nautilus.ops.cpu.norm import BLOCK, rms_norm_native
+from nautilus.ops.norm import rms_norm_reference
+
+EPS = 1e-5
+
+
+def inputs(rows, width, dtype):
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "hidden": torch.randn(2, rows, width, generator=draw).to(dtype),
+        "weight_D": torch.randn(width, generator=draw),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows,width", [(1, 3), (3, 17), (BLOCK // 2, 64), (BLOCK, 33)])
+def test_native_equals_the_formula_with_every_gradient(level, rows, width, dtype, rounds_once):
+    native, reference = (
+        (lambda f: lambda **t: f(**t, eps=EPS))(rms_norm_native),
+        lambda **t: rms_norm_reference(**t, eps=EPS),
+    )
+    rounds_once(native, reference, inputs(rows, width, dtype), single=2.0**-24 * (width + 2 * rows + 8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_any_company(level, dtype):
+    t = inputs(BLOCK + 5, 50, dtype)
+    want = rms_norm_native(**t, eps=EPS)
+    assert torch.equal(rms_norm_native(t["hidden"][:, 9:11], t["weight_D"], EPS), want[:, 9:11])
+    learning = {n: v.clone().requires_grad_() for n, v in t.items()}
+    assert torch.equal(rms_norm_native(**learning, eps=EPS), want)
