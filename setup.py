@@ -10,6 +10,7 @@ import hashlib
 import os
 import platform
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -54,9 +55,9 @@ class Build(build_ext):
 
     def copy_extensions_to_source(self) -> None:
         super().copy_extensions_to_source()
-        library = FOLDER / "libnautilus.so"
-        if library.exists():
-            seal(library)
+        # Copied as well: after a failed build the file that lies there may be anything.
+        if (built := Path(self.build_lib) / FOLDER / "libnautilus.sha256").exists():
+            shutil.copy(built, FOLDER)
 
     def compile(self, where: Path, sources: list[Path], flags: list[str]) -> list[str]:
         names = [str(source) for source in sources]

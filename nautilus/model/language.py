@@ -23,6 +23,7 @@ from nautilus.model.mtp import MtpBlock
 from nautilus.model.norm import RmsNorm
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, advance, place
+from nautilus.ops.linear import linear
 from nautilus.ops.ssd import wide
 
 Tap = Callable[[int, Tensor], None]
@@ -104,7 +105,7 @@ class Language(nn.Module):
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Logits, float32 whatever the compute dtype."""
-        return nn.functional.linear(hidden_BTD, self.head_weight.to(hidden_BTD.dtype)).to(wide(hidden_BTD.dtype))
+        return linear(hidden_BTD, self.head_weight).to(wide(hidden_BTD.dtype))
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return self.backbone.embeddings(tokens_BT).to(self.compute)

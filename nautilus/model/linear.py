@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nautilus.ops.linear import linear
+
 
 class Linear(nn.Module):
     """y = x W^T, no bias. W may be stored wider than x (float32 masters, bf16 compute): it is cast at use."""
@@ -14,4 +16,4 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)

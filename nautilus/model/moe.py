@@ -11,6 +11,7 @@ from nautilus.model.mlp import MlpMixer
 from nautilus.model.state import Span
 from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.experts import experts, route
+from nautilus.ops.linear import linear
 from nautilus.ops.ssd import wide
 
 
@@ -83,7 +84,7 @@ class Router(nn.Module):
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
         dtype = wide(hidden_RD.dtype)
-        return nn.functional.linear(hidden_RD.to(dtype), self.weight.to(dtype))
+        return linear(hidden_RD.to(dtype), self.weight)
 
 
 class ExpertWeights(nn.Module):

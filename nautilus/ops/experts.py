@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.experts import experts_native, experts_refuse
+from nautilus.ops.cpu.sigmoid import sigmoid_native, sigmoid_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 
@@ -33,7 +34,8 @@ def route(
     w = scale * s / (sum of chosen s + 1e-20). With groups, only the `active_groups` whose two best biased scores add up
     highest may be chosen from. Ties have no defined order.
     """
-    score_RE = logits_RE.sigmoid() if score == "sigmoid" else logits_RE.softmax(-1)
+    sigmoid = choose("sigmoid", SIGMOID_IMPLS, logits_RE)
+    score_RE = sigmoid(logits_RE) if score == "sigmoid" else logits_RE.softmax(-1)
     choice_RE = score_RE.detach() if bias_E is None else score_RE.detach() + bias_E
     if active_groups < expert_groups:
         grouped = choice_RE.unflatten(-1, (expert_groups, -1))
@@ -73,14 +75,13 @@ def experts(
     return choose("experts", EXPERTS_IMPLS, *tensors)(*tensors)
 
 
-def at_width(x_RX: Tensor, *matrices: Tensor | None) -> list[Tensor | None]:
-    """The matrices in the dtype of the activations."""
-    return [None if matrix is None else matrix.to(x_RX.dtype) for matrix in matrices]
+def rounded(matrix: Tensor | None, x_RX: Tensor) -> Tensor | None:
+    return None if matrix is None else matrix.to(x_RX.dtype)
 
 
 def experts_reference(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """One expert after another over the tokens that chose it."""
-    up_EFX, down_EXF, gate_EFX = at_width(x_RX, up_EFX, down_EXF, gate_EFX)
+    up_EFX, down_EXF, gate_EFX = up_EFX.to(x_RX.dtype), down_EXF.to(x_RX.dtype), rounded(gate_EFX, x_RX)
     out = weight_RK.new_zeros(x_RX.shape)
     for e in range(up_EFX.shape[0]):
         token, slot = (index_RK == e).nonzero(as_tuple=True)
@@ -124,7 +125,7 @@ def sort_pairs(index_RK: Tensor, weight_RK: Tensor, experts: int, multiple: int)
 def experts_sorted(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """Pairs sorted by expert, one matmul per expert and matrix on contiguous rows."""
     multiple = 32 if x_RX.dtype == torch.bfloat16 and x_RX.device.type == "cpu" and len(x_RX) > 64 else 1
-    up_EFX, down_EXF, gate_EFX = at_width(x_RX, up_EFX, down_EXF, gate_EFX)
+    up_EFX, down_EXF, gate_EFX = up_EFX.to(x_RX.dtype), down_EXF.to(x_RX.dtype), rounded(gate_EFX, x_RX)
     pairs = sort_pairs(index_RK, weight_RK, up_EFX.shape[0], multiple)
     return SortedExperts.apply(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs)
 
@@ -201,6 +202,11 @@ def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
     return out
 
 
+SIGMOID_IMPLS = (
+    Impl("native", sigmoid_native, sigmoid_refuses),
+    Impl("torch", torch.sigmoid),
+    Impl("reference", torch.sigmoid),
+)
 EXPERTS_IMPLS = (
     Impl("native", experts_native, experts_refuse),
     Impl("torch", experts_sorted),

@@ -17,6 +17,7 @@ from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import TextStream, Tokenizer
 from nautilus.model.language import Language
 from nautilus.model.state import State
+from nautilus.ops.linear import Packs, packed_once
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
 from nautilus.serve.sample import Sampling, draw
@@ -107,6 +108,7 @@ class Engine:
         if rows < 1 or chunk < 1:
             raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be at least 1")
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
+        self.packs: Packs = {}
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling()) -> Iterator[Piece]:
         """The answer to one prompt, token by token. A prompt is messages, tokens, or text to continue."""
@@ -171,6 +173,7 @@ class Engine:
 
     def run(self, requests: list[Request]) -> Iterator[tuple[Request, Piece]]:
         """All requests, one token each per step, until the last is finished; finished ones leave the batch."""
+        self.packs = {}  # the weights may have changed since the last run, but do not during one
         logits_BV, state = self.prefill(requests)
         while True:
             positions = [len(request.tokens) for request in requests]
@@ -205,15 +208,16 @@ class Engine:
         if training:
             self.model.eval()
         try:
-            for low in range(0, tokens_BT.shape[1], self.chunk):
-                part = slice(low, low + self.chunk)
-                hidden_BTD, state = self.model.hidden(
-                    tokens_BT[:, part].to(device),
-                    state=state,
-                    document_BT=None if document_BT is None else document_BT[:, part].to(device),
-                )
-            assert state is not None, "a prompt holds at least one token"
-            return self.model.head(hidden_BTD[:, -1:])[:, 0], state
+            with packed_once(self.packs):
+                for low in range(0, tokens_BT.shape[1], self.chunk):
+                    part = slice(low, low + self.chunk)
+                    hidden_BTD, state = self.model.hidden(
+                        tokens_BT[:, part].to(device),
+                        state=state,
+                        document_BT=None if document_BT is None else document_BT[:, part].to(device),
+                    )
+                assert state is not None, "a prompt holds at least one token"
+                return self.model.head(hidden_BTD[:, -1:])[:, 0], state
         finally:
             if training:
                 self.model.train()

@@ -79,7 +79,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 4; }
+EXPORT int nautilus_interface() { return 8; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -202,9 +202,11 @@ EXPORT int nautilus_norm_backward(const NormBackward* g, int threads) {
   return share_out_plainly(kernels.norm_backward, g, blocks(g->forward.rows, NORM_BLOCK), threads);
 }
 
-EXPORT int64_t nautilus_linear_packed_size(int64_t inputs, int64_t outputs) {
-  return kernels.linear_packed_size(inputs, outputs);
+EXPORT int nautilus_sigmoid(const Sigmoid* s, int threads) {
+  return share_out_plainly(kernels.sigmoid, s, blocks(s->count, SIGMOID_BLOCK), threads);
 }
+
+EXPORT int64_t nautilus_linear_packed_size(const LinearPack* p) { return kernels.linear_packed_size(p); }
 
 EXPORT int nautilus_linear_pack(const LinearPack* p, int threads) {
   return share_out_plainly(kernels.linear_pack, p, kernels.linear_panels(p->outputs), threads);

@@ -1,60 +1,68 @@
 // Mixture of experts with squared ReLU: out = sum_k w_k down_k relu(up_k x)^2, one expert at a time over the tokens that
-// chose it. Activations are bf16, sums float32; weights may be float32 masters and are rounded as they are packed.
+// chose it. Activations A are bf16 or float, sums float; weights may be float32 masters beside bf16 activations and are
+// rounded as they are packed.
+#include <type_traits>
+
 #include "gemm.h"
 #include "kernels.h"
+#include "scratch.h"
 
 namespace {
 
 using bf16 = uint16_t;
 constexpr int64_t CHUNK = 32 * TILE_ROWS;  // pairs of an expert worked on at a time; even
 
+template <class A>
 struct Work {
-  bf16 *up, *down;                // packed
-  bf16 *act, *dup;                // (CHUNK, F)
-  bf16 *act_pairs, *dup_pairs;    // (CHUNK / 2, F, 2): rows zipped, for products over tokens
-  bf16 *x_pairs, *dout_pairs;     // (CHUNK / 2, X, 2)
-  bf16* scaled;                   // (2, X)
-  const bf16** rows;              // (CHUNK + E): pointers to rows of A
+  A *up, *down;                // packed
+  A *act, *dup;                // (CHUNK, F)
+  A *act_steps, *dup_steps;    // the same in steps, for products over tokens: bf16 rows are zipped in twos
+  A *x_steps, *dout_steps;     // (CHUNK, X) in steps
+  A* scaled;                   // (2, X)
+  const A** rows;              // (larger of CHUNK and the widths): pointers to rows
   float* dweight;                 // (CHUNK)
-  int64_t bytes = 0;
+  Scratch pieces;
 
-  Work(const ExpertsSizes& s, void* scratch, bool backward) {
-    char* base = static_cast<char*>(scratch);
-    auto take = [&](int64_t size) {
-      char* piece = base + bytes;
-      bytes += (size + 63) / 64 * 64 + 64;
-      return piece;
-    };
-    auto numbers = [&](int64_t count) { return reinterpret_cast<bf16*>(take(count * 2)); };
+  Work(const ExpertsSizes& s, void* scratch, bool backward) : pieces{static_cast<char*>(scratch)} {
+    auto numbers = [&](int64_t count) { return pieces.take<A>(count); };
     int64_t widest = s.hidden > s.width ? s.hidden : s.width;
     // Each matrix is packed along one axis in the forward and along the other in the backward.
-    up = numbers(packed_size(widest, widest));
-    down = numbers(packed_size(widest, widest));
+    up = numbers(packed_size<A>(widest, widest));
+    down = numbers(packed_size<A>(widest, widest));
     act = numbers(CHUNK * s.hidden);
-    rows = reinterpret_cast<const bf16**>(take((CHUNK > widest ? CHUNK : widest) * 8));
+    rows = pieces.take<const A*>(CHUNK > widest ? CHUNK : widest);
     if (!backward) return;
     dup = numbers(CHUNK * s.hidden);
-    act_pairs = numbers(CHUNK * s.hidden + 2 * W);
-    dup_pairs = numbers(CHUNK * s.hidden + 2 * W);
-    x_pairs = numbers(CHUNK * s.width + 2 * W);
-    dout_pairs = numbers(CHUNK * s.width + 2 * W);
+    act_steps = numbers(CHUNK * s.hidden + 2 * W);
+    dup_steps = numbers(CHUNK * s.hidden + 2 * W);
+    x_steps = numbers(CHUNK * s.width + 2 * W);
+    dout_steps = numbers(CHUNK * s.width + 2 * W);
     scaled = numbers(2 * s.width);
-    dweight = reinterpret_cast<float*>(take(CHUNK * 4));
+    dweight = pieces.take<float>(CHUNK);
   }
 };
 
 // What is stored and read again, so that later passes see the same number.
-F kept(bf16* to, F value, int64_t count) {
+template <class A>
+F kept(A* to, F value, int64_t count) {
   store(to, value, count);
   return load(to, count);
 }
 
-template <class T>
+// Two rows in steps along the rows; `second` may be null.
+void in_steps(bf16* to, const bf16* first, const bf16* second, int64_t count) { zip(to, first, second, count); }
+void in_steps(float* to, const float* first, const float* second, int64_t count) {
+  memcpy(to, first, count * sizeof(float));
+  if (second) memcpy(to + count, second, count * sizeof(float));
+}
+
+template <class A, class T>
 struct Expert {
+  static constexpr int K = Step<A>::K;
   const ExpertsForward& f;
   const ExpertsSizes& s;
   int64_t expert, begin, end;
-  Work w;
+  Work<A> w;
 
   Expert(const ExpertsForward& forward, int64_t which, void* scratch, bool backward)
       : f(forward), s(forward.sizes), expert(which), begin(f.first[which]), end(f.first[which + 1]),
@@ -63,15 +71,15 @@ struct Expert {
   const T* up() const { return static_cast<const T*>(f.up) + expert * s.hidden * s.width; }
   const T* down() const { return static_cast<const T*>(f.down) + expert * s.hidden * s.width; }
   int64_t token(int64_t z) const { return f.pair[z] / s.active; }
-  bf16* hidden(int64_t z) const { return static_cast<bf16*>(f.hidden) + z * s.hidden; }
-  bf16* y(int64_t z) const { return static_cast<bf16*>(f.y) + z * s.width; }
+  A* hidden(int64_t z) const { return static_cast<A*>(f.hidden) + z * s.hidden; }
+  A* y(int64_t z) const { return static_cast<A*>(f.y) + z * s.width; }
   int64_t chunk(int64_t z) const { return end - z < CHUNK ? end - z : CHUNK; }
 
-  Rows token_rows(const void* matrix, int64_t z, int64_t count) const {
-    for (int64_t i = 0; i < count; i++) w.rows[i] = static_cast<const bf16*>(matrix) + token(z + i) * s.width;
-    return {w.rows, 2};
+  Rows<A> token_rows(const void* matrix, int64_t z, int64_t count) const {
+    for (int64_t i = 0; i < count; i++) w.rows[i] = static_cast<const A*>(matrix) + token(z + i) * s.width;
+    return {w.rows, K};
   }
-  Rows own_rows(const bf16* matrix, int64_t width, int64_t count, int64_t step) const {
+  Rows<A> own_rows(const A* matrix, int64_t width, int64_t count, int64_t step) const {
     for (int64_t i = 0; i < count; i++) w.rows[i] = matrix + i * width;
     return {w.rows, step};
   }
@@ -82,7 +90,7 @@ struct Expert {
     pack_columns(w.down, down(), s.hidden, s.width);
     for (int64_t z = begin; z < end; z += CHUNK) {
       int64_t count = chunk(z);
-      gemm(token_rows(f.x, z, count), count, packed(w.up, s.width), s.width, s.hidden,
+      gemm(token_rows(f.x, z, count), count, packed<A>(w.up, s.width), s.width, s.hidden,
            [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
              for (int64_t r = 0; r < rows; r++)
                for (int64_t j = 0; j < columns; j += W) {
@@ -90,7 +98,7 @@ struct Expert {
                  store(w.act + (m + r) * s.hidden + n + j, h * h, columns - j);
                }
            });
-      gemm(own_rows(w.act, s.hidden, count, 2), count, packed(w.down, s.hidden), s.hidden, s.width,
+      gemm(own_rows(w.act, s.hidden, count, K), count, packed<A>(w.down, s.hidden), s.hidden, s.width,
            [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
              for (int64_t r = 0; r < rows; r++) copy(y(z + m + r) + n, c + r * PANEL, columns);
            });
@@ -111,10 +119,10 @@ struct Expert {
       through_activation(g, z, count);
       zip_chunk(g, z, count);
       bool first = z == begin;
-      outer(ddown, w.dout_pairs, s.width, w.act_pairs, s.hidden, count, first);
-      outer(dup, w.dup_pairs, s.hidden, w.x_pairs, s.width, count, first);
+      outer(ddown, w.dout_steps, s.width, w.act_steps, s.hidden, count, first);
+      outer(dup, w.dup_steps, s.hidden, w.x_steps, s.width, count, first);
       // The pairs' outputs are not needed any more: their place takes the gradients of the pairs' inputs.
-      gemm(own_rows(w.dup, s.hidden, count, 2), count, packed(w.up, s.hidden), s.hidden, s.width,
+      gemm(own_rows(w.dup, s.hidden, count, K), count, packed<A>(w.up, s.hidden), s.hidden, s.width,
            [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
              for (int64_t r = 0; r < rows; r++) copy(y(z + m + r) + n, c + r * PANEL, columns);
            });
@@ -124,7 +132,7 @@ struct Expert {
   // dact = down^T dout; the weight's gradient is <act, dact>; d(up x) = weight dact 2 relu(up x).
   void through_activation(const ExpertsBackward& g, int64_t z, int64_t count) {
     for (int64_t i = 0; i < count; i++) w.dweight[i] = 0.0f;
-    gemm(token_rows(g.doutput, z, count), count, packed(w.down, s.width), s.width, s.hidden,
+    gemm(token_rows(g.doutput, z, count), count, packed<A>(w.down, s.width), s.width, s.hidden,
          [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
            for (int64_t i = m; i < m + rows; i++) {
              F inner = set(0.0f), weight = set(f.weight[f.pair[z + i]]);
@@ -141,25 +149,25 @@ struct Expert {
   }
 
   void zip_chunk(const ExpertsBackward& g, int64_t z, int64_t count) {
-    const bf16 *x = static_cast<const bf16*>(f.x), *dout = static_cast<const bf16*>(g.doutput);
+    const A *x = static_cast<const A*>(f.x), *dout = static_cast<const A*>(g.doutput);
     for (int64_t i = 0; i < count; i += 2) {
       bool both = i + 1 < count;
-      zip(w.act_pairs + i * s.hidden, w.act + i * s.hidden, both ? w.act + (i + 1) * s.hidden : nullptr, s.hidden);
-      zip(w.dup_pairs + i * s.hidden, w.dup + i * s.hidden, both ? w.dup + (i + 1) * s.hidden : nullptr, s.hidden);
-      zip(w.x_pairs + i * s.width, x + token(z + i) * s.width, both ? x + token(z + i + 1) * s.width : nullptr, s.width);
+      in_steps(w.act_steps + i * s.hidden, w.act + i * s.hidden, both ? w.act + (i + 1) * s.hidden : nullptr, s.hidden);
+      in_steps(w.dup_steps + i * s.hidden, w.dup + i * s.hidden, both ? w.dup + (i + 1) * s.hidden : nullptr, s.hidden);
+      in_steps(w.x_steps + i * s.width, x + token(z + i) * s.width, both ? x + token(z + i + 1) * s.width : nullptr, s.width);
       for (int64_t r = 0; r < 1 + both; r++) {
         F weight = set(f.weight[f.pair[z + i + r]]);
-        const bf16* row = dout + token(z + i + r) * s.width;
+        const A* row = dout + token(z + i + r) * s.width;
         for (int64_t j = 0; j < s.width; j += W)
           store(w.scaled + r * s.width + j, weight * load(row + j, s.width - j), s.width - j);
       }
-      zip(w.dout_pairs + i * s.width, w.scaled, both ? w.scaled + s.width : nullptr, s.width);
+      in_steps(w.dout_steps + i * s.width, w.scaled, both ? w.scaled + s.width : nullptr, s.width);
     }
   }
 
-  // to[m][n] (+)= sum over tokens of left[token][m] right[token][n], both zipped.
-  void outer(float* to, const bf16* left, int64_t m_count, const bf16* right, int64_t n_count, int64_t tokens, bool first) {
-    gemm(own_rows(left, 2, m_count, 2 * m_count), m_count, Columns{right, 2 * PANEL, 2 * n_count}, tokens, n_count,
+  // to[m][n] (+)= sum over tokens of left[token][m] right[token][n], both in steps.
+  void outer(float* to, const A* left, int64_t m_count, const A* right, int64_t n_count, int64_t tokens, bool first) {
+    gemm(own_rows(left, K, m_count, K * m_count), m_count, Columns<A>{right, K * PANEL, K * n_count}, tokens, n_count,
          [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
            for (int64_t r = 0; r < rows; r++)
              for (int64_t j = 0; j < columns; j += W) {
@@ -187,29 +195,58 @@ void experts_sort(const ExpertsForward* f) {
   f->first[0] = 0;
 }
 
-void experts_combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
+// Each token's pairs are added up in the order of their experts, in whatever order the router named them.
+template <class A>
+void combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
   const ExpertsSizes& s = f->sizes;
   int64_t end = (block + 1) * EXPERTS_BLOCK < s.tokens ? (block + 1) * EXPERTS_BLOCK : s.tokens;
-  for (int64_t t = block * EXPERTS_BLOCK; t < end; t++)
+  for (int64_t t = block * EXPERTS_BLOCK; t < end; t++) {
+    const int32_t* place = f->place + t * s.active;
     for (int64_t j = 0; j < s.width; j += W) {
       F sum = set(0.0f);
-      for (int64_t k = t * s.active; k < (t + 1) * s.active; k++) {
-        F y = load(static_cast<const bf16*>(pairs) + f->place[k] * s.width + j, s.width - j);
-        sum = fma(set(weighted ? f->weight[k] : 1.0f), y, sum);
+      for (int64_t done = 0, last = -1; done < s.active; done++) {
+        int64_t next = -1;
+        for (int64_t k = 0; k < s.active; k++)
+          if (place[k] > last && (next < 0 || place[k] < place[next])) next = k;
+        last = place[next];
+        F y = load(static_cast<const A*>(pairs) + last * s.width + j, s.width - j);
+        sum = fma(set(weighted ? f->weight[t * s.active + next] : 1.0f), y, sum);
       }
-      store(static_cast<bf16*>(output) + t * s.width + j, sum, s.width - j);
+      store(static_cast<A*>(output) + t * s.width + j, sum, s.width - j);
     }
+  }
+}
+void experts_combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
+  f->sizes.bf16 ? combine<bf16>(f, pairs, output, weighted, block) : combine<float>(f, pairs, output, weighted, block);
 }
 
+// Calls with<A, T>(): the types of activations and weights.
+template <class With>
+void with_types(const ExpertsSizes& s, With with) {
+  if (s.bf16)
+    s.weights_bf16 ? with(static_cast<bf16*>(nullptr), static_cast<bf16*>(nullptr))
+                   : with(static_cast<bf16*>(nullptr), static_cast<float*>(nullptr));
+  else
+    s.weights_bf16 ? with(static_cast<float*>(nullptr), static_cast<bf16*>(nullptr))
+                   : with(static_cast<float*>(nullptr), static_cast<float*>(nullptr));
+}
 void experts_forward(const ExpertsForward* f, int64_t expert, void* scratch) {
-  f->sizes.weights_bf16 ? Expert<bf16>(*f, expert, scratch, false).forward()
-                        : Expert<float>(*f, expert, scratch, false).forward();
+  with_types(f->sizes, [&](auto* activation, auto* weight) {
+    Expert<std::remove_pointer_t<decltype(activation)>, std::remove_pointer_t<decltype(weight)>>(*f, expert, scratch, false)
+        .forward();
+  });
 }
 void experts_backward(const ExpertsBackward* g, int64_t expert, void* scratch) {
-  g->forward.sizes.weights_bf16 ? Expert<bf16>(g->forward, expert, scratch, true).backward(*g)
-                                : Expert<float>(g->forward, expert, scratch, true).backward(*g);
+  with_types(g->forward.sizes, [&](auto* activation, auto* weight) {
+    Expert<std::remove_pointer_t<decltype(activation)>, std::remove_pointer_t<decltype(weight)>>(g->forward, expert,
+                                                                                                scratch, true)
+        .backward(*g);
+  });
 }
-int64_t experts_scratch(const ExpertsSizes* sizes, int backward) { return Work(*sizes, nullptr, backward).bytes; }
+int64_t experts_scratch(const ExpertsSizes* sizes, int backward) {
+  return sizes->bf16 ? Work<bf16>(*sizes, nullptr, backward).pieces.bytes
+                     : Work<float>(*sizes, nullptr, backward).pieces.bytes;
+}
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-"""Mixture of experts with squared ReLU in bf16 as one native call, and its backward as another."""
+"""Mixture of experts with squared ReLU as one native call, and its backward as another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, pointer, refuses
 
-COUNTS = ("tokens", "width", "hidden", "experts", "active", "weights_bf16")
+COUNTS = ("tokens", "width", "hidden", "experts", "active", "bf16", "weights_bf16")
 FORWARD = ("x", "index", "weight", "up", "down", "output", "first", "pair", "place", "hidden", "y")
 
 
@@ -37,16 +37,15 @@ def experts_native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
 def experts_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
     if gate_EFX is not None:
         return "the experts are gated"
-    if x_RX.dtype != torch.bfloat16:
-        return f"activations are {x_RX.dtype}, not bfloat16"
-    if x_RX.shape[1] % 2 or up_EFX.shape[1] % 2:
+    if x_RX.dtype == torch.bfloat16 and (x_RX.shape[1] % 2 or up_EFX.shape[1] % 2):
         return f"the widths {x_RX.shape[1]} and {up_EFX.shape[1]} must both be even"
     return refuses(x_RX, weight_RK, up_EFX, down_EXF)
 
 
 def prepared(x_RX, index_RK, weight_RK, up_EFX, down_EXF) -> tuple[Sizes, list[Tensor]]:
     experts, hidden, width = up_EFX.shape
-    sizes = Sizes(len(x_RX), width, hidden, experts, index_RK.shape[1], up_EFX.dtype == torch.bfloat16)
+    narrow = (t.dtype == torch.bfloat16 for t in (x_RX, up_EFX))
+    sizes = Sizes(len(x_RX), width, hidden, experts, index_RK.shape[1], *narrow)
     inputs = [x_RX, index_RK, weight_RK.to(torch.float32), up_EFX, down_EXF.to(up_EFX.dtype)]
     return sizes, [t.detach().contiguous() for t in inputs]
 

@@ -42,46 +42,46 @@ struct MambaBackward {
 };
 
 // Tokens between two kept states; the blocks of time in which the mixer works.
-enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64 };
+enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64, SIGMOID_BLOCK = 4096 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
 struct ExpertsSizes {
-  int64_t tokens, width, hidden, experts, active, weights_bf16;
+  int64_t tokens, width, hidden, experts, active, bf16, weights_bf16;
 };
 
 struct ExpertsForward {
   ExpertsSizes sizes;
-  const void* x;         // (R, X) bf16
+  const void* x;         // (R, X), float or where `bf16` bf16, as are output, hidden and y
   const int64_t* index;  // (R, K)
   const float* weight;   // (R, K)
-  const void *up, *down; // (E, F, X) and (E, X, F), float or bf16
-  void* output;          // (R, X) bf16
+  const void *up, *down; // (E, F, X) and (E, X, F), float or where `weights_bf16` bf16
+  void* output;          // (R, X)
   int32_t* first;        // (E + 1), written
   int32_t* pair;         // (Z), written: which (token, slot) each sorted pair is
   int32_t* place;        // (R, K), written: where each pair is
-  void* hidden;          // (Z, F) bf16, written: up x before the activation
-  void* y;               // (Z, X) bf16, written: the output of each pair
+  void* hidden;          // (Z, F), written: up x before the activation
+  void* y;               // (Z, X), written: the output of each pair
 };
 
 struct ExpertsBackward {
   ExpertsForward forward;
-  const void* doutput;   // (R, X) bf16
-  void* dx;              // (R, X) bf16
+  const void* doutput;   // (R, X)
+  void* dx;              // (R, X)
   float* dweight;        // (R, K)
   float *dup, *ddown;    // as up and down
 };
 
-// A matrix (outputs, inputs) of bf16 or float, packed for linear_forward.
+// A matrix (outputs, inputs), packed for activations that are bf16 or float.
 struct LinearPack {
-  int64_t inputs, outputs, bf16;
+  int64_t inputs, outputs, bf16, weight_bf16;
   const void* weight;
   void* packed;
 };
 
-// y (rows, outputs) = x (rows, inputs) W^T; x bf16, y bf16 or, where `wide`, float.
+// y (rows, outputs) = x (rows, inputs) W^T; x and y are both bf16 or both float.
 struct LinearForward {
-  int64_t rows, inputs, outputs, wide;
+  int64_t rows, inputs, outputs, bf16;
   const void *x, *packed;
   void* y;
 };
@@ -123,6 +123,14 @@ struct NormBackward {
   float* dweight;       // (blocks of NORM_BLOCK rows, width), to be summed
 };
 
+// y = 1 / (1 + e^-x), the same bits for the same x at any place: PyTorch's last few numbers of a tensor may differ from
+// what they would be in the middle.
+struct Sigmoid {
+  int64_t count;
+  const float* x;
+  float* y;
+};
+
 // One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
 struct Kernels {
   void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
@@ -135,7 +143,7 @@ struct Kernels {
   void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t block);
   int64_t (*experts_scratch)(const ExpertsSizes*, int backward);
   void (*linear_pack)(const LinearPack*, int64_t panel);
-  int64_t (*linear_packed_size)(int64_t inputs, int64_t outputs);  // bytes
+  int64_t (*linear_packed_size)(const LinearPack*);  // bytes
   int64_t (*linear_panels)(int64_t outputs);
   int64_t (*linear_row_blocks)(int64_t rows);
   void (*linear_forward)(const LinearForward*, int64_t item);  // item: row block * panels + panel
@@ -144,6 +152,7 @@ struct Kernels {
   void (*nvfp4_forward)(const Nvfp4Forward*, int64_t item);
   void (*norm_forward)(const NormForward*, int64_t block);
   void (*norm_backward)(const NormBackward*, int64_t block);
+  void (*sigmoid)(const Sigmoid*, int64_t block);
 };
 
 #define NAUTILUS_JOIN(a, b) a##_##b

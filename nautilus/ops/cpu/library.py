@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-INTERFACE = 4
+INTERFACE = 8
 FILE = Path(__file__).with_name("libnautilus.so")
 
 
@@ -55,6 +55,7 @@ def absent(reason: str) -> Native:
 
 def choose_level(functions: ctypes.CDLL, wanted: str) -> Native:
     functions.nautilus_level_name.restype = ctypes.c_char_p
+    functions.nautilus_linear_packed_size.restype = ctypes.c_int64
     names: list[str] = []
     while (name := functions.nautilus_level_name(len(names))) is not None:
         names.append(name.decode())

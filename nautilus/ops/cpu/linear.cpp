@@ -1,5 +1,5 @@
-// y = x W^T in bf16 with float32 sums, one item of work per panel of outputs and block of rows. W is packed as gemm.h
-// wants it, from bf16 or float32 masters.
+// y = x W^T with float32 sums, one item of work per panel of outputs and block of rows. W is packed as gemm.h wants it: for
+// bf16 activations as bf16, rounded from float32 masters, for float activations as float.
 #include "gemm.h"
 #include "kernels.h"
 
@@ -8,33 +8,40 @@ namespace {
 using bf16 = uint16_t;
 constexpr int64_t ROW_BLOCK = 32 * TILE_ROWS;
 
-template <class T>
+template <class To, class From>
 void pack_panel(const LinearPack* p, int64_t panel) {
   int64_t n = panel * PANEL, columns = p->outputs - n < PANEL ? p->outputs - n : PANEL;
-  pack_columns(static_cast<bf16*>(p->packed) + panel * PANEL * even(p->inputs),
-               static_cast<const T*>(p->weight) + n * p->inputs, p->inputs, columns);
+  pack_columns(static_cast<To*>(p->packed) + panel * panel_size<To>(p->inputs),
+               static_cast<const From*>(p->weight) + n * p->inputs, p->inputs, columns);
 }
 void linear_pack(const LinearPack* p, int64_t panel) {
-  p->bf16 ? pack_panel<bf16>(p, panel) : pack_panel<float>(p, panel);
+  if (p->bf16)
+    p->weight_bf16 ? pack_panel<bf16, bf16>(p, panel) : pack_panel<bf16, float>(p, panel);
+  else
+    p->weight_bf16 ? pack_panel<float, bf16>(p, panel) : pack_panel<float, float>(p, panel);
 }
-int64_t linear_packed_size(int64_t inputs, int64_t outputs) { return packed_size(inputs, outputs) * 2; }
+int64_t linear_packed_size(const LinearPack* p) {
+  return p->bf16 ? packed_size<bf16>(p->inputs, p->outputs) * 2 : packed_size<float>(p->inputs, p->outputs) * 4;
+}
 int64_t linear_panels(int64_t outputs) { return panels(outputs); }
 int64_t linear_row_blocks(int64_t rows) { return (rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
-void linear_forward(const LinearForward* f, int64_t item) {
+template <class T>
+void forward(const LinearForward* f, int64_t item) {
   int64_t panel = item % panels(f->outputs), first = item / panels(f->outputs) * ROW_BLOCK;
   int64_t rows = f->rows - first < ROW_BLOCK ? f->rows - first : ROW_BLOCK;
   int64_t column = panel * PANEL, columns = f->outputs - column < PANEL ? f->outputs - column : PANEL;
-  const bf16* x[ROW_BLOCK];
-  for (int64_t r = 0; r < rows; r++) x[r] = static_cast<const bf16*>(f->x) + (first + r) * f->inputs;
-  Columns b = packed(static_cast<const bf16*>(f->packed) + panel * PANEL * even(f->inputs), f->inputs);
-  gemm({x, 2}, rows, b, f->inputs, columns, [&](int64_t m, int64_t count, int64_t, int64_t, const float* c) {
-    for (int64_t r = 0; r < count; r++) {
-      int64_t at = (first + m + r) * f->outputs + column;
-      f->wide ? copy(static_cast<float*>(f->y) + at, c + r * PANEL, columns)
-              : copy(static_cast<bf16*>(f->y) + at, c + r * PANEL, columns);
-    }
-  });
+  const T* x[ROW_BLOCK];
+  for (int64_t r = 0; r < rows; r++) x[r] = static_cast<const T*>(f->x) + (first + r) * f->inputs;
+  Columns<T> b = packed(static_cast<const T*>(f->packed) + panel * panel_size<T>(f->inputs), f->inputs);
+  gemm<T>({x, Step<T>::K}, rows, b, f->inputs, columns,
+          [&](int64_t m, int64_t count, int64_t, int64_t, const float* c) {
+            for (int64_t r = 0; r < count; r++)
+              copy(static_cast<T*>(f->y) + (first + m + r) * f->outputs + column, c + r * PANEL, columns);
+          });
+}
+void linear_forward(const LinearForward* f, int64_t item) {
+  f->bf16 ? forward<bf16>(f, item) : forward<float>(f, item);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 // The state lies as (N, P): lanes run over P, so y_t is one chain of multiply-adds in order of n, whatever the number of
 // tokens in the call. Time is serial. Hence any cut of the text gives the same bits.
 #include "kernels.h"
+#include "scratch.h"
 #include "simd.h"
 
 namespace {
@@ -42,19 +43,14 @@ struct Work {
   float *state;              // (share, N, pad)
   float *weight, *bias;      // (taps, stride), (stride): the group's convolution
   float *post, *gate, *unit; // (inner of the group): y + D x, silu(z), their product
-  float *dy, *du, *dx;       // gradients, laid out as y, u, x
+  float *dy, *du;            // gradients, laid out as y and u
   float *dstate, *dact, *draw, *dweight, *dbias, *dnorm;
   float *dkeep, *db, *dc;    // lanes are added up last: (share, Q, W), (Q, BACK_ROWS, W) twice
   float *past;               // (Q + 1, BACK_ROWS, BACK_VECTORS, W): the states of one tile, token after token
-  int64_t bytes = 0;
+  Scratch pieces;
 
-  Work(const Shape& s, void* scratch, bool backward) {
-    char* base = static_cast<char*>(scratch);
-    auto take = [&](int64_t count) {
-      float* piece = reinterpret_cast<float*>(base + bytes);
-      bytes += (count * static_cast<int64_t>(sizeof(float)) + 63) / 64 * 64;
-      return piece;
-    };
+  Work(const Shape& s, void* scratch, bool backward) : pieces{static_cast<char*>(scratch)} {
+    auto take = [&](int64_t count) { return pieces.take<float>(count); };
     int64_t wide = s.share * s.pad, slice = whole_vectors(s.share * s.width);
     raw = take((s.taps - 1 + Q) * s.stride);
     pre = take(Q * s.stride);
@@ -74,7 +70,6 @@ struct Work {
     if (!backward) return;
     dy = take(Q * wide);
     du = take(Q * wide);
-    dx = take(Q * wide);
     dstate = take(s.share * s.state_size());
     dact = take(Q * s.stride);
     draw = take((s.taps - 1 + Q) * s.stride);
@@ -531,7 +526,7 @@ void mamba_backward(const MambaBackward* g, int64_t item, void* scratch) {
                         : Group<float>(g->forward, item, scratch, true).backward(*g);
 }
 int64_t mamba_scratch(const MambaSizes* sizes, int backward) {
-  return Work(Shape(*sizes), nullptr, backward).bytes;
+  return Work(Shape(*sizes), nullptr, backward).pieces.bytes;
 }
 
 }  // namespace

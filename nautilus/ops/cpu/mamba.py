@@ -51,8 +51,23 @@ def mamba_native(
     return out_BTI, last_BHNP.mT
 
 
-def mamba_refuses(input_BTE, *parameters, groups, eps, tail_BRC=None, state_BHPN=None, reach_BT=None) -> str | None:
-    return refuses(input_BTE, *parameters, tail_BRC, state_BHPN)
+def mamba_refuses(
+    input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *, groups, eps,
+    tail_BRC=None, state_BHPN=None, reach_BT=None,
+) -> str | None:  # fmt: skip
+    (rows, _, width), (channels, taps), (heads,), (inner,) = (t.shape for t in (input_BTE, weight_CW, a_H, norm_I))
+    if taps > CHUNK + 1:
+        return f"the convolution has {taps} taps, more than {CHUNK + 1}"
+    head_width, state = inner // heads, (channels - inner) // (2 * groups)
+    # The kernels touch as much memory as these sizes say.
+    if not (
+        width == inner + channels + heads and inner == heads * head_width and heads % groups == 0
+        and channels == inner + 2 * groups * state == bias_C.shape[0] and dt_bias_H.shape == skip_H.shape == a_H.shape
+        and (tail_BRC is None or tail_BRC.shape == (rows, taps - 1, channels))
+        and (state_BHPN is None or state_BHPN.shape == (rows, heads, head_width, state))
+    ):  # fmt: skip
+        return "the shapes of its tensors do not fit together"
+    return refuses(input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, tail_BRC, state_BHPN)
 
 
 def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple[Sizes, list[Tensor | None]]:

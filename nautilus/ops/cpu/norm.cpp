@@ -1,4 +1,4 @@
-// RMSNorm and its backward, a block of rows at a time. The sum of squares of a row is W chains added up at the end, the
+// RMSNorm and its backward, a block of rows at a time; the sigmoid of the router. The sum of squares of a row is W chains added up at the end, the
 // same for any number of rows.
 #include "kernels.h"
 #include "simd.h"
@@ -54,6 +54,11 @@ void backward(const NormBackward& g, int64_t block) {
   }
 }
 
+void sigmoid_block(const Sigmoid* s, int64_t block) {
+  int64_t end = (block + 1) * SIGMOID_BLOCK < s->count ? (block + 1) * SIGMOID_BLOCK : s->count;
+  for (int64_t i = block * SIGMOID_BLOCK; i < end; i += W) store(s->y + i, sigmoid(load(s->x + i, end - i)), end - i);
+}
+
 void norm_forward(const NormForward* f, int64_t block) {
   f->bf16 ? forward<uint16_t>(*f, block) : forward<float>(*f, block);
 }
@@ -66,4 +71,5 @@ void norm_backward(const NormBackward* g, int64_t block) {
 void NAUTILUS_FILL(norm)(Kernels* k) {
   k->norm_forward = norm_forward;
   k->norm_backward = norm_backward;
+  k->sigmoid = sigmoid_block;
 }

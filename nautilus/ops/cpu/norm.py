@@ -33,6 +33,8 @@ def rms_norm_native(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rms_norm_refuses(hidden: Tensor, weight_D: Tensor, eps: float) -> str | None:
+    if weight_D.shape != hidden.shape[-1:]:
+        return f"the weight has shape {tuple(weight_D.shape)} and the rows {hidden.shape[-1]} numbers"
     return refuses(hidden, weight_D)
 
 

@@ -10,12 +10,12 @@ from nautilus.ops.experts import experts_reference
 SIZES = [(1, 2, 4, 3, 1), (5, 18, 34, 4, 2), (70, 64, 130, 3, 2), (300, 66, 20, 2, 1), (230, 16, 16, 9, 4)]
 
 
-def inputs(size, seed=0, weights=torch.float32):
+def inputs(size, seed=0, weights=torch.float32, dtype=torch.bfloat16):
     tokens, width, hidden, count, active = size
     draw = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=draw)
     return {
-        "x_RX": normal(tokens, width).bfloat16(),
+        "x_RX": normal(tokens, width).to(dtype),
         "index_RK": torch.rand(tokens, count, generator=draw).topk(active).indices,
         "weight_RK": torch.rand(tokens, active, generator=draw),
         # Already at the precision in which they are used, so that rounding them is no part of the comparison.
@@ -27,8 +27,11 @@ def inputs(size, seed=0, weights=torch.float32):
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_native_equals_one_expert_after_another(level, size, weights, rounds_once):
-    """Rounded on the way: up (twice its share through the square), the activation, down, the sum; as many back."""
+    """Rounded on the way: up (twice its share through the square), the activation, down, the sum; as many back. In
+    float32 three products follow each other; the longest sums run over all tokens, or over a width."""
     rounds_once(experts_native, experts_reference, inputs(size, weights=weights), single=6 * 2.0**-8)
+    single = 2.0**-24 * 3 * max(size)
+    rounds_once(experts_native, experts_reference, inputs(size, weights=weights, dtype=torch.float32), single=single)
 
 
 def test_whole_numbers_are_exact_so_each_pair_is_counted_once(level):
@@ -45,9 +48,10 @@ def test_whole_numbers_are_exact_so_each_pair_is_counted_once(level):
     assert all(torch.equal(g.double(), w.double()) for g, w in zip(*results, strict=True))
 
 
-def test_a_token_has_the_same_bits_in_any_company(level):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_token_has_the_same_bits_in_any_company(level, dtype):
     """Alone, in a batch, in another order, on more threads, with a gradient wanted or not."""
-    t = inputs((300, 66, 130, 5, 2))
+    t = inputs((300, 66, 130, 5, 2), dtype=dtype)
     want = experts_native(**t)
     for some in (torch.tensor([7]), torch.arange(299, -1, -1), torch.arange(40, 53)):
         few = t | {n: t[n][some] for n in ("x_RX", "index_RK", "weight_RK")}
@@ -73,5 +77,6 @@ def test_what_native_refuses():
     t = inputs((5, 18, 34, 4, 2))
     assert experts_refuse(**t) is None
     assert "gated" in experts_refuse(**t, gate_EFX=t["up_EFX"])
-    assert "float32" in experts_refuse(**t | {"x_RX": t["x_RX"].float()})
+    assert experts_refuse(**t | {"x_RX": t["x_RX"].float()}) is None
+    assert "float64" in experts_refuse(**t | {"x_RX": t["x_RX"].double()})
     assert "even" in experts_refuse(**inputs((5, 17, 34, 4, 2)))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nautilus.ops.cpu.norm import BLOCK, rms_norm_native
+from nautilus.ops.cpu.norm import BLOCK, rms_norm_native, rms_norm_refuses
 from nautilus.ops.norm import rms_norm_reference
 
 EPS = 1e-5
@@ -32,3 +32,11 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
     assert torch.equal(rms_norm_native(t["hidden"][:, 9:11], t["weight_D"], EPS), want[:, 9:11])
     learning = {n: v.clone().requires_grad_() for n, v in t.items()}
     assert torch.equal(rms_norm_native(**learning, eps=EPS), want)
+
+
+def test_what_native_refuses():
+    x, weight = torch.ones(4, 6), torch.ones(6)
+    assert rms_norm_refuses(x, weight, EPS) is None
+    assert "float64" in rms_norm_refuses(x.double(), weight, EPS)
+    assert "meta" in rms_norm_refuses(x, weight.to("meta"), EPS)
+    assert "12" in rms_norm_refuses(x, torch.ones(12), EPS)

@@ -18,46 +18,81 @@ library.FILE = pathlib.Path(sys.argv[1])
 functions = library.native().functions
 assert functions is not None, library.native().reason
 from nautilus.ops.cpu.experts import experts_native
+from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import mamba_native
 from nautilus.ops.cpu.norm import rms_norm_native
-MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 4))
+from nautilus.ops.cpu.nvfp4 import linear_nvfp4, repacked
+from nautilus.ops.cpu.sigmoid import sigmoid_native
+from nautilus.ops.encode import encode
+# rows, time, heads, head width, groups, state width, taps
+MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 4), (2, 63, 1, 1, 1, 1, 4),
+          (1, 64, 3, 64, 3, 13, 2), (1, 3, 2, 70, 1, 128, 4), (2, 66, 6, 7, 2, 64, 1))
 EXPERTS = ((5, 18, 34, 4, 2), (230, 66, 130, 3, 2), (1, 2, 2, 5, 1))
-draw = lambda *shape: torch.randn(*shape).requires_grad_()
+NORMS = ((131, 19), (1, 1), (128, 16), (300, 70))
+LINEARS = ((1, 2, 1), (7, 18, 33), (200, 130, 66))
+NVFP4S = ((1, 16, 1), (2, 48, 17), (70, 160, 130))
+draw = lambda *shape, dtype=torch.float32: torch.randn(*shape).to(dtype).requires_grad_()
+
+
+def back(results, leaves):
+    # Every byte of fresh memory is 0xFF, which reads as NaN: a result that is not finite holds what nobody wrote.
+    pushes = [torch.randn_like(r) for r in results]
+    for tensor in (*results, *torch.autograd.grad(results, leaves, pushes)):
+        assert tensor.isfinite().all()
 
 
 def mixer(dtype, rows, time, heads, width, groups, state, taps):
     inner, channels = heads * width, heads * width + 2 * groups * state
-    parameters = draw(channels, taps), draw(channels), draw(heads), draw(heads), draw(heads), draw(inner)
-    x, tail = (torch.randn(*shape).to(dtype).requires_grad_()
-               for shape in ((rows, time, inner + channels + heads), (rows, taps - 1, channels)))
-    out, last = mamba_native(x, *parameters, groups=groups, eps=1e-5, tail_BRC=tail,
-                             state_BHPN=draw(rows, heads, width, state), reach_BT=torch.arange(time)[None] % 9)
-    (out.sum() + last.sum()).backward()
+    decay = (-torch.rand(heads)).requires_grad_()
+    tensors = [draw(rows, time, inner + channels + heads, dtype=dtype), draw(channels, taps), draw(channels),
+               draw(heads), decay, draw(heads), draw(inner)]
+    back(mamba_native(*tensors, groups=groups, eps=1e-5), tensors)
+    tail, before = draw(rows, taps - 1, channels, dtype=dtype), draw(rows, heads, width, state)
+    named = {"tail_BRC": tail, "state_BHPN": before, "reach_BT": torch.arange(time)[None] % 9}
+    back(mamba_native(*tensors, groups=groups, eps=1e-5, **named), [*tensors, tail, before])
+    with torch.no_grad():
+        assert all(t.isfinite().all() for t in mamba_native(*tensors, groups=groups, eps=1e-5, **named))
 
 
-def experts(tokens, width, hidden, count, active):
-    x = torch.randn(tokens, width).bfloat16().requires_grad_()
+def experts(dtype, tokens, width, hidden, count, active):
     choice = torch.rand(tokens, count).topk(active).indices
-    up, down = draw(count, hidden, width), draw(count, width, hidden)
-    experts_native(x, choice, draw(tokens, active), up, down).sum().backward()
+    for weights in {torch.float32, dtype}:
+        tensors = [draw(tokens, width, dtype=dtype), draw(tokens, active)]
+        tensors += [draw(count, hidden, width, dtype=weights), draw(count, width, hidden, dtype=weights)]
+        back([experts_native(tensors[0], choice, *tensors[1:])], tensors)
 
 
+def norm(dtype, rows, width):
+    tensors = [draw(rows, width, dtype=dtype), draw(width)]
+    back([rms_norm_native(*tensors, 1e-5)], tensors)
+
+
+def linear(dtype, rows, inputs, outputs):
+    tensors = [draw(rows, inputs, dtype=dtype), draw(outputs, inputs)]
+    back([linear_native(*tensors)], tensors)
+
+
+def nvfp4(dtype, rows, inputs, outputs):
+    x = torch.randn(rows, inputs).bfloat16()
+    assert linear_nvfp4(x, repacked(encode(torch.randn(outputs, inputs), "nvfp4"))).isfinite().all()
+
+
+torch.set_num_threads(2)
 index = 0
 while (name := functions.nautilus_level_name(index)) is not None:
     if functions.nautilus_choose(index) == 0:
-        for size in MIXERS:
-            mixer(torch.float32, *size)
-            mixer(torch.bfloat16, *size)
-        for size in EXPERTS:
-            experts(*size)
-        rms_norm_native(draw(131, 19), draw(19), 1e-5).sum().backward()
+        for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (nvfp4, NVFP4S)):
+            for size in sizes:
+                kernel(torch.float32, *size)
+                kernel(torch.bfloat16, *size)
+        assert all(sigmoid_native(torch.randn(count)).isfinite().all() for count in (1, 33, 10_000))
         print(name.decode())
     index += 1
 """
 
 
 @pytest.mark.slow
-def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
+def test_no_kernel_touches_memory_that_is_not_its_own_or_reads_what_nobody_wrote(tmp_path):
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++: the sanitizers come with it")
@@ -76,7 +111,8 @@ def test_no_kernel_touches_memory_that_is_not_its_own(tmp_path):
     )
     assert made.returncode == 0, made.stderr
     found = tmp_path / "nautilus/ops/cpu/libnautilus.so"
-    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    options = "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824"
+    environment = os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": options}
     ran = subprocess.run([sys.executable, "-c", PROGRAM, str(found)], env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-4000:]
     assert ran.stdout.split()[-1] == "baseline" and "runtime error" not in ran.stderr

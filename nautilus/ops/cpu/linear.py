@@ -1,0 +1,108 @@
+"""y = x W^T as one native call on a packed matrix.
+
+A matrix is packed at every use, which costs little beside many rows. Who uses the same matrices again and again without
+changing them, as generation does, says so: inside `packed_once()` each is packed once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import ctypes
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nautilus.ops.cpu.library import call, native, pointer, refuses
+
+# (address and shape of a matrix, dtype of the activations) → the matrix, so that its address stays its own; packed form
+Packs = dict[tuple, tuple[Tensor, Tensor]]
+_packs: contextvars.ContextVar[Packs | None] = contextvars.ContextVar("packs", default=None)
+
+
+class Pack(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "bf16", "weight_bf16")),
+        *((name, ctypes.c_void_p) for name in ("weight", "packed")),
+    ]
+
+
+class Forward(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "bf16")),
+        *((name, ctypes.c_void_p) for name in ("x", "packed", "y")),
+    ]
+
+
+def linear_native(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """See `ops/linear.py`."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
+        return Native.apply(x, weight_OI)
+    return forward(x, packed_form(weight_OI, x.dtype), len(weight_OI))
+
+
+def linear_refuses(x: Tensor, weight_OI: Tensor) -> str | None:
+    if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
+        return f"{x.shape[-1]} inputs are an odd number"
+    return refuses(x, weight_OI)
+
+
+@contextlib.contextmanager
+def packed_once(packs: Packs) -> Iterator[None]:
+    """Matrices that are used inside are packed once and kept in `packs`; they must not change as long as it is used."""
+    before = _packs.set(packs)
+    try:
+        yield
+    finally:
+        _packs.reset(before)
+
+
+def packed_form(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    packs = _packs.get()
+    if packs is None:
+        return pack(weight_OI, dtype)
+    key = weight_OI.data_ptr(), *weight_OI.shape, dtype
+    if key not in packs:
+        packs[key] = weight_OI, pack(weight_OI, dtype)
+    return packs[key][1]
+
+
+def pack(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """The matrix laid out for activations of this dtype, as bytes."""
+    functions = native().functions
+    assert functions is not None
+    outputs, inputs = weight_OI.shape
+    weight = weight_OI.detach().contiguous()
+    sizes = inputs, outputs, dtype == torch.bfloat16, weight.dtype == torch.bfloat16
+    packed = torch.empty(functions.nautilus_linear_packed_size(ctypes.byref(Pack(*sizes))), dtype=torch.uint8)
+    call("nautilus_linear_pack", Pack(*sizes, pointer(weight), pointer(packed)))
+    return packed
+
+
+def forward(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+    rows = x.detach().contiguous()
+    y = rows.new_empty(*x.shape[:-1], outputs)
+    inputs = x.shape[-1]
+    sizes = rows.numel() // inputs, inputs, outputs, x.dtype == torch.bfloat16
+    call("nautilus_linear_forward", Forward(*sizes, *map(pointer, (rows, packed, y))))
+    return y
+
+
+class Native(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight_OI):
+        ctx.save_for_backward(x, weight_OI)
+        return forward(x, pack(weight_OI, x.dtype), len(weight_OI))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):  # type: ignore[override]
+        x, weight_OI = ctx.saved_tensors
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight_OI.to(dy.dtype)
+        if ctx.needs_input_grad[1]:
+            dweight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight_OI.dtype)
+        return dx, dweight

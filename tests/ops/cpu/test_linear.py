@@ -1,0 +1,56 @@
+import pytest
+import torch
+
+from nautilus.ops.cpu.linear import linear_native, linear_refuses, packed_once
+from nautilus.ops.linear import linear_torch
+
+DTYPES = [torch.float32, torch.bfloat16]
+# rows, inputs, outputs: below, at and beside tiles of rows, panels of columns and blocks of rows
+SIZES = [(1, 2, 1), (3, 18, 33), (7, 130, 64), (200, 34, 65), (13, 256, 300)]
+
+
+def inputs(size, dtype, seed=0, weights=torch.float32):
+    rows, width, outputs = size
+    draw = torch.Generator().manual_seed(seed)
+    weight_OI = (torch.randn(outputs, width, generator=draw) / width**0.5).bfloat16().to(weights)
+    return {"x": torch.randn(rows, width, generator=draw).to(dtype), "weight_OI": weight_OI}
+
+
+@pytest.mark.parametrize("weights", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_native_equals_the_product_with_every_gradient(level, size, dtype, weights, rounds_once):
+    """Sums of at most `inputs` terms (`rows` in the gradient of the matrix), in float32."""
+    t = inputs(size, dtype, weights=weights)
+    single = 2.0**-24 * (size[1] + size[0] + size[2])
+    # The gradient of a float32 master is a product in the activations' dtype.
+    rounds_once(linear_native, linear_torch, t, single=single + (dtype == torch.bfloat16) * 2.0**-8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_has_the_same_bits_in_any_company(level, dtype):
+    t = inputs((400, 66, 130), dtype)
+    want = linear_native(**t)
+    for some in (slice(7, 8), slice(0, 5), slice(190, 390)):
+        assert torch.equal(linear_native(t["x"][some], t["weight_OI"]), want[some])
+    assert torch.equal(linear_native(t["x"].view(4, 100, 66), t["weight_OI"]).flatten(0, 1), want)
+    assert torch.equal(linear_native(t["x"].clone().requires_grad_(), t["weight_OI"]), want)
+
+
+def test_a_matrix_is_packed_once_where_that_is_said_and_anew_everywhere_else(level):
+    t, packs = inputs((3, 18, 33), torch.float32), {}
+    weight_OI, narrow = t["weight_OI"].clone(), t["x"].bfloat16()
+    with packed_once(packs):
+        for _ in range(2):
+            assert torch.equal(linear_native(t["x"], weight_OI), linear_native(**t))
+            assert torch.equal(linear_native(narrow, weight_OI), linear_native(narrow, t["weight_OI"]))
+    assert len(packs) == 4
+    weight_OI += 1
+    assert torch.equal(linear_native(t["x"], weight_OI), linear_native(t["x"], t["weight_OI"] + 1))
+
+
+def test_what_native_refuses():
+    assert linear_refuses(**inputs((3, 18, 33), torch.bfloat16)) is None
+    assert linear_refuses(**inputs((3, 17, 33), torch.float32)) is None
+    assert "odd" in linear_refuses(**inputs((3, 17, 33), torch.bfloat16))
+    assert "float64" in linear_refuses(torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2))

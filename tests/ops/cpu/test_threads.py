@@ -1,0 +1,131 @@
+"""Work is shared out among threads, torch's or our own: which thread takes which piece changes no bit."""
+
+import os
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from nautilus.ops.cpu import library
+from nautilus.ops.cpu.experts import experts_native
+from nautilus.ops.cpu.linear import linear_native
+from nautilus.ops.cpu.mamba import mamba_native
+from nautilus.ops.cpu.norm import rms_norm_native
+
+SOURCES = Path(library.__file__).parent
+
+
+def case(name):
+    """A kernel, and inputs that make several pieces of work of different size."""
+    draw = torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(*shape, generator=draw)
+    if name == "experts":
+        x, index = normal(300, 18).bfloat16(), torch.rand(300, 5, generator=draw).topk(2).indices
+        matrices = {"up_EFX": normal(5, 34, 18), "down_EXF": normal(5, 18, 34)}
+        return experts_native, {"x_RX": x, "index_RK": index, "weight_RK": normal(300, 2), **matrices}
+    if name == "linear":
+        return linear_native, {"x": normal(500, 34), "weight_OI": normal(200, 34)}
+    if name == "norm":
+        return partial(rms_norm_native, eps=1e-5), {"hidden": normal(700, 9), "weight_D": normal(9)}
+    heads, width, state, taps = 6, 5, 7, 4
+    inner, channels = heads * width, heads * width + 2 * 3 * state
+    shapes = {"weight_CW": (channels, taps), "bias_C": (channels,), "dt_bias_H": (heads,)}
+    shapes |= {"skip_H": (heads,), "norm_I": (inner,), "tail_BRC": (2, taps - 1, channels)}
+    t = {n: normal(*shape) for n, shape in shapes.items()} | {"state_BHPN": normal(2, heads, width, state)}
+    t |= {"input_BTE": normal(2, 70, inner + channels + heads), "a_H": -normal(heads).exp()}
+    return partial(mamba_native, groups=3, eps=1e-5), t
+
+
+@pytest.fixture(params=["torch's threads", "threads of our own"])
+def team(request):
+    """Which threads the pieces run on; torch's again afterwards."""
+    functions = library.native().functions
+    if functions is None:
+        pytest.skip(library.native().reason)
+    torchs = library.team_of_torch()
+    if request.param == "torch's threads" and torchs == (None, None):
+        pytest.skip("torch does not run on libgomp here")
+    functions.nautilus_borrow_team(*(torchs if request.param == "torch's threads" else (None, None)))
+    before = torch.get_num_threads()
+    yield request.param
+    torch.set_num_threads(before)
+    functions.nautilus_borrow_team(*torchs)
+
+
+@pytest.mark.parametrize("name", ["mamba", "experts", "linear", "norm"])
+def test_any_number_of_threads_gives_the_same_bits_forward_and_backward(level, team, name, pushed):
+    """The products in the backward of `linear` are torch's, whose bits are its own affair."""
+    function, t = case(name)
+    torch.set_num_threads(1)
+    want, want_grads = pushed(function, t)
+    for threads in (4, 2, 3):  # more than before, fewer, and then some that have slept
+        torch.set_num_threads(threads)
+        got, grads = pushed(function, t)
+        assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+        assert name == "linear" or all(torch.equal(grads[n], want_grads[n]) for n in want_grads)
+
+
+def test_two_callers_at_once_do_not_meet(team):
+    torch.set_num_threads(2)
+    jobs = [case("mamba"), case("norm")]
+    want = [function(**t) for function, t in jobs]
+
+    def repeat(which):
+        torch.set_num_threads(2)  # a thread of Python has its own number
+        function, t = jobs[which]
+        return [function(**t) for _ in range(30)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(repeat, [0, 1]))
+    assert all(torch.equal(out, want[0][0]) and torch.equal(last, want[0][1]) for out, last in results[0])
+    assert all(torch.equal(y, want[1]) for y in results[1])
+
+
+# Pieces of uneven length on more and more threads: new ones join a pool that has worked before. Prints nothing; its
+# exit status counts the calls that came back before all their pieces were done.
+GROWING = """
+#include <atomic>
+#include <chrono>
+#include <thread>
+#include "pool.h"
+struct Count { std::atomic<int> running{0}, done{0}; };
+int main() {
+  int bad = 0;
+  for (int threads = 2; threads <= 8; threads++)
+    for (int again = 0; again < 2; again++) {
+      Count count;
+      run_pieces(threads, 64, [](void* context, int64_t item, int) {
+        auto* c = static_cast<Count*>(context);
+        c->running++;
+        std::this_thread::sleep_for(std::chrono::microseconds(item % 7 * 20));
+        c->done++;
+        c->running--;
+      }, &count);
+      bad += count.done != 64 || count.running != 0;
+    }
+  return bad;
+}
+"""
+
+
+@pytest.mark.slow
+def test_threads_of_our_own_never_race(tmp_path):
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++: the thread sanitizer comes with it")
+    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("this g++ has no libtsan.so")
+    (tmp_path / "growing.cpp").write_text(GROWING)
+    flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{SOURCES}"]
+    sources = [str(tmp_path / "growing.cpp"), str(SOURCES / "pool.cpp")]
+    subprocess.run([compiler, *flags, *sources, "-o", str(tmp_path / "growing")], check=True)
+    for _ in range(3):
+        ran = subprocess.run([str(tmp_path / "growing")], capture_output=True, text=True)
+        if "unexpected memory mapping" in ran.stderr:
+            pytest.skip("the thread sanitizer does not know this kernel's layout of memory")
+        assert ran.returncode == 0 and not ran.stderr, ran.stderr[-4000:]
