@@ -19,7 +19,7 @@ from setuptools.command.build_ext import build_ext
 
 FOLDER = Path("nautilus/ops/cpu")
 COMMON = [
-    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"),
+    *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-pthread"),
     # Products and sums are fused where the kernels say so, never where the compiler likes: all widths must agree.
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
 ]

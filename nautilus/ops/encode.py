@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from nautilus.ops.formats import (
-    E2M1,
     FORMATS,
     INT4_ZERO,
     NVFP4_RULES,
@@ -319,8 +318,7 @@ def nearest(y: Tensor, format: str, noise: Tensor | None = None) -> Tensor:
     step = torch.where(size < 2, 0.5, torch.where(size < 4, torch.ones_like(size), 2.0))
     steps = size / step
     steps = steps.round() if noise is None else (steps + noise).floor()
-    size = (steps * step).clamp(max=E2M1[-1])
-    return torch.where(y < 0, -size, size)
+    return torch.where(y < 0, -steps * step, steps * step)
 
 
 def to_codes(y: Tensor, work: Work) -> Tensor:

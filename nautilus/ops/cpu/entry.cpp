@@ -147,8 +147,9 @@ void combine(const ExpertsForward* f, const void* pairs, void* output, int weigh
 }  // namespace
 
 EXPORT int nautilus_experts_forward(const ExpertsForward* f, int threads) {
-  kernels.experts_sort(f);
-  int failed = share_out(
+  int failed = kernels.experts_sort(f);
+  if (failed) return failed;
+  failed = share_out(
       [](void* context, int64_t expert, int thread) {
         auto* call = static_cast<Call*>(context);
         kernels.experts_forward(static_cast<const ExpertsForward*>(call->arguments), expert,

@@ -180,9 +180,11 @@ struct Expert {
 };
 
 // A counting sort: stable, so that an expert sees its tokens in order.
-void experts_sort(const ExpertsForward* f) {
+int experts_sort(const ExpertsForward* f) {
   const ExpertsSizes& s = f->sizes;
   int64_t pairs = s.tokens * s.active;
+  for (int64_t i = 0; i < pairs; i++)
+    if (f->index[i] < 0 || f->index[i] >= s.experts) return 2;
   memset(f->first, 0, (s.experts + 1) * sizeof(int32_t));
   for (int64_t i = 0; i < pairs; i++) f->first[f->index[i] + 1]++;
   for (int64_t e = 0; e < s.experts; e++) f->first[e + 1] += f->first[e];
@@ -193,24 +195,30 @@ void experts_sort(const ExpertsForward* f) {
   }
   for (int64_t e = s.experts; e > 0; e--) f->first[e] = f->first[e - 1];
   f->first[0] = 0;
+  return 0;
 }
 
-// Each token's pairs are added up in the order of their experts, in whatever order the router named them.
+// Each token's pairs are added up in the order of their experts, whatever order the router named them in.
 template <class A>
 void combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
   const ExpertsSizes& s = f->sizes;
   int64_t end = (block + 1) * EXPERTS_BLOCK < s.tokens ? (block + 1) * EXPERTS_BLOCK : s.tokens;
   for (int64_t t = block * EXPERTS_BLOCK; t < end; t++) {
     const int32_t* place = f->place + t * s.active;
+    // Sorted by insertion: a token has few pairs. Beyond MANY the order is the router's.
+    constexpr int64_t MANY = 64;
+    int64_t order[MANY];
+    for (int64_t k = 0; k < s.active && s.active <= MANY; k++) {
+      int64_t at = k;
+      for (; at > 0 && place[order[at - 1]] > place[k]; at--) order[at] = order[at - 1];
+      order[at] = k;
+    }
     for (int64_t j = 0; j < s.width; j += W) {
       F sum = set(0.0f);
-      for (int64_t done = 0, last = -1; done < s.active; done++) {
-        int64_t next = -1;
-        for (int64_t k = 0; k < s.active; k++)
-          if (place[k] > last && (next < 0 || place[k] < place[next])) next = k;
-        last = place[next];
-        F y = load(static_cast<const A*>(pairs) + last * s.width + j, s.width - j);
-        sum = fma(set(weighted ? f->weight[t * s.active + next] : 1.0f), y, sum);
+      for (int64_t i = 0; i < s.active; i++) {
+        int64_t k = s.active <= MANY ? order[i] : i;
+        F y = load(static_cast<const A*>(pairs) + place[k] * s.width + j, s.width - j);
+        sum = fma(set(weighted ? f->weight[t * s.active + k] : 1.0f), y, sum);
       }
       store(static_cast<A*>(output) + t * s.width + j, sum, s.width - j);
     }

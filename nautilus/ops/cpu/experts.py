@@ -37,6 +37,10 @@ def experts_native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
 def experts_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
     if gate_EFX is not None:
         return "the experts are gated"
+    (rows, width), (experts, hidden, _) = x_RX.shape, up_EFX.shape
+    shapes = up_EFX.shape, down_EXF.shape, index_RK.shape, index_RK.shape[:1], index_RK.dtype
+    if shapes != ((experts, hidden, width), (experts, width, hidden), weight_RK.shape, (rows,), torch.int64):
+        return "the shapes of its tensors do not fit together, or the indices are not int64"
     if x_RX.dtype == torch.bfloat16 and (x_RX.shape[1] % 2 or up_EFX.shape[1] % 2):
         return f"the widths {x_RX.shape[1]} and {up_EFX.shape[1]} must both be even"
     return refuses(x_RX, weight_RK, up_EFX, down_EXF)

@@ -136,7 +136,7 @@ struct Kernels {
   void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
   void (*mamba_backward)(const MambaBackward*, int64_t item, void* scratch);
   int64_t (*mamba_scratch)(const MambaSizes*, int backward);  // bytes one thread needs
-  void (*experts_sort)(const ExpertsForward*);
+  int (*experts_sort)(const ExpertsForward*);  // 2 when an index names no expert
   void (*experts_forward)(const ExpertsForward*, int64_t expert, void* scratch);
   void (*experts_backward)(const ExpertsBackward*, int64_t expert, void* scratch);
   // Adds up each token's pairs for a block of tokens: outputs times their weights, or gradients as they are.

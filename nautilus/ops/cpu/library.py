@@ -101,5 +101,8 @@ def call(name: str, arguments: ctypes.Structure) -> None:
     """Runs one kernel on torch's number of threads."""
     functions = native().functions
     assert functions is not None
-    if functions[name](ctypes.byref(arguments), torch.get_num_threads()):
+    failure = functions[name](ctypes.byref(arguments), torch.get_num_threads())
+    if failure == 1:
         raise MemoryError(f"{name}: no memory for its scratch; use fewer rows at a time")
+    if failure:
+        raise IndexError(f"{name}: an index lies outside the matrix it chooses from")

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, native, pointer, refuses
 
-# (address and shape of a matrix, dtype of the activations) → the matrix, so that its address stays its own; packed form
+# (address, shape and strides of a matrix, dtype of the activations) → the matrix, so that its address stays its own,
+# and its packed form
 Packs = dict[tuple, tuple[Tensor, Tensor]]
 _packs: contextvars.ContextVar[Packs | None] = contextvars.ContextVar("packs", default=None)
 
@@ -44,6 +45,8 @@ def linear_native(x: Tensor, weight_OI: Tensor) -> Tensor:
 
 
 def linear_refuses(x: Tensor, weight_OI: Tensor) -> str | None:
+    if x.shape[-1:] != weight_OI.shape[1:]:
+        return f"a matrix of shape {tuple(weight_OI.shape)} cannot take {x.shape[-1]} inputs"
     if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
         return f"{x.shape[-1]} inputs are an odd number"
     return refuses(x, weight_OI)
@@ -63,7 +66,7 @@ def packed_form(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     packs = _packs.get()
     if packs is None:
         return pack(weight_OI, dtype)
-    key = weight_OI.data_ptr(), *weight_OI.shape, dtype
+    key = weight_OI.data_ptr(), weight_OI.shape, weight_OI.stride(), dtype
     if key not in packs:
         packs[key] = weight_OI, pack(weight_OI, dtype)
     return packs[key][1]

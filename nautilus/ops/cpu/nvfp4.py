@@ -61,12 +61,17 @@ def repacked(matrix: Packed) -> Nvfp4:
     return Nvfp4(inputs=inputs, outputs=outputs, codes=codes, scale=scale, tensor_scale=matrix.tensor_scale.item())
 
 
-def nvfp4_refuses(x: Tensor) -> str | None:
+def nvfp4_refuses(x: Tensor, matrix: Nvfp4) -> str | None:
+    if x.shape[-1] != matrix.inputs:
+        return f"activations have {x.shape[-1]} numbers, the matrix takes {matrix.inputs}"
     return refuses(x) if x.dtype == torch.bfloat16 else f"activations are {x.dtype}, not bfloat16"
 
 
 def linear_nvfp4(x: Tensor, matrix: Nvfp4) -> Tensor:
-    """x in bf16, y in bf16. Without gradient."""
+    """x in bf16, y in bf16, without gradient. ValueError for activations that do not fit the matrix."""
+    refusal = nvfp4_refuses(x, matrix)
+    if refusal is not None:
+        raise ValueError(f"linear_nvfp4: {refusal}")
     rows = x.contiguous().view(-1, matrix.inputs)
     y = rows.new_empty(*x.shape[:-1], matrix.outputs)
     blocks = matrix.scale.shape[1]

@@ -78,5 +78,17 @@ def test_what_native_refuses():
     assert experts_refuse(**t) is None
     assert "gated" in experts_refuse(**t, gate_EFX=t["up_EFX"])
     assert experts_refuse(**t | {"x_RX": t["x_RX"].float()}) is None
+    for name, value in t.items():
+        for grown in (torch.cat([value, value[..., :2]], -1), torch.cat([value, value[:1]])):
+            assert "shapes" in experts_refuse(**t | {name: grown}), name
+    assert "int64" in experts_refuse(**t | {"index_RK": t["index_RK"].int()})
     assert "float64" in experts_refuse(**t | {"x_RX": t["x_RX"].double()})
     assert "even" in experts_refuse(**inputs((5, 17, 34, 4, 2)))
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_an_index_that_names_no_expert_is_an_error(level, wrong):
+    t = inputs((5, 18, 34, 4, 2))
+    t["index_RK"][3, 1] = wrong
+    with pytest.raises(IndexError, match="outside the matrix"):
+        experts_native(**t)

@@ -49,8 +49,17 @@ def test_a_matrix_is_packed_once_where_that_is_said_and_anew_everywhere_else(lev
     assert torch.equal(linear_native(t["x"], weight_OI), linear_native(t["x"], t["weight_OI"] + 1))
 
 
+def test_a_matrix_and_its_transpose_are_packed_apart(level):
+    """They may begin at the same address and have the same shape."""
+    x, weight_OI = torch.randn(2, 4), torch.randn(4, 4)
+    with packed_once({}):
+        linear_native(x, weight_OI)
+        torch.testing.assert_close(linear_native(x, weight_OI.T), x @ weight_OI)
+
+
 def test_what_native_refuses():
     assert linear_refuses(**inputs((3, 18, 33), torch.bfloat16)) is None
     assert linear_refuses(**inputs((3, 17, 33), torch.float32)) is None
     assert "odd" in linear_refuses(**inputs((3, 17, 33), torch.bfloat16))
     assert "float64" in linear_refuses(torch.ones(2, 2, dtype=torch.float64), torch.ones(2, 2))
+    assert "18 inputs" in linear_refuses(torch.ones(3, 18), torch.ones(33, 16))

@@ -65,7 +65,10 @@ def test_zeros_largest_values_and_every_code_are_read(level):
 
 def test_what_is_refused():
     x, matrix = inputs((1, 32, 16))
-    assert nvfp4_refuses(x) is None and "float32" in nvfp4_refuses(x.float())
+    assert nvfp4_refuses(x, repacked(matrix)) is None
+    for wrong, message in ((x.float(), "float32"), (torch.ones(2, 16).bfloat16(), "16 numbers, the matrix takes 32")):
+        with pytest.raises(ValueError, match=message):
+            linear_nvfp4(wrong, repacked(matrix))
     with pytest.raises(ValueError, match="int8 of shape .*one nvfp4 matrix"):
         repacked(encode(torch.ones(16, 32), "int8"))
     with pytest.raises(ValueError, match="nvfp4 of shape"):

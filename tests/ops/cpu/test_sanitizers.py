@@ -104,7 +104,7 @@ def test_no_kernel_touches_memory_that_is_not_its_own_or_reads_what_nobody_wrote
     (tmp_path / "nautilus/ops").mkdir(parents=True)
     shutil.copy(ROOT / "nautilus/__init__.py", tmp_path / "nautilus")
     shutil.copytree(ROOT / "nautilus/ops/cpu", tmp_path / "nautilus/ops/cpu", ignore=shutil.ignore_patterns("*.so"))
-    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g"
+    flags = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -O1 -g1"
     build = [sys.executable, "setup.py", "build_ext", "--inplace"]
     made = subprocess.run(
         build, cwd=tmp_path, env=os.environ | {"NAUTILUS_CXXFLAGS": flags}, capture_output=True, text=True
