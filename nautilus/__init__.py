@@ -43,10 +43,14 @@ def checkpoint_of(source: str | Path) -> str | Path:
         repair(source)
     if not is_run(source):
         return source
-    model = Run.open(source).model
-    if not model.is_dir():
-        raise UserError(f"the run in {source} has no model yet: {model} does not exist; let it save one, or resume it")
-    return model
+    run = Run.open(source)
+    if not run.model.is_dir():
+        saved = f"{run.saved_step} of {run.settings.get('steps', '?')} steps are saved"
+        raise UserError(
+            f"the run in {source} is unfinished and has no model yet: {saved}; the command that began it, given again,"
+            f" resumes it there"
+        )
+    return run.model
 
 
 def __getattr__(name: str):

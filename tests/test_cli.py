@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import types
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -287,6 +288,76 @@ def test_info_explains_what_it_cannot_read(tmp_path, capsys):
         assert main(["info", source]) == 2
         error = capsys.readouterr().err
         assert message in error and len(error.splitlines()) == 1
+
+
+def nano_file(folder, **changes):
+    from nautilus.config.released import write_config
+
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(write_config(preset("nano")) | changes))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"n_routed_experts": 10**8},
+        {"vocab_size": 2**40, "bos_token_id": 2**31, "eos_token_id": [2**31, 2**39], "pad_token_id": 2**31},
+        {"hidden_size": 2**61, "vocab_size": 2**61, "n_routed_experts": 2**61},
+        {"hybrid_override_pattern": "ME*E" * 2499},
+    ],
+)
+def test_info_of_a_model_of_any_size_takes_no_time(tmp_path, capsys, changes):
+    begin = time.monotonic()
+    assert main(["info", nano_file(tmp_path / "huge", **changes), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"]["total"] > 10**9
+    assert time.monotonic() - begin < 3
+
+
+def test_info_of_many_layers_that_all_differ_takes_seconds(tmp_path):
+    blocks = [{"block_type": "mlp", "intermediate_size": size} for size in range(1, 10_001)]
+    own = {"model_type": "nemotron_h_puzzle", "block_configs": blocks, "hybrid_override_pattern": None}
+    config, begin = info.config_of(nano_file(tmp_path / "puzzle", **own)), time.monotonic()
+    assert len(info.examine("puzzle", config)["layers"]) == 10_000
+    assert time.monotonic() - begin < 3
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"hybrid_override_pattern": "M" * 3_000_000}, "config.json has 3,000,000 layers; at most 10,000"),
+        ({"n_routed_experts": 10**400}, "a whole number (below 2**62) is needed"),
+        ({"x" * 3_000_000: "y" * 3_000_000}, "has the unknown key 'xxx"),
+        ({"model_type": "x" * 3_000_000}, "has model_type='xxx"),
+        ({"eos_token_id": ["x" * 3_000_000]}, "must be token ids"),
+        ({"hidden_size": [[1] * 1000] * 1000}, "a whole number"),
+    ],
+)
+def test_info_of_what_cannot_be_is_one_short_message(tmp_path, capsys, changes, message):
+    begin = time.monotonic()
+    assert main(["info", nano_file(tmp_path / "huge", **changes)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and len(error) < 1000
+    assert error.startswith(f"nautilus: {tmp_path / 'huge' / 'config.json'}: ") and "--traceback" not in error
+    assert time.monotonic() - begin < 5
+
+
+def test_info_of_an_unfinished_run_says_how_far_it_is_and_how_to_go_on(tmp_path, capsys):
+    run = Run.create(tmp_path / "run", {"steps": 560})
+    (run.state / "step_000000120").mkdir(parents=True)
+    assert main(["info", str(run.folder)]) == 2
+    error = capsys.readouterr().err
+    assert "unfinished and has no model yet: 120 of 560 steps are saved" in error
+    assert "the command that began it, given again, resumes it" in error and len(error.splitlines()) == 1
+
+
+def test_a_message_has_an_end(play, capsys):
+    def fail(settings):
+        raise UserError("x" * 10**6)
+
+    play.does(fail)
+    assert main(["play"]) == 2
+    assert len(capsys.readouterr().err) < 6000
 
 
 # ----- doctor --------------------------------------------------------------------------------------------------------

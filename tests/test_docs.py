@@ -19,6 +19,8 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)( run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
+SOURCES = (".py", ".cpp", ".h")
+
 
 def page_name(page: pathlib.Path) -> str:
     return page.relative_to(ROOT).as_posix()
@@ -134,7 +136,7 @@ def tour_files() -> set[str]:
 
 
 def test_the_tour_lists_every_file_of_the_package_and_no_other():
-    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*") if path.suffix in SOURCES}
     files = {name for name in files if not name.endswith("/__init__.py")}
     assert sorted(files - tour_files()) == [], "files without a line in the tour"
     assert sorted(tour_files() - files) == [], "lines of the tour without a file"

@@ -91,6 +91,7 @@ def test_the_final_weights_can_be_an_average_of_snapshots(places, tmp_path):
 @pytest.mark.slow
 def test_the_same_command_again_goes_on_and_other_settings_are_refused(places, capsys):
     assert run("pretrain", text=places["text"], out=places["model"]) == 0
+    assert f"resuming {places['model']} after step 2 of 2" in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(places["model"] / "metrics.jsonl")] == [0, 1]
     words = TRIED["pretrain"].format(text=places["text"], out=places["model"]).split()
     assert main(["pretrain", *words, "seed=1"]) == 2

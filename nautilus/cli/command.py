@@ -46,6 +46,7 @@ Settings are written a.b=v or --a.b v; a hyphen equals an underscore. Every comm
 """
 
 
+LONGEST = 5000  # characters of a message; what it quotes from a file may be of any length
 MISTAKES = (ValueError, OSError, ImportError)
 # Nothing that a person gives should lead here; where it does, one line is still better than a page.
 FAILURES = (RuntimeError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
@@ -71,7 +72,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def complain(message: str, status: int) -> int:
-    print(f"nautilus: {message}", file=sys.stderr)
+    cut = f"{message[:LONGEST]} …" if len(message) > LONGEST else message
+    print(f"nautilus: {cut}", file=sys.stderr)
     return status
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from nautilus.config import Attention, Config, Layer, Mamba, weight_count
 from nautilus.config.model import idle_weights, layer_weights
 from nautilus.config.released import read_config
 from nautilus.presets import PRESETS, preset
-from nautilus.runtime import UserError, read_json
+from nautilus.runtime import HUB_ID, UserError, hub_folder, read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,26 +52,21 @@ def config_of(source: str) -> Config:
     path = folder / "config.json" if folder.is_dir() else folder
     if not path.is_file():
         path = fetch_config(source)
-    return read_config(read_json(path, "it should be the config.json of a checkpoint folder"))
+    document = read_json(path, "it should be the config.json of a checkpoint folder")
+    try:
+        return read_config(document)
+    except ValueError as bad:
+        raise UserError(f"{path}: {bad}") from bad
 
 
 def fetch_config(source: str) -> Path:
     if Path(source).is_dir():
         raise UserError(f"no config.json in the folder {source}; give a run, a checkpoint folder, or a preset")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source):
+    if not HUB_ID.fullmatch(source):
         near = difflib.get_close_matches(source, PRESETS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"presets are {', '.join(PRESETS)}"
         raise UserError(f"{source!r} is no preset, no folder here, and no hub id (owner/name); {hint}")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(source, "config.json"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as bad:
-        raise UserError(
-            f"{source!r} is no folder here, and the hub did not give its config.json ({type(bad).__name__}); check the"
-            f" name and the network, or give the folder of a copy"
-        ) from bad
+    return hub_folder(source, ["config.json"]) / "config.json"
 
 
 # ----- the facts -----------------------------------------------------------------------------------------------------
@@ -110,8 +104,10 @@ def examine(name: str, config: Config) -> dict:
 
 def kinds_of(layers: tuple[Layer, ...], width: int, prefix: str = "") -> Iterator[dict]:
     """One entry per distinct layer record: where it stands, its sizes, its weights."""
-    for layer in dict.fromkeys(layers):
-        where = [index for index, other in enumerate(layers) if other == layer]
+    places: dict[Layer, list[int]] = {}
+    for index, layer in enumerate(layers):
+        places.setdefault(layer, []).append(index)
+    for layer, where in places.items():
         one = layer_weights(layer, width)
         sizes = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer) if shown(layer, f)}
         yield {

@@ -7,10 +7,10 @@ computed here); any other key is refused, because it may change what the model c
 from __future__ import annotations
 
 import difflib
-import math
+import reprlib
 from typing import Any
 
-from nautilus.config.layer import require
+from nautilus.config.layer import MOST_LAYERS, require
 
 # Bookkeeping of transformers' own config class, versions 4 and 5: how to run, label or export, never what to compute.
 HARMLESS = frozenset(
@@ -32,6 +32,10 @@ FRAME = frozenset(
 )
 
 
+WORDS = reprlib.Repr()
+WORDS.maxstring = WORDS.maxother = 80
+short = WORDS.repr  # a value in a message, which a file may have made a megabyte long
+
 NAMES = {str: "words", dict: "objects", int: "whole numbers", (int, float): "numbers"}
 
 
@@ -52,9 +56,8 @@ def canonical(document: dict, aliases: dict[str, str]) -> dict:
     for name in sorted(set(document) & set(aliases)):
         first, value = aliases[name], document[name]
         clash = settings.get(first) is not None and value is not None and settings[first] != value
-        require(
-            not clash, f"config.json has {first}={settings.get(first)} and {name}={value}; the two mean one setting"
-        )
+        both = f"{first}={short(settings.get(first))} and {name}={short(value)}"
+        require(not clash, f"config.json has {both}; the two mean one setting")
         if settings.get(first) is None:
             settings[first] = value
     return settings
@@ -65,8 +68,8 @@ def refuse_unknown(settings: dict, known: frozenset[str]) -> None:
         near = difflib.get_close_matches(name, sorted(known), n=1)
         hint = f"did you mean {near[0]!r}?" if near else "remove it if it changes nothing that the model computes"
         raise ValueError(
-            f"config.json of type {settings.get('model_type')!r} has the unknown key {name!r} (value "
-            f"{settings[name]!r}), which may change what the model computes; {hint}"
+            f"config.json of type {settings.get('model_type')!r} has the unknown key {short(name)} (value "
+            f"{short(settings[name])}), which may change what the model computes; {hint}"
         )
 
 
@@ -76,7 +79,7 @@ def refuse_others(settings: dict, fixed: dict[str, tuple]) -> None:
         value = settings.get(name)
         require(
             value is None or value in allowed,
-            f"config.json of type {settings.get('model_type')!r} has {name}={value!r}; only "
+            f"config.json of type {settings.get('model_type')!r} has {name}={short(value)}; only "
             f"{' or '.join(repr(item) for item in allowed) or 'null'} can be computed here; use another package for it",
         )
 
@@ -84,21 +87,22 @@ def refuse_others(settings: dict, fixed: dict[str, tuple]) -> None:
 def whole(settings: dict, name: str, default: int | None = None) -> int:
     """A whole number; null counts as absent; without a default the key must be there."""
     value = present(settings, name, default)
-    fits = isinstance(value, int) and not isinstance(value, bool)
-    require(fits, f"config.json has {name}={value!r}; a whole number is needed")
+    fits = isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1 << 62
+    require(fits, f"config.json has {name}={short(value)}; a whole number (below 2**62) is needed")
     return value
 
 
 def real(settings: dict, name: str, default: float | None = None) -> float:
     value = present(settings, name, default)
-    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    require(fits, f"config.json has {name}={value!r}; a finite number is needed")
+    # Comparing takes whole numbers of any size, which float() does not.
+    fits = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e308
+    require(fits, f"config.json has {name}={short(value)}; a finite number is needed")
     return float(value)
 
 
 def switch(settings: dict, name: str, default: bool) -> bool:
     value = present(settings, name, default)
-    require(isinstance(value, bool), f"config.json has {name}={value!r}; true or false is needed")
+    require(isinstance(value, bool), f"config.json has {name}={short(value)}; true or false is needed")
     return value
 
 
@@ -106,15 +110,31 @@ def items(settings: dict, name: str, kind: type | tuple[type, ...]) -> list:
     """A list of values of that type; empty when absent."""
     value = settings.get(name) or []
     fits = isinstance(value, list) and all(isinstance(item, kind) for item in value)
-    require(fits, f"config.json has {name}={value!r}; a list of {NAMES[kind]} is needed")
+    require(fits, f"config.json has {name}={short(value)}; a list of {NAMES[kind]} is needed")
     return value
 
 
 def group(settings: dict, name: str) -> dict:
     """An object of settings; empty when absent."""
     value = settings.get(name) or {}
-    require(isinstance(value, dict), f"config.json has {name}={value!r}; an object of settings is needed")
+    require(isinstance(value, dict), f"config.json has {name}={short(value)}; an object of settings is needed")
     return value
+
+
+def depth(settings: dict) -> int:
+    """num_hidden_layers, small enough to make a list of."""
+    value = whole(settings, "num_hidden_layers")
+    require(value <= MOST_LAYERS, f"config.json has num_hidden_layers={value:,}; at most {MOST_LAYERS:,} can be read")
+    return value
+
+
+def token_ids(settings: dict) -> tuple[int, ...]:
+    """The tokens that end a text: eos_token_id may be one id, a list of them, or null."""
+    value = settings.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    fits = all(type(id) is int and 0 <= id < 1 << 62 for id in ids)  # true is no id
+    require(fits, f"eos_token_id={short(value)} must be token ids: whole numbers from 0")
+    return tuple(ids)
 
 
 def present(settings: dict, name: str, default) -> Any:
@@ -129,12 +149,7 @@ def present(settings: dict, name: str, default) -> Any:
 
 def read_frame(settings: dict) -> dict:
     """What every family has around its layers, as arguments for Config."""
-    width, eos = whole(settings, "hidden_size"), settings.get("eos_token_id")
-    std = real(settings, "initializer_range", 0.0)
-    stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    require(
-        all(isinstance(stop, int) for stop in stops), f"config.json has eos_token_id={eos!r}; ids are whole numbers"
-    )
+    width, std = whole(settings, "hidden_size"), real(settings, "initializer_range", 0.0)
     return {
         "vocab": whole(settings, "vocab_size"),
         "width": width,
@@ -142,7 +157,7 @@ def read_frame(settings: dict) -> dict:
         "init_std": 0.0 if std == automatic_std(max(width, 1)) else std,
         "positions": whole(settings, "max_position_embeddings", 262144),
         "bos": whole(settings, "bos_token_id", 1),
-        "eos": tuple(stops),
+        "eos": token_ids(settings),
         "pad": whole(settings, "pad_token_id", 0),
     }
 

@@ -17,6 +17,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
+MOST_LAYERS = 10_000  # of a model; the deepest ones have a few hundred
+
 
 def require(holds: bool, message: str) -> None:
     if not holds:

@@ -10,6 +10,7 @@ from nautilus.config.keys import (
     FRAME,
     HARMLESS,
     canonical,
+    depth,
     group,
     items,
     read_frame,
@@ -66,7 +67,7 @@ def read_llama(document: dict) -> Config:
     refuse_unknown(settings, LLAMA_KNOWN)
     refuse_others(settings, LLAMA_FIXED)
     block = (read_attention(settings), Mlp(hidden=whole(settings, "intermediate_size"), gated=True))
-    layers = block * whole(settings, "num_hidden_layers")
+    layers = block * depth(settings)
     return Config(layers=layers, norm_eps=real(settings, "rms_norm_eps", 1e-6), **read_frame(settings))
 
 
@@ -78,7 +79,7 @@ def read_qwen3_moe(document: dict) -> Config:
     step, dense_layers = whole(settings, "decoder_sparse_step", 1), items(settings, "mlp_only_layers", int)
     require(step >= 1, f"config.json has decoder_sparse_step={step}; at least 1 is needed")
     layers: list = []
-    for block in range(whole(settings, "num_hidden_layers")):
+    for block in range(depth(settings)):
         sparse = block not in dense_layers and (block + 1) % step == 0
         layers += [attention, read_experts(settings) if sparse else dense(settings)]
     return Config(layers=tuple(layers), norm_eps=real(settings, "rms_norm_eps", 1e-6), **read_frame(settings))

@@ -8,8 +8,10 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from nautilus.config.keys import real, switch, token_ids, whole
 from nautilus.config.layer import (
     KINDS,
+    MOST_LAYERS,
     Attention,
     Experts,
     Layer,
@@ -46,6 +48,8 @@ class Config:
     def __post_init__(self):
         require(self.vocab >= 1 and self.width >= 1, f"vocab={self.vocab} and width={self.width} must be positive")
         require(len(self.layers) > 0, "layers is empty; a model needs at least one layer")
+        depth = len(self.layers) + len(self.mtp)
+        require(depth <= MOST_LAYERS, f"layers and mtp hold {depth:,} layers; at most {MOST_LAYERS:,} can be built")
         require(self.positions >= 1, f"positions={self.positions} must be at least 1")
         require(self.norm_eps > 0, f"norm_eps={self.norm_eps} must be positive")
         require(self.init_std >= 0, f"init_std={self.init_std} must be 0 (0.9/sqrt(width)) or positive")
@@ -82,7 +86,7 @@ def from_dict(values: dict) -> Config:
     values = dict(values)
     for name in ("layers", "mtp"):
         values[name] = tuple(layer_from_dict(item) for item in values.get(name, ()))
-    values["eos"] = tuple(values.get("eos", (2,)))
+    values["eos"] = token_ids({"eos_token_id": values.get("eos", [2])})
     return build(Config, values)
 
 
@@ -95,10 +99,16 @@ def layer_from_dict(values: dict) -> Layer:
     return build(KINDS[letter], values)
 
 
+READERS = {"int": whole, "float": real, "bool": switch}
+
+
 def build(kind: type, values: dict):
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
     require(not unknown, f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    for field in dataclasses.fields(kind):
+        if field.name in values and (read := READERS.get(str(field.type))):
+            read(values, field.name, None)
     try:
         return kind(**values)
     except TypeError as bad:

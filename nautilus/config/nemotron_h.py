@@ -12,11 +12,12 @@ from nautilus.config.keys import (
     real,
     refuse_others,
     refuse_unknown,
+    short,
     switch,
     whole,
     write_frame,
 )
-from nautilus.config.layer import Attention, Experts, Layer, Mamba, Mlp, require
+from nautilus.config.layer import MOST_LAYERS, Attention, Experts, Layer, Mamba, Mlp, require
 from nautilus.config.model import Config
 
 WORDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
@@ -124,10 +125,11 @@ def pattern(settings: dict, list_key: str, string_key: str, blocks: list[dict]) 
         words = list(str(settings.get(string_key) or ""))
     spelling = LETTERS | {letter: letter for letter in WORDS}
     require(len(words) > 0, f"config.json has neither {list_key!r} nor {string_key!r}; one must list the layers")
+    require(len(words) <= MOST_LAYERS, f"config.json has {len(words):,} layers; at most {MOST_LAYERS:,} can be read")
     for position, word in enumerate(words):
         require(
             isinstance(word, str) and word in spelling,
-            f"config.json has {word!r} as layer {position} of {list_key}; known are {', '.join(sorted(spelling))}",
+            f"config.json has {short(word)} as layer {position} of {list_key}; known are {', '.join(sorted(spelling))}",
         )
     return "".join(spelling[str(word)] for word in words)
 

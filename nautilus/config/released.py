@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nautilus.config.keys import plain
+from nautilus.config.keys import plain, short
 from nautilus.config.layer import require
 from nautilus.config.llama import read_llama, read_qwen3_moe, write_llama, write_qwen3_moe
 from nautilus.config.model import Config, from_dict, to_dict
@@ -47,8 +47,11 @@ def read_config(document: dict) -> Config:
     kind = str(document.get("model_type"))
     near = difflib.get_close_matches(kind, FAMILIES, n=1)
     hint = f"; did you mean {near[0]!r}?" if near and kind not in FAMILIES else ""
-    require(kind in FAMILIES, f"config.json has model_type={kind!r}; {', '.join(FAMILIES)} can be read{hint}")
-    return FAMILIES[kind].read(plain(document))
+    require(kind in FAMILIES, f"config.json has model_type={short(kind)}; {', '.join(FAMILIES)} can be read{hint}")
+    try:
+        return FAMILIES[kind].read(plain(document))
+    except (TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError) as bad:
+        raise ValueError(f"config.json does not describe a model ({type(bad).__name__}: {bad}); copy it again") from bad
 
 
 def write_config(config: Config) -> dict:

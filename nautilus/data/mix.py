@@ -196,9 +196,12 @@ class Stream:
         """Go on where `state` was taken, on any number of ranks."""
         own = self.state()
         for name in ("fingerprint", "seed"):
-            if state[name] != own[name]:
+            if state.get(name) != own[name]:
                 raise UserError(
-                    f"the run was saved with data {name} {state[name]} but this stream has {own[name]}; resume with "
-                    "the same sources, weights, row length, tokenizer and seed, or start a new run"
+                    f"the run was saved with data {name} {state.get(name)} but this stream has {own[name]}; resume "
+                    "with the same sources, weights, row length, tokenizer and seed, or start a new run"
                 )
-        self.consumed = int(state["consumed"])
+        consumed = state.get("consumed")
+        if type(consumed) is not int or consumed < 0:
+            raise UserError(f"the run was saved after consumed={consumed!r} rows, which is no count; start a new run")
+        self.consumed = consumed

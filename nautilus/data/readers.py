@@ -52,8 +52,8 @@ def walk(root: Path) -> list[tuple[str, Path]]:
 
 def files_at(where: str) -> list[tuple[str, Path]]:
     root = Path(where)
-    if not root.exists():
-        raise UserError(f"no text at {where!r}: no such file or folder; check the path")
+    if not root.is_file() and not root.is_dir():
+        raise UserError(f"no text at {where!r}: no such file or folder, or a pipe or device; check the path")
     return [(root.name, root)] if root.is_file() else walk(root)
 
 

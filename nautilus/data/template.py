@@ -140,8 +140,9 @@ TEMPLATE = template_text()
 
 def render_template(template: str, variables: dict) -> str:
     """The text of any template, ours or a checkpoint's own."""
+    ready = compiled(template)
     try:
-        return compiled(template).render(variables)
+        return ready.render(variables)
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as bad:
         raise UserError(
             f"the chat template cannot render these messages: {bad}; check roles, content and tools"
@@ -160,7 +161,8 @@ def compiled(template: str) -> jinja2.Template:
     sandbox.globals["strftime_now"] = strftime_now
     try:
         return sandbox.from_string(template)
-    except jinja2.TemplateError as bad:
+    # What jinja writes may be no Python: blocks within blocks too deep, numbers too long.
+    except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError, MemoryError) as bad:
         raise UserError(f"the chat template is not valid jinja: {bad}; use the checkpoint's original file") from bad
 
 

@@ -16,8 +16,9 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-from nautilus.data.template import TEMPLATE
-from nautilus.runtime import UserError, read_json, write_atomic
+from nautilus.config.keys import short, token_ids
+from nautilus.data.template import TEMPLATE, compiled
+from nautilus.runtime import UserError, read_json, read_text, write_atomic
 
 # id → word; the flag says special: left out by skip_special, as in the released tokenizers.
 CONTROL = (
@@ -35,6 +36,7 @@ CONTROL = (
     ("</tool_response>", False),
 )
 PAD = "<unk>"  # id 0, as in the released files; never produced by byte-level text
+MOST_WORDS = 1 << 24  # fifty times the largest vocabularies
 SMALLEST = len(CONTROL) + 256  # control tokens and one token per byte
 
 # Words with one mark or blank before them; single digits, so that numbers have one spelling; runs of marks with the
@@ -90,7 +92,8 @@ class Tokenizer:
         template: str | None = TEMPLATE,
         stop: Iterable[int] = (),
     ):
-        if "ByteLevel" not in repr(core.decoder):
+        words = core.get_vocab(with_added_tokens=True)
+        if "ByteLevel" not in repr(core.decoder) or not words.keys() >= set(byte_alphabet()):
             raise UserError("this tokenizer is not byte-level BPE, the only kind read here; convert it or use another")
         self.core = core
         self.template = template
@@ -102,7 +105,9 @@ class Tokenizer:
         self.eos = id_of(eos, core)
         self.document_end = self.control.get("</s>", self.eos)
         self.stop = tuple(sorted({*stop, self.eos, self.document_end}))
-        self.vocab = max(core.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab = max(words.values()) + 1
+        if self.vocab > MOST_WORDS:
+            raise UserError(f"this tokenizer has a token {self.vocab - 1}; ids end at {MOST_WORDS}; copy it again")
         # The same merges without added tokens: what plain text is read by.
         self.plain = tokenizers.Tokenizer(core.model)
         self.plain.pre_tokenizer = core.pre_tokenizer
@@ -216,44 +221,44 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"no tokenizer.json in {folder}; a checkpoint folder needs one (nautilus and transformers write it)"
         )
-    plan = read_json(folder / "tokenizer.json")
-    config, generation = (
-        read_json(folder / name) if (folder / name).exists() else {}
-        for name in ("tokenizer_config.json", "generation_config.json")
-    )
-    if "model" not in plan:
-        raise UserError(f"{folder / 'tokenizer.json'} has no 'model'; it is not a file of the tokenizers library")
     try:
         core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as bad:  # the tokenizers library raises nothing narrower
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
+    config, generation = (
+        read_json(folder / name) if (folder / name).exists() else {}
+        for name in ("tokenizer_config.json", "generation_config.json")
+    )
+    jinja = folder / "chat_template.jinja"
+    template = read_text(jinja) if jinja.exists() else None
     try:
-        bos, eos = word_of(config.get("bos_token")), word_of(config.get("eos_token"))
-        stop = generation.get("eos_token_id") or []
-        stops = [int(id) for id in ([stop] if isinstance(stop, int) else stop)]
-        template = template_of(folder, config)
-    except (TypeError, LookupError, AttributeError, ValueError) as bad:
-        raise UserError(f"the tokenizer's settings in {folder} are not as transformers writes them: {bad}") from bad
-    if template is not None and not isinstance(template, str):
-        raise UserError(f"the chat template in {folder} is {type(template).__name__}, not text; copy it again")
-    if any(id < 0 for id in stops):
-        raise UserError(
-            f"{folder / 'generation_config.json'} stops at the tokens {stops}; ids count from 0, correct it"
-        )
-    if not isinstance(eos, str):
+        bos, eos = word_of(config, "bos_token"), word_of(config, "eos_token")
+        stops = token_ids(generation)
+        template = template_of(config) if template is None else template
+        if template is not None:
+            compiled(template)  # now, not when somebody has begun to talk
+    except (TypeError, LookupError, ValueError) as bad:
+        what = str(bad) if isinstance(bad, ValueError) else f"{type(bad).__name__} {bad}"
+        raise UserError(f"the tokenizer's settings in {folder} are not as transformers writes them: {what}") from bad
+    if eos is None:
         raise UserError(f"{folder / 'tokenizer_config.json'} names no eos_token; add it so that a completion can end")
     return Tokenizer(core, bos=bos, eos=eos, template=template, stop=stops)
 
 
-def word_of(entry) -> str | None:
+def word_of(config: dict, name: str) -> str | None:
     """Configs write a special word as text or as a record with its content."""
-    return entry["content"] if isinstance(entry, dict) else entry
+    entry = config.get(name)
+    return text_or_none(name, entry["content"] if isinstance(entry, dict) else entry)
 
 
-def template_of(folder: Path, config: dict) -> str | None:
-    if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+def template_of(config: dict) -> str | None:
     found = config.get("chat_template")
     if isinstance(found, list):  # several by name
-        return {entry["name"]: entry["template"] for entry in found}.get("default")
-    return found
+        found = {entry["name"]: entry["template"] for entry in found}.get("default")
+    return text_or_none("chat_template", found)
+
+
+def text_or_none(name: str, value) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{name} is {short(value)}, not text; correct the file")
+    return value

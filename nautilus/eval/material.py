@@ -37,21 +37,21 @@ class Report:
 
     @property
     def tokens(self) -> int:
-        return max((row["tokens"] for row in self.rows if "tokens" in row), default=0)
+        return max((row["tokens"] for row in self.rows if is_number(row.get("tokens"))), default=0)
 
     @property
     def seconds(self) -> float:
         """Time spent in steps: each step's tokens over its rate. Saves, pauses and evaluation are not in it."""
         total, before = 0.0, 0
         for row in self.rows:
-            if row.get("tokens_per_s") and "tokens" in row:
+            if is_number(row.get("tokens_per_s")) and row["tokens_per_s"] > 0 and is_number(row.get("tokens")):
                 total += (row["tokens"] - before) / row["tokens_per_s"]
                 before = row["tokens"]
         return total
 
     @property
     def memory_gb(self) -> float:
-        return max((row["memory_gb"] for row in self.rows if row.get("memory_gb")), default=0.0)
+        return max((row["memory_gb"] for row in self.rows if is_number(row.get("memory_gb"))), default=0.0)
 
 
 def series(rows: Sequence[Mapping], key: str, name: str = "") -> Line | None:
@@ -61,7 +61,8 @@ def series(rows: Sequence[Mapping], key: str, name: str = "") -> Line | None:
 
 
 def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """One that can be drawn and added up: finite, and no whole number that floats do not reach."""
+    return isinstance(value, int | float) and abs(value) < 1e300
 
 
 def family(rows: Sequence[Mapping], prefix: str) -> list[Line]:

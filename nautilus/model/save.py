@@ -69,7 +69,10 @@ def exporter(
     def tensor(name: str) -> Tensor:
         ready = held[name].to("cpu", types[name]).contiguous()
         if not ready.isfinite().all():
-            raise UserError(f"{name} holds NaN or infinite numbers as {types[name]}; nothing was written over")
+            raise UserError(
+                f"{name} holds NaN or infinite numbers as {types[name]}; the model was not saved and what the folder"
+                f" holds is untouched; save an earlier state, or in a wider precision"
+            )
         # The file format has no two names for one memory.
         return ready.clone() if name == "lm_head.weight" and model.config.tied else ready
 

@@ -55,7 +55,7 @@ def shard_files(folder: Path) -> list[Path]:
                 f"{', '.join(absent[:5])}; copy or download them"
             )
         return [folder / name for name in names]
-    if (folder / SINGLE).exists():
+    if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", *PICKLES))
     hint = f" (it has {', '.join(others[:5])}; pickles are never opened, because they can run code)" if others else ""

@@ -7,21 +7,22 @@ are about, and no code that came with a checkpoint is ever run.
 from __future__ import annotations
 
 import dataclasses
-import re
 from pathlib import Path
 
 import torch
 
-from nautilus.config import Config, pattern_of
+from nautilus.config import Config, Experts, pattern_of
+from nautilus.config.keys import short, token_ids
 from nautilus.config.released import read_config
 from nautilus.model.language import Language
-from nautilus.model.layout import Slot, layout_of, name_map, place_of
+from nautilus.model.layout import STACKED, Slot, layout_of, name_map, place_of
 from nautilus.model.shards import Stored, inventory, read_tensors
 from nautilus.presets import PRESETS
-from nautilus.runtime import UserError, read_json, repair
+from nautilus.runtime import UserError, hub_folder, read_json, repair
 
 READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 SHOWN = 20
+MANY = 100_000
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 
@@ -36,7 +37,9 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     refuse_quantised(folder, document)
     config = with_stops(described(document, folder), folder)
     stored = {name: where for name, where in inventory(folder).items() if not derived(name)}
-    slots = name_map(config, layout_of(document["model_type"], stored))
+    layout = layout_of(document["model_type"], stored)
+    refuse_many_experts(folder, config, layout, len(stored))
+    slots = name_map(config, layout)
     refuse_differences(folder, config, slots, stored)
     embedding = next(name for name, slot in slots.items() if slot.parameter == "backbone.embeddings.weight")
     model = Language(config, device=device, dtype=dtype or READABLE[stored[embedding].dtype])
@@ -56,22 +59,7 @@ def local_folder(source: str | Path) -> Path:
         raise UserError(
             f"{str(source)!r} is a preset: sizes without weights. Train one with nautilus pretrain {source}"
         )
-    if Path(source).parent != Path(".") and Path(source).parent.is_dir():
-        raise UserError(f"no folder {str(source)!r}, though {str(Path(source).parent)!r} is there; check the name")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        raise UserError(
-            f"{str(source)!r} is neither a folder nor the id of a hub repository, which is of the form owner/name"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as bad:
-        raise UserError(
-            f"{str(source)!r} is no folder here, and the hub did not give it ({type(bad).__name__}: "
-            f"{str(bad).splitlines()[0]}); check the name and the network, or give the folder of a copy"
-        ) from bad
+    return hub_folder(str(source), HUB_FILES)
 
 
 def refuse_quantised(folder: Path, document: dict) -> None:
@@ -89,27 +77,38 @@ def described(document: dict, folder: Path) -> Config:
         return read_config(document)
     except ValueError as bad:
         raise UserError(f"{folder / 'config.json'}: {bad}") from bad
-    except (TypeError, LookupError, AttributeError, ArithmeticError, MemoryError, RecursionError) as bad:
-        raise UserError(
-            f"{folder / 'config.json'} does not describe a model ({type(bad).__name__}: {bad}); copy it again"
-        ) from bad
 
 
 def with_stops(config: Config, folder: Path) -> Config:
     """With the stop ids of generation_config.json: chat models list more of them there than in config.json."""
     path = folder / "generation_config.json"
-    stops = read_json(path).get("eos_token_id") if path.exists() else None
-    if stops is None:
-        return config
-    stops = stops if isinstance(stops, list) else [stops]
-    if not all(isinstance(stop, int) and 0 <= stop < config.vocab for stop in stops):
-        raise UserError(f"{path}: eos_token_id={stops} must be token ids in 0..{config.vocab - 1}; correct the file")
-    return dataclasses.replace(config, eos=tuple(stops))
+    generation = read_json(path) if path.exists() else {}
+    try:
+        stops = token_ids(generation) or config.eos
+    except ValueError as bad:
+        raise UserError(f"{path}: {bad}; correct the file") from bad
+    if beyond := [stop for stop in stops if stop >= config.vocab]:
+        raise UserError(
+            f"{folder}: eos_token_id={short(beyond)} must be token ids in 0..{config.vocab - 1}; correct its"
+            f" config.json and generation_config.json"
+        )
+    # Padding is never seen, so any token will do; old Llama files say -1.
+    return dataclasses.replace(config, eos=stops, pad=config.pad if 0 <= config.pad < config.vocab else 0)
 
 
 def derived(name: str) -> bool:
     """Tables that old Llama files store although they follow from the config."""
     return name.endswith("rotary_emb.inv_freq")
+
+
+def refuse_many_experts(folder: Path, config: Config, layout: str, tensors: int) -> None:
+    """Before the name of every one is listed: far more experts than the files have tensors."""
+    experts = sum(layer.experts for layer in (*config.layers, *config.mtp) if isinstance(layer, Experts))
+    if layout not in STACKED and experts > max(tensors, MANY):
+        raise UserError(
+            f"{folder} does not hold the model of its config.json, which has {experts:,} experts: there are"
+            f" {tensors:,} tensors in all; use the config.json that belongs to these weights"
+        )
 
 
 def refuse_differences(folder: Path, config: Config, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:

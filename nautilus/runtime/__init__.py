@@ -1,13 +1,15 @@
 """What every job needs around its work: errors for people, whole files, the run folder, a progress line. No torch."""
 
 from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full
-from nautilus.runtime.files import atomic_folder, read_json, repair, write_atomic
+from nautilus.runtime.files import atomic_folder, read_json, read_text, repair, write_atomic
+from nautilus.runtime.hub import HUB_ID, hub_folder
 from nautilus.runtime.memory import keep_memory
 from nautilus.runtime.progress import Progress, read_metrics
 from nautilus.runtime.run import Run, continue_or_create, is_run, program
 
 __all__ = [
     "DISK_FULL",
+    "HUB_ID",
     "Progress",
     "Run",
     "UserError",
@@ -15,11 +17,13 @@ __all__ = [
     "continue_or_create",
     "disk_errors",
     "disk_full",
+    "hub_folder",
     "is_run",
     "keep_memory",
     "program",
     "read_json",
     "read_metrics",
+    "read_text",
     "repair",
     "write_atomic",
 ]

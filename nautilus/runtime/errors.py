@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-DISK_REFUSES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+DISK_REFUSES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 class UserError(ValueError):

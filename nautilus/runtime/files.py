@@ -13,18 +13,40 @@ from pathlib import Path
 
 from nautilus.runtime.errors import UserError, disk_errors
 
+DEEPEST = 64  # levels of a JSON file: whoever walks through one may recurse
+
+
+def read_text(path: str | Path, cure: str = "copy or download it again") -> str:
+    """The text of a file; UserError, with what to do about it, for one that is absent, unreadable or no UTF-8."""
+    path = Path(path)
+    try:
+        if not path.is_file():  # a pipe would be waited for without end
+            raise UserError(f"{path.parent} has no {path.name}{' that is a file' if path.exists() else ''}; {cure}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as bad:
+        raise UserError(f"cannot read {path} ({bad}); {cure}") from bad
+
 
 def read_json(path: str | Path, cure: str = "copy or download it again") -> dict:
     """The object in a JSON file; UserError, with what to do about it, for any file that does not hold one."""
+    text = read_text(path, cure)
     try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{Path(path).parent} has no {Path(path).name}; {cure}") from None
-    except (OSError, ValueError, RecursionError) as bad:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as bad:
         raise UserError(f"{path} is not valid JSON ({bad}); {cure}") from bad
     if not isinstance(document, dict):
         raise UserError(f"{path} holds {type(document).__name__}, not an object; {cure}")
+    if deeper_than(DEEPEST, document):
+        raise UserError(f"{path} is nested more than {DEEPEST} levels deep, which no such file is; {cure}")
     return document
+
+
+def deeper_than(levels: int, value: dict | list) -> bool:
+    inside: list[dict | list] = [value]
+    for _ in range(levels):
+        children = (child for each in inside for child in (each.values() if isinstance(each, dict) else each))
+        inside = [child for child in children if isinstance(child, dict | list)]
+    return bool(inside)
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
-from nautilus.runtime.errors import disk_errors
+from nautilus.runtime.errors import UserError, disk_errors
 from nautilus.runtime.files import write_atomic
 
 SHOWN = ("loss", "next_token", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
@@ -17,22 +17,29 @@ PLAIN_SECONDS = 10.0
 
 
 def read_metrics(path: str | Path) -> list[dict]:
-    """The rows of a metrics file; a last line torn by a crash is left out."""
-    if not Path(path).exists():
-        return []
-    return [row for _, row in parse_rows(Path(path).read_text(errors="replace"))]
+    """The rows of a metrics file; a last line torn by a crash is left out, any other that is no row is an error."""
+    return [row for _, row in lines_and_rows(Path(path))]
 
 
-def parse_rows(text: str) -> Iterator[tuple[str, dict]]:
-    """Each line with its row, up to the first line that is none."""
-    for line in text.splitlines():
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            return
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            return
-        yield line + "\n", row
+def lines_and_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        row = parse_row(line)
+        if row is not None:
+            yield line + "\n", row
+        elif number < len(lines):
+            raise UserError(
+                f"{path} line {number} is no row of metrics: {line[:60]!r}; remove that line, or restore the file"
+            )
+
+
+def parse_row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    step = row.get("step") if isinstance(row, dict) else None
+    return row if type(step) is int and 0 <= step < 1 << 53 else None
 
 
 class Progress:
@@ -65,15 +72,8 @@ class Progress:
         return self
 
     def drop_rows_from_start(self) -> None:
-        if not self.path.exists():
-            return
-        text = self.path.read_text(errors="replace")
-        kept = ""
-        for line, row in parse_rows(text):
-            if row.get("step", -1) >= self.start:
-                break
-            kept += line
-        if kept != text:
+        kept = "".join(line for line, row in lines_and_rows(self.path) if row["step"] < self.start)
+        if self.path.is_file() and self.path.read_text(errors="replace") != kept:
             write_atomic(self.path, kept)
 
     def __call__(self, metrics: dict) -> None:

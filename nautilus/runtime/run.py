@@ -83,6 +83,12 @@ class Run:
         return self
 
     @property
+    def saved_step(self) -> int:
+        """Updates made up to the newest saved state; 0 without one."""
+        found = self.state.glob(f"step_{'[0-9]' * 9}")
+        return max((int(folder.name.removeprefix("step_")) for folder in found), default=0)
+
+    @property
     def settings(self) -> dict:
         found = read_json(self.config, "restore it from a copy, or choose another folder").get("settings")
         if not isinstance(found, dict):
@@ -129,8 +135,9 @@ def flat_settings(value, name: str = "") -> Iterator[tuple[str, object]]:
 
 def is_run(folder: str | Path) -> bool:
     """Whether the folder is a run; a Hugging Face folder has a config.json too, but not a run's."""
+    path = Path(folder, "config.json")
     try:
-        content = json.loads(Path(folder, "config.json").read_text())
+        content = json.loads(path.read_text()) if path.is_file() else None
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and "nautilus_run" in content

@@ -26,10 +26,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nautilus.config.keys import short
 from nautilus.model.shards import write_file
 from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_json, repair
 
 log = logging.getLogger("nautilus.train")
+RECORD = {"step": int, "tokens": int, "stream": dict, "settings": dict}
 CURE = "restore the state from a copy, or remove it to go on from the one before"
 
 
@@ -95,9 +97,7 @@ def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, set
     folder = newest_sound(run)
     if folder is None:
         return None
-    record = read_json(folder / "state.json", CURE)
-    if absent := {"step", "tokens", "stream", "settings"} - record.keys():
-        raise UserError(f"{folder / 'state.json'} has no {' and no '.join(sorted(absent))}; {CURE}")
+    record = read_record(folder)
     refuse_other_settings(run, record["settings"], settings)
     training = load_file(folder / "training.safetensors")
     try:
@@ -107,6 +107,17 @@ def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, set
     restore_moments(model, optimizer, training)
     random = {name.removeprefix("random."): value for name, value in training.items() if name.startswith("random.")}
     return Position(step=record["step"], tokens=record["tokens"], stream=record["stream"], random=random)
+
+
+def read_record(folder: Path) -> dict:
+    """What state.json holds; its checksum says that it is as it was written, not that this version wrote it."""
+    record = read_json(folder / "state.json", CURE)
+    wrong = [f"{name}={short(record.get(name))}" for name, kind in RECORD.items() if type(record.get(name)) is not kind]
+    if not wrong and step_name(record["step"]) != folder.name:
+        wrong = [f"step={record['step']}"]
+    if wrong:
+        raise UserError(f"{folder / 'state.json'} is no record of this state: it has {', '.join(wrong)}; {CURE}")
+    return record
 
 
 def step_name(step: int) -> str:
@@ -293,4 +304,6 @@ class Saver:
             yield lambda metrics: None
             return
         with Progress(self.checkpoints.run.metrics, steps, start) as show:
+            if start:
+                show.say(f"resuming {self.checkpoints.run.folder} after step {start} of {steps}")
             yield show

@@ -117,6 +117,7 @@ def test_the_initial_deviation_follows_the_width_unless_it_is_given():
     "change,message",
     [
         ({"vocab": 0}, "vocab=0"),
+        ({"layers": (Linear(),) * 10_001}, "hold 10,001 layers; at most 10,000"),
         ({"width": 0}, "width=0"),
         ({"layers": ()}, "layers is empty"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
@@ -133,6 +134,12 @@ def test_contradictions_are_refused(change, message):
     "values,message",
     [
         ({"vocab": 3, "width": 4, "layers": [{"kind": "L"}], "depth": 2}, "Config has no setting depth; it has bos"),
+        ({"vocab": 3.5, "width": 4, "layers": [{"kind": "L"}]}, "vocab=3.5; a whole number"),
+        ({"vocab": 3, "width": "4", "layers": [{"kind": "L"}]}, "width='4'; a whole number"),
+        ({"vocab": 3, "width": 4, "tied": 1, "layers": [{"kind": "L"}]}, "tied=1; true or false"),
+        ({"vocab": 3, "width": 4, "norm_eps": 10**400, "layers": [{"kind": "L"}]}, "norm_eps=1000.*; a finite number"),
+        ({"vocab": 3, "width": 4, "eos": ["x"], "layers": [{"kind": "L"}]}, r"eos_token_id=\['x'\] must be token ids"),
+        ({"vocab": 3, "width": 4, "layers": [{"kind": "-", "hidden": 2**62}]}, "hidden=4611686018427387904; a whole"),
         ({"vocab": 3, "layers": [{"kind": "L"}]}, "Config cannot be built .*width"),
         ({"vocab": 3, "width": 4, "layers": [{"kind": "X"}]}, "kind 'X'; known kinds are"),
         ({"vocab": 3, "width": 4, "layers": [{"kind": "-", "hiden": 3}]}, "Mlp has no setting hiden; it has"),

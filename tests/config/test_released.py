@@ -2,12 +2,13 @@ import copy
 import dataclasses
 import json
 import pathlib
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nautilus.config import Attention, Config, Experts, Linear, Mamba, Mlp, Nothing, Rotary, weight_count
+from nautilus.config import Attention, Config, Experts, Linear, Mamba, Mlp, Nothing, Rotary, to_dict, weight_count
 from nautilus.config.released import read_config, same, write_config
 from nautilus.presets import PRESETS, preset, shrink
 
@@ -356,15 +357,42 @@ def test_reading_leaves_the_document_as_it_was():
         assert document == before
 
 
-JUNK = st.sampled_from([None, "x", "", -1, 0, 1.5, True, [], {}, [1], ["x"], [[]], [{}], {"x": 1}, {"x": "y"}])
+JUNK = st.sampled_from(
+    [None, "x", "", "x" * 10**6, -1, 0, 1.5, True, 10**400, 2**63, 1e308, float("inf"), float("nan")]
+    + [[], {}, [1], ["x"], [[]], [{}], [10**400], {"x": 1}, {"x": "y"}, {"__float__": "x"}, {"__float__": [1]}]
+)
+OWN_FORM = {"model_type": "nautilus", "nautilus": to_dict(preset("llama_3_1_8b"))}
+DOCUMENTS = [OWN_FORM, *(json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*.json")))]
 
 
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
-def test_junk_under_any_key_gives_a_config_or_a_value_error(data):
-    document = json.loads(data.draw(st.sampled_from(sorted(GOLDEN.glob("*.json")))).read_text())
-    name = data.draw(st.sampled_from([*sorted(document), "per_layer_config", "rope_parameters", "mlp_only_layers"]))
+@settings(max_examples=300, deadline=None)
+def test_junk_under_any_key_gives_a_config_or_a_short_value_error(data):
+    document = copy.deepcopy(data.draw(st.sampled_from(DOCUMENTS)))
+    inner = document.get("nautilus", document)
+    inner = data.draw(st.sampled_from([inner, *inner.get("layers", [])[:2]]))
+    more = ["per_layer_config", "rope_parameters", "mlp_only_layers"]
+    inner[data.draw(st.sampled_from([*sorted(inner), *more]))] = data.draw(JUNK)
     try:
-        assert isinstance(read_config(document | {name: data.draw(JUNK)}), Config)
+        config = read_config(document)
+        assert isinstance(config, Config) and weight_count(config)["main"] < 1e300
     except ValueError as told:
-        assert str(told)
+        assert 0 < len(str(told)) < 2000
+
+
+@pytest.mark.parametrize(
+    "name,changes",
+    [
+        ("lightning", {"hybrid_override_pattern": "M" * 3_000_000, "layers_block_type": None}),
+        ("lightning", {"hybrid_override_pattern": None, "layers_block_type": ["moe"] * 3_000_000}),
+        ("lightning", {"mtp_hybrid_override_pattern": "*E" * 1_500_000, "mtp_layers_block_type": None}),
+        ("llama_3_1_8b", {"num_hidden_layers": 10**12}),
+        ("qwen3_30b_a3b", {"num_hidden_layers": 10**12}),
+    ],
+)
+def test_layers_beyond_number_are_refused_at_once(name, changes):
+    document = released(name)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="at most 10,000") as caught:
+        read_config(document | changes)
+    assert time.monotonic() - begin < 3 and len(str(caught.value)) < 500

@@ -41,10 +41,13 @@ def test_a_folder_gives_its_text_files_by_relative_name(tmp_path):
     assert [d.name for d in read(one(tmp_path))] == ["a.rst", "a/z.md", "b.txt"]
 
 
+@pytest.mark.timeout(30)
 def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path):
     put(tmp_path, {"a.txt": "text", "c.txt": "more"})
     os.mkfifo(tmp_path / "b.txt")
     assert texts(one(tmp_path)) == {"a.txt": "text", "c.txt": "more"}
+    with pytest.raises(ValueError, match=r"no text at '.*b\.txt': no such file or folder, or a pipe or device"):
+        texts(one(tmp_path / "b.txt"))
 
 
 def test_a_lone_file_is_read_in_pieces_that_join_to_the_whole(tmp_path):
@@ -140,6 +143,8 @@ def test_an_empty_corpus_says_what_was_looked_at(tmp_path):
         ("[1]", "line 1 has a list but no field"),
         ('{"text": "a"}\n{oops', "line 2 is not JSON"),
         ('{"text": "a"}\n' + "[" * 100_000, "line 2 is not JSON"),
+        ('{"text": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON"),
+        ('{"text": ' + "9" * 5000 + "}", "line 1 is not JSON"),
     ],
 )
 def test_a_row_that_gives_no_text_is_named(tmp_path, content, message):

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from nautilus.data.batch import Batch, join
 from nautilus.data.mix import CIRCLE, GOLDEN, Mix, Stream, floor_sum, points_below, shuffled
+from nautilus.runtime import UserError
 
 quick = settings(max_examples=60, deadline=None)
 weights = st.lists(st.floats(0.01, 10), min_size=1, max_size=5)
@@ -145,6 +146,16 @@ def test_resuming_on_other_data_is_an_error():
     for other in others.values():
         with pytest.raises(ValueError, match="resume with the same sources, weights"):
             other.restore(saved)
+
+
+@pytest.mark.parametrize("consumed", [None, "12", -12, 1.5, True])
+def test_a_position_that_is_no_count_is_refused(consumed):
+    other = stream()
+    with pytest.raises(UserError, match=f"consumed={consumed!r} rows, which is no count"):
+        other.restore(stream().state() | {"consumed": consumed})
+    with pytest.raises(UserError, match="data fingerprint None"):
+        other.restore({})
+    assert other.consumed == 0
 
 
 @pytest.mark.parametrize(

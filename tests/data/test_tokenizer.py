@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import tokenizers
@@ -6,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautilus.data.tokenizer import CONTROL, load_tokenizer, train_tokenizer
+from nautilus.runtime import UserError
 
 # Text that is likely to hold control words, code, digits and characters of several bytes.
 fragments = st.sampled_from(
@@ -162,16 +164,28 @@ def test_special_words_and_templates_are_read_in_every_spelling(tokenizer, tmp_p
     ("file", "content", "message"),
     [
         ("tokenizer.json", None, "no tokenizer.json"),
-        ("tokenizer.json", "{oops", "tokenizer.json is not valid JSON"),
-        ("tokenizer.json", "[" * 100_000, "tokenizer.json is not valid JSON"),
-        ("tokenizer.json", "[]", "holds list, not an object"),
-        ("tokenizer.json", "{}", "has no 'model'"),
+        ("tokenizer.json", "{oops", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "[" * 100_000, "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "[]", "tokenizer.json is no tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer.json is no tokenizer"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "is no tokenizer"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
-        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 7}', "chat template .* is int, not text"),
-        ("tokenizer_config.json", '{"eos_token": {}}', "not as transformers writes them"),
-        ("generation_config.json", '{"eos_token_id": [-4]}', "stops at the tokens .*-4"),
-        ("generation_config.json", '{"eos_token_id": "two"}', "not as transformers writes them"),
+        ("tokenizer_config.json", "7", "holds int, not an object"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 7}', "chat_template is 7, not text"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": [7]}', "them: TypeError"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": [{"name": "a"}]}', "KeyError 'template'"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": "{% if %}"}', "not valid jinja"),
+        ("tokenizer_config.json", '{"eos_token": "</s>", "bos_token": [1]}', r"bos_token is \[1\], not text"),
+        ("tokenizer_config.json", '{"eos_token": {"content": 2}}', "eos_token is 2, not text"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "them: KeyError 'content'"),
+        ("chat_template.jinja", "{% for message in %}", "not valid jinja"),
+        ("chat_template.jinja", "{% for a in b %}" * 25 + "{% endfor %}" * 25, "not valid jinja"),
+        ("chat_template.jinja", "{{" + "(" * 5000 + ")" * 5000 + "}}", "not valid jinja"),
+        ("chat_template.jinja", "{{" + "9" * 5000 + "}}", "not valid jinja"),
+        ("chat_template.jinja", "\udcff", "cannot read .*chat_template.jinja"),
+        ("generation_config.json", '{"eos_token_id": [-4]}', "eos_token_id=.*-4.* must be token ids"),
+        ("generation_config.json", '{"eos_token_id": "two"}', "eos_token_id='two' must be token ids"),
+        ("generation_config.json", '{"eos_token_id": true}', "eos_token_id=True must be token ids"),
         ("tokenizer_config.json", "{}", "names no eos_token"),
         ("tokenizer_config.json", '{"eos_token": "<end>"}', "has no token '<end>'"),
     ],
@@ -180,8 +194,33 @@ def test_a_broken_folder_is_named(tokenizer, tmp_path, file, content, message):
     tokenizer.save(tmp_path)
     (tmp_path / file).unlink(missing_ok=True)
     if content is not None:
-        (tmp_path / file).write_text(content)
-    with pytest.raises(ValueError, match=message):
+        (tmp_path / file).write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tokenizer, tmp_path, file):
+    tokenizer.save(tmp_path)
+    (tmp_path / file).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / file)
+    with pytest.raises(UserError, match=file):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "message"), [({"zz": 2**32 - 1}, "a token 4294967295; ids end at"), (None, "not byte-level BPE")]
+)
+def test_a_vocabulary_that_cannot_be_is_refused(tokenizer, tmp_path, vocabulary, message):
+    tokenizer.save(tmp_path)
+    plan = json.loads((tmp_path / "tokenizer.json").read_text())
+    if vocabulary is None:  # the bytes are gone: text would vanish without a word
+        plan["model"] |= {"vocab": {}, "merges": []}
+    else:
+        plan["model"]["vocab"] |= vocabulary
+    (tmp_path / "tokenizer.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=message):
         load_tokenizer(tmp_path)
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -100,6 +101,21 @@ def test_the_picture_leaves_out_what_has_no_data(report, tmp_path):
     assert width(dataclasses.replace(report, held_out=None)) * 3 == whole
     with pytest.raises(UserError, match="'demo'.*neither losses nor held-out scores"):
         write_picture(tmp_path / "none.png", dataclasses.replace(report, rows=(), held_out=None))
+
+
+ODD = [None, "x", False, [1], {"a": 1}, -5, 0, 10**400, -(10**400), 1e308, 5e-324, math.nan, math.inf, -math.inf, 0.5]
+
+
+def test_metrics_of_any_kind_make_a_report(report, tmp_path):
+    """Rows may come from another version, or from somebody's editor: here every metric is everything in turn."""
+    rows = [
+        {name: ODD[(i + j) % len(ODD)] if name != "step" else i for j, name in enumerate(report.rows[0])}
+        for i in range(2 * len(ODD))
+    ]
+    odd = dataclasses.replace(report, rows=rows)
+    assert render(odd).startswith("<!doctype html>")
+    write_picture(tmp_path / "report.png", odd)
+    assert (odd.tokens, odd.memory_gb) == (0.5, 0.5)
 
 
 def test_one_sentence_says_what_was_trained(report):

@@ -16,6 +16,7 @@ from nautilus.model.save import save_model
 from nautilus.presets import preset, shrink
 from nautilus.recipes import chat
 from nautilus.recipes.chat import Settings
+from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 
 torch.set_num_threads(1)
@@ -178,22 +179,29 @@ def test_a_closed_standard_input_ends_the_talk(folder):
 @pytest.mark.parametrize(
     "file,content,message",
     [
-        ("tokenizer.json", "{", "tokenizer.json is not valid JSON"),
+        ("tokenizer.json", '{"version": "1.0", "trunc', "tokenizer.json is no tokenizer"),
+        ("tokenizer_config.json", '{"eos_token": ', "tokenizer_config.json is not valid JSON"),
         ("config.json", "[" * 100_000, "config.json is not valid JSON"),
+        ("config.json", '{"a":' * 70 + "1" + "}" * 70, "config.json is nested more than 64 levels deep"),
         ("generation_config.json", '{"eos_token_id": 99999999999}', "must be token ids"),
+        ("chat_template.jinja", "{% for message in %}", "not valid jinja"),
     ],
 )
 def test_a_broken_folder_is_one_message(folder, tmp_path, capsys, file, content, message):
     broken = shutil.copytree(folder, tmp_path / "model")
     (broken / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        nautilus.load(broken)
     assert main(["chat", str(broken), "prompt=hello"]) == 2
     shown = capsys.readouterr().err
     assert message in shown and len(shown.splitlines()) == 1
-
-
-def test_a_template_that_is_no_jinja_is_one_message(folder, tmp_path, capsys):
-    broken = shutil.copytree(folder, tmp_path / "model")
-    (broken / "chat_template.jinja").write_text("{% for message in %}")
-    assert main(["chat", str(broken), "prompt=hello"]) == 2
+    assert main(["info", str(broken)]) == (2 if file == "config.json" else 0)  # it reads no other file
     shown = capsys.readouterr().err
-    assert "not valid jinja" in shown and len(shown.splitlines()) == 1
+    assert (message in shown and len(shown.splitlines()) == 1) or shown == ""
+
+
+def test_a_hub_id_without_a_hub_is_one_message(capsys):
+    assert main(["chat", "no/such-model"]) == 2
+    shown = capsys.readouterr().err
+    assert "no folder 'no/such-model' here, and the hub could not be reached" in shown
+    assert len(shown.splitlines()) == 1

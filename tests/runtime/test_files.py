@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_metrics, repair, write_atomic
+from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_json, read_metrics, repair, write_atomic
 
 
 def everything_in(folder: pathlib.Path) -> dict[str, str]:
@@ -223,3 +223,39 @@ def test_a_folder_without_write_permission_is_refused(tmp_path, nobody):
 def test_other_errors_pass_through(tmp_path):
     with pytest.raises(FileNotFoundError), atomic_folder(tmp_path / "model"):
         (tmp_path / "nothing here").read_text()
+
+
+# ----- JSON files ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content,message",
+    [
+        ("", "is not valid JSON"),
+        ('{"a": [1, 2', "is not valid JSON"),
+        ("[" * 100_000 + "]" * 100_000, "is not valid JSON"),
+        ('{"a": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ("[]", "holds list, not an object"),
+        ("null", "holds NoneType, not an object"),
+        ('{"a": ' + "[" * 64 + "]" * 64 + "}", "is nested more than 64 levels deep"),
+        ('{"a": ' * 65 + "1" + "}" * 65, "is nested more than 64 levels deep"),
+        ("\udcff{}", "cannot read .*can't decode byte 0xff"),
+    ],
+)
+def test_a_file_that_holds_no_json_object_is_named_with_what_to_do(tmp_path, content, message):
+    (tmp_path / "a.json").write_text(content, errors="surrogateescape")
+    with pytest.raises(UserError, match=f"a.json.*{message}.*; do this" if "cannot" not in message else message):
+        read_json(tmp_path / "a.json", "do this")
+
+
+def test_a_file_as_deep_as_allowed_is_read(tmp_path):
+    (tmp_path / "a.json").write_text('{"é": ' + "[" * 63 + "]" * 63 + "}")
+    assert list(read_json(tmp_path / "a.json")) == ["é"]
+
+
+@pytest.mark.timeout(30)
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, message in {"gone": "no gone; do this", "pipe": "no pipe that is a file", ".": "that is a file"}.items():
+        with pytest.raises(UserError, match=message):
+            read_json(tmp_path / name, "do this")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nautilus.runtime import Progress, read_metrics
+from nautilus.runtime import Progress, UserError, read_metrics
 from nautilus.runtime.progress import clock_time
 
 
@@ -38,6 +38,24 @@ def test_a_row_whose_line_end_was_lost_is_kept(tmp_path):
     path.write_text('{"step": 0}\n{"step": 1}')
     follow(path, range(2, 4), start=2)
     assert [row["step"] for row in read_metrics(path)] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "row", ["[1]", "{}", '{"step": "1"}', '{"step": true}', '{"step": -1}', '{"step": 1e400}', "[" * 9999]
+)
+def test_a_line_in_the_middle_that_is_no_row_is_named_and_nothing_is_lost(tmp_path, row):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(before := f'{{"step": 0}}\n{row}\n{{"step": 2}}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl line 2 is no row of metrics: .*; remove that line") as caught:
+        follow(path, range(3, 5), start=3)
+    with pytest.raises(UserError, match="line 2"):
+        read_metrics(path)
+    assert path.read_text() == before and len(str(caught.value)) < 400
+
+
+def test_a_folder_in_place_of_the_file_is_one_message(tmp_path):
+    with pytest.raises(UserError, match="cannot write .*Is a directory"):
+        follow(tmp_path, range(1))
 
 
 def test_rows_are_strict_json_and_reach_the_disk_at_once(tmp_path):

@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -90,3 +91,17 @@ def test_only_what_atomic_folder_left_is_cleared_away(tmp_path):
         Run(tmp_path / name)
         repair(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.tmp-mine", ".my.tmp-backup"]
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_named_like_a_run_is_none(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert not is_run(tmp_path)
+
+
+def test_a_run_knows_its_newest_saved_step(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    assert run.saved_step == 0
+    for name in ("step_000000004", "step_000000012", "damaged_0_step_000000030", "step_x", ".step_000000040.tmp-1"):
+        (run.state / name).mkdir(parents=True)
+    assert run.saved_step == 12

@@ -152,16 +152,31 @@ def test_training_goes_on_from_the_state_before_a_damaged_one(finished, train, u
     assert [folder.name for folder in state_folders(finished)] == ["step_000000004", "step_000000006"]
 
 
-def test_a_state_without_its_position_is_named(finished, train):
-    """Sound by its checksums, and still not what this version writes."""
+ODD = [None, "x", True, 1.5, []]
+NOT_OURS = [(name, value) for name in ("step", "tokens", "stream", "settings") for value in ODD]
+
+
+@pytest.mark.parametrize("name,value", [*NOT_OURS, ("step", -1), ("step", 4), ("step", 10**9), ("stream", {"seed": 1})])
+def test_a_state_that_another_version_wrote_is_named_and_kept(finished, train, name, value):
+    """Sound by its checksums, and still not what this version writes; None stands for an absent key."""
     folder = state_folders(finished)[-1]
-    record = json.loads((folder / "state.json").read_text())
-    del record["stream"]
-    (folder / "state.json").write_text(json.dumps(record))
+    record = json.loads((folder / "state.json").read_text()) | {name: value}
+    (folder / "state.json").write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
     sums = json.loads((folder / "sha256.json").read_text()) | {"state.json": checkpoint.sha256(folder / "state.json")}
     (folder / "sha256.json").write_text(json.dumps(sums))
-    with pytest.raises(UserError, match="state.json has no stream; restore"):
+    before = {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()}
+    told = "data fingerprint None" if value == {"seed": 1} else f"it has {name}=.*; restore"
+    with pytest.raises(UserError, match=told):
         train(finished)
+    assert {path: path.read_bytes() for path in finished.folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_resumed_run_says_where_it_goes_on(tmp_path, train, capfd):
+    run = new_run(tmp_path)
+    train(run, until=3)
+    assert "resuming" not in capfd.readouterr().err
+    train(run)
+    assert f"resuming {run.folder} after step 3 of {STEPS}" in capfd.readouterr().err
 
 
 def test_when_every_state_is_damaged_training_does_not_start_over_silently(finished, train):
