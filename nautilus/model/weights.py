@@ -22,7 +22,7 @@ from nautilus.runtime import UserError, hub_folder, read_json, repair
 
 READABLE = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
 SHOWN = 20
-MANY = 100_000
+MANY = 100_000  # experts that are still listed one by one
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 

@@ -460,12 +460,12 @@ def test_a_padding_id_that_is_no_token_is_harmless(copy):
     assert load_model(copy).config.pad == 0
 
 
-@pytest.mark.parametrize("layout", ["legacy", "stacked"])
-def test_more_experts_than_can_be_listed_are_refused_at_once(copy, saved, layout):
+@pytest.mark.parametrize("layout,message", [("legacy", "000,000,000 experts"), ("stacked", " of another shape")])
+def test_more_experts_than_can_be_listed_are_refused_at_once(copy, saved, layout, message):
     respell(copy, saved[1], layout)
     edit(copy, n_routed_experts=10**15)
     begin = time.monotonic()
-    with pytest.raises(UserError, match="does not hold the model of its config.json") as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_model(copy)
     assert time.monotonic() - begin < 5 and len(str(caught.value)) < 5000
 

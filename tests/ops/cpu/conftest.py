@@ -23,3 +23,10 @@ def level(request):
     library.functions.nautilus_choose(index)
     yield request.param
     library.functions.nautilus_choose(names.index(library.level.encode()))
+
+
+@pytest.fixture
+def built():
+    """For tests of what native code itself takes: skipped where there is none, which is a sound way to run."""
+    if native().functions is None:
+        pytest.skip(native().reason)

@@ -73,7 +73,7 @@ def test_masters_in_float32_are_rounded_like_a_cast(level):
     assert torch.equal(experts_native(**t), experts_native(**narrow))
 
 
-def test_what_native_refuses():
+def test_what_native_refuses(built):
     t = inputs((5, 18, 34, 4, 2))
     assert experts_refuse(**t) is None
     assert "gated" in experts_refuse(**t, gate_EFX=t["up_EFX"])

@@ -24,7 +24,8 @@ ROOT = Path(library.__file__).parents[3]
 
 @pytest.fixture
 def fresh(monkeypatch):
-    """`native()` decides anew, now and after the test."""
+    """`native()` decides anew, now and after the test, whatever the environment asks for."""
+    monkeypatch.delenv("NAUTILUS_NATIVE", raising=False)
     library.native.cache_clear()
     yield monkeypatch
     monkeypatch.undo()

@@ -57,7 +57,7 @@ def test_a_matrix_and_its_transpose_are_packed_apart(level):
         torch.testing.assert_close(linear_native(x, weight_OI.T), x @ weight_OI)
 
 
-def test_what_native_refuses():
+def test_what_native_refuses(built):
     assert linear_refuses(**inputs((3, 18, 33), torch.bfloat16)) is None
     assert linear_refuses(**inputs((3, 17, 33), torch.float32)) is None
     assert "odd" in linear_refuses(**inputs((3, 17, 33), torch.bfloat16))

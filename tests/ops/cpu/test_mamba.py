@@ -226,7 +226,7 @@ def test_numbers_that_are_not_finite_show_where_they_are_felt_and_nowhere_else(l
         assert torch.equal(out[0, :, 16:], clean[0, :, 16:])
 
 
-def test_what_native_refuses_it_names_and_reads_no_memory_for():
+def test_what_native_refuses_it_names_and_reads_no_memory_for(built):
     refuses = lambda **changed: mamba_refuses(**t | changed, groups=2, eps=EPS)
     t = inputs((2, 9, 4, 3, 2, 5, 4))
     assert refuses() is None

@@ -34,7 +34,7 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
     assert torch.equal(rms_norm_native(**learning, eps=EPS), want)
 
 
-def test_what_native_refuses():
+def test_what_native_refuses(built):
     x, weight = torch.ones(4, 6), torch.ones(6)
     assert rms_norm_refuses(x, weight, EPS) is None
     assert "float64" in rms_norm_refuses(x.double(), weight, EPS)

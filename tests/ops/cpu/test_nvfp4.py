@@ -63,7 +63,7 @@ def test_zeros_largest_values_and_every_code_are_read(level):
     assert not linear_nvfp4(torch.zeros(1, 32).bfloat16(), repacked(matrix)).any()
 
 
-def test_what_is_refused():
+def test_what_is_refused(built):
     x, matrix = inputs((1, 32, 16))
     assert nvfp4_refuses(x, repacked(matrix)) is None
     for wrong, message in ((x.float(), "float32"), (torch.ones(2, 16).bfloat16(), "16 numbers, the matrix takes 32")):
