@@ -112,7 +112,7 @@ class Experts:
             f"experts.active={self.active} must lie in 1..experts.experts={self.experts}",
         )
         require(min(self.shared, self.latent) >= 0, "experts.shared and experts.latent must be 0 (absent) or positive")
-        require(self.score in ("sigmoid", "softmax"), f"experts.score={self.score!r} must be 'sigmoid' or 'softmax'")
+        require(self.score in ("sigmoid", "softmax"), f"experts.score={self.score!r:.80} must be sigmoid or softmax")
         divides("experts.expert_groups", self.expert_groups, "experts.experts", self.experts)
         require(
             1 <= self.active_groups <= self.expert_groups,

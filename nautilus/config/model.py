@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from nautilus.config.keys import real, switch, token_ids, whole
+from nautilus.config.keys import real, short, switch, token_ids, whole
 from nautilus.config.layer import (
     KINDS,
     MOST_LAYERS,
@@ -93,7 +93,9 @@ def from_dict(values: dict) -> Config:
 def layer_from_dict(values: dict) -> Layer:
     values = dict(values)
     letter = values.pop("kind", None)
-    require(letter in KINDS, f"layer record {values} has kind {letter!r}; known kinds are {' '.join(KINDS)}")
+    require(
+        letter in KINDS, f"layer record {short(values)} has kind {short(letter)}; known kinds are {' '.join(KINDS)}"
+    )
     if values.get("rotary") is not None:
         values["rotary"] = build(Rotary, values["rotary"])
     return build(KINDS[letter], values)
@@ -105,14 +107,17 @@ READERS = {"int": whole, "float": real, "bool": switch}
 def build(kind: type, values: dict):
     known = {field.name for field in dataclasses.fields(kind)}
     unknown = sorted(set(values) - known)
-    require(not unknown, f"{kind.__name__} has no setting {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+    require(
+        not unknown,
+        f"{kind.__name__} has no setting {', '.join(map(str, unknown))[:80]}; it has {', '.join(sorted(known))}",
+    )
     for field in dataclasses.fields(kind):
         if field.name in values and (read := READERS.get(str(field.type))):
             read(values, field.name, None)
     try:
         return kind(**values)
     except TypeError as bad:
-        raise ValueError(f"{kind.__name__} cannot be built from {values}: {bad}") from bad
+        raise ValueError(f"{kind.__name__} cannot be built from {short(values)}: {bad}") from bad
 
 
 def weight_count(config: Config) -> dict[str, int]:
