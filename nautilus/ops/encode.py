@@ -73,21 +73,6 @@ def encode(
     return assemble(done, x.shape, format, tile, size)
 
 
-def fake_quant(
-    x: Tensor,
-    format: str,
-    *,
-    rule: str | None = None,
-    tile: str | None = None,
-    rounding: str = "nearest",
-    bits: Tensor | torch.Generator | None = None,
-    tensor_scale: Tensor | float | None = None,
-) -> Tensor:
-    """x as it looks after a trip through the format, in x's dtype. No gradient flows; whoever trains says which one."""
-    packed = encode(x, format, rule=rule, tile=tile, rounding=rounding, bits=bits, tensor_scale=tensor_scale)
-    return packed.decode(x.dtype)
-
-
 def hadamard(x: Tensor) -> Tensor:
     """x (diag(signs) H_16) / 4 on groups of 16 along the last axis: spreads outliers, x y^T stays what it is.
 

@@ -205,10 +205,9 @@ void combine(const ExpertsForward* f, const void* pairs, void* output, int weigh
   int64_t end = (block + 1) * EXPERTS_BLOCK < s.tokens ? (block + 1) * EXPERTS_BLOCK : s.tokens;
   for (int64_t t = block * EXPERTS_BLOCK; t < end; t++) {
     const int32_t* place = f->place + t * s.active;
-    // Sorted by insertion: a token has few pairs. Beyond MANY the order is the router's.
-    constexpr int64_t MANY = 64;
-    int64_t order[MANY];
-    for (int64_t k = 0; k < s.active && s.active <= MANY; k++) {
+    // Sorted by insertion: a token has few pairs.
+    int64_t order[EXPERTS_ACTIVE];
+    for (int64_t k = 0; k < s.active; k++) {
       int64_t at = k;
       for (; at > 0 && place[order[at - 1]] > place[k]; at--) order[at] = order[at - 1];
       order[at] = k;
@@ -216,7 +215,7 @@ void combine(const ExpertsForward* f, const void* pairs, void* output, int weigh
     for (int64_t j = 0; j < s.width; j += W) {
       F sum = set(0.0f);
       for (int64_t i = 0; i < s.active; i++) {
-        int64_t k = s.active <= MANY ? order[i] : i;
+        int64_t k = order[i];
         F y = load(static_cast<const A*>(pairs) + place[k] * s.width + j, s.width - j);
         sum = fma(set(weighted ? f->weight[t * s.active + k] : 1.0f), y, sum);
       }

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, pointer, refuses
 
+MOST_ACTIVE = 64  # EXPERTS_ACTIVE of kernels.h
 COUNTS = ("tokens", "width", "hidden", "experts", "active", "bf16", "weights_bf16")
 FORWARD = ("x", "index", "weight", "up", "down", "output", "first", "pair", "place", "hidden", "y")
 
@@ -41,6 +42,8 @@ def experts_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
     shapes = up_EFX.shape, down_EXF.shape, index_RK.shape, index_RK.shape[:1], index_RK.dtype
     if shapes != ((experts, hidden, width), (experts, width, hidden), weight_RK.shape, (rows,), torch.int64):
         return "the shapes of its tensors do not fit together, or the indices are not int64"
+    if index_RK.shape[1] > MOST_ACTIVE:
+        return f"{index_RK.shape[1]} experts are active for a token, more than {MOST_ACTIVE}"
     if x_RX.dtype == torch.bfloat16 and (x_RX.shape[1] % 2 or up_EFX.shape[1] % 2):
         return f"the widths {x_RX.shape[1]} and {up_EFX.shape[1]} must both be even"
     return refuses(x_RX, weight_RK, up_EFX, down_EXF)

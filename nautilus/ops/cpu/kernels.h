@@ -42,7 +42,9 @@ struct MambaBackward {
 };
 
 // Tokens between two kept states; the blocks of time in which the mixer works.
-enum { MAMBA_CHUNK = 64, EXPERTS_BLOCK = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64, SIGMOID_BLOCK = 4096 };
+enum { MAMBA_CHUNK = 64 };
+// Pieces of work of the other kernels: tokens, rows, numbers; and the most experts that a token may have.
+enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64, SIGMOID_BLOCK = 4096 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.

@@ -8,12 +8,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+log = logging.getLogger("nautilus.ops")
 INTERFACE = 8
 FILE = Path(__file__).with_name("libnautilus.so")
 
@@ -31,7 +33,7 @@ class Native:
 def native() -> Native:
     wanted = os.environ.get("NAUTILUS_NATIVE", "")
     if wanted == "off":
-        return absent("NAUTILUS_NATIVE=off")
+        return Native(functions=None, level="", reason="NAUTILUS_NATIVE=off")
     if not FILE.exists():
         return absent("the native library was not built: install a C++17 compiler, then install nautilus again")
     seal = FILE.with_suffix(".sha256")
@@ -50,6 +52,8 @@ def native() -> Native:
 
 
 def absent(reason: str) -> Native:
+    """Said once, out loud: nobody should run slowly without knowing why."""
+    log.warning("the torch implementations run, because %s", reason)
     return Native(functions=None, level="", reason=reason)
 
 

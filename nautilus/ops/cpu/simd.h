@@ -205,8 +205,8 @@ inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.e
 #endif
 
 
-// At most the first `count` numbers, zeros after them; stores touch no more than that. No masks: some CPUs store through
-// them many times slower, and whole vectors are the common case.
+// At most the first `count` numbers, zeros after them; stores touch no more than that. Masks were no faster, and this form
+// serves every level.
 template <class T>
 inline F load(const T* p, int64_t count) {
   if (count >= W) return load(p);

@@ -83,6 +83,7 @@ def test_what_native_refuses(built):
             assert "shapes" in experts_refuse(**t | {name: grown}), name
     assert "int64" in experts_refuse(**t | {"index_RK": t["index_RK"].int()})
     assert "float64" in experts_refuse(**t | {"x_RX": t["x_RX"].double()})
+    assert "65 experts are active" in experts_refuse(**inputs((2, 2, 4, 70, 65)))
     assert "even" in experts_refuse(**inputs((5, 17, 34, 4, 2)))
 
 

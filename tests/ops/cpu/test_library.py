@@ -54,8 +54,9 @@ def test_a_model_gives_the_same_logits_without_the_library(fresh):
     torch.testing.assert_close(model(tokens_BT)[0], want, rtol=1e-4, atol=1e-4)
 
 
-def test_a_library_that_was_not_built_says_what_to_do(fresh, tmp_path):
+def test_a_library_that_was_not_built_says_what_to_do_and_says_it_once(fresh, tmp_path, caplog):
     fresh.setattr(library, "FILE", tmp_path / "libnautilus.so")
+    assert library.native() is library.native() and caplog.text.count("install a C++17 compiler") == 1
     assert "compiler" in library.native().reason and norm_runs_on_torch()
 
 

@@ -1,7 +1,5 @@
 """Work is shared out among threads, torch's or our own: which thread takes which piece changes no bit."""
 
-import os
-import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -113,13 +111,8 @@ int main() {
 
 
 @pytest.mark.slow
-def test_threads_of_our_own_never_race(tmp_path):
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++: the thread sanitizer comes with it")
-    runtime = subprocess.run([compiler, "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("this g++ has no libtsan.so")
+def test_threads_of_our_own_never_race(tmp_path, sanitizer):
+    compiler, _ = sanitizer("tsan")
     (tmp_path / "growing.cpp").write_text(GROWING)
     flags = ["-std=c++17", "-O1", "-g", "-pthread", "-fsanitize=thread", f"-I{SOURCES}"]
     sources = [str(tmp_path / "growing.cpp"), str(SOURCES / "pool.cpp")]
