@@ -24,7 +24,7 @@ from nautilus.model.norm import RmsNorm
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, advance, place
 from nautilus.ops.linear import linear
-from nautilus.ops.ssd import wide
+from nautilus.ops.residual import add, embed
 
 Tap = Callable[[int, Tensor], None]
 
@@ -58,7 +58,7 @@ class Block(nn.Module):
         if self.mixer is None or self.norm is None:
             return hidden_BTD, None
         mixed, state = self.mixer(self.norm(hidden_BTD), span, state)
-        return hidden_BTD + mixed, state
+        return add(hidden_BTD, mixed), state
 
 
 class Embedding(nn.Module):
@@ -68,8 +68,8 @@ class Embedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab, width, device=device, dtype=dtype))
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return nn.functional.embedding(tokens_BT, self.weight)
+    def forward(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        return embed(tokens_BT, self.weight, dtype)
 
 
 class Backbone(nn.Module):
@@ -105,10 +105,10 @@ class Language(nn.Module):
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Logits, float32 whatever the compute dtype."""
-        return linear(hidden_BTD, self.head_weight).to(wide(hidden_BTD.dtype))
+        return linear(hidden_BTD, self.head_weight, wide=True)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
-        return self.backbone.embeddings(tokens_BT).to(self.compute)
+        return self.backbone.embeddings(tokens_BT, self.compute)
 
     def hidden(
         self,

@@ -15,5 +15,5 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, device=device, dtype=dtype))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight)
+    def forward(self, x: Tensor, *, squared_relu: bool = False) -> Tensor:
+        return linear(x, self.weight, squared_relu=squared_relu)

@@ -21,8 +21,9 @@ class MlpMixer(nn.Module):
         self.gate_proj = Linear(width, layer.hidden, **place) if layer.gated else None
 
     def forward(self, hidden_BTD: Tensor, span: Span | None = None, state: None = None) -> tuple[Tensor, None]:
-        gate = None if self.gate_proj is None else self.gate_proj(hidden_BTD)
-        return self.down_proj(activate(self.up_proj(hidden_BTD), gate)), None
+        if self.gate_proj is None:
+            return self.down_proj(self.up_proj(hidden_BTD, squared_relu=True)), None
+        return self.down_proj(activate(self.up_proj(hidden_BTD), self.gate_proj(hidden_BTD))), None
 
 
 class LinearMixer(nn.Module):

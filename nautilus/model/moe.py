@@ -12,7 +12,7 @@ from nautilus.model.state import Span
 from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.experts import experts, route
 from nautilus.ops.linear import linear
-from nautilus.ops.ssd import wide
+from nautilus.ops.residual import add
 
 
 class ExpertsMixer(nn.Module):
@@ -58,7 +58,7 @@ class ExpertsMixer(nn.Module):
         routed = experts(inner_RX, index_RK, weight_RK, *matrices)
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
-            out = out + self.shared_experts(hidden_RD)[0]
+            out = add(out, self.shared_experts(hidden_RD)[0])
         return out.view_as(hidden_BTD), None
 
     def observe(self, index_RK: Tensor, score_BTE: Tensor, text_BT: Tensor | None) -> None:
@@ -83,8 +83,7 @@ class Router(nn.Module):
         return self.e_score_correction_bias  # type: ignore[return-value]
 
     def forward(self, hidden_RD: Tensor) -> Tensor:
-        dtype = wide(hidden_RD.dtype)
-        return linear(hidden_RD.to(dtype), self.weight)
+        return linear(hidden_RD, self.weight, exact=True)
 
 
 class ExpertWeights(nn.Module):

@@ -35,6 +35,12 @@ def causal_conv(
     return function(x_BTC, weight_CW, bias_C, tail_BRC=tail_BRC, reach_BT=reach_BT)
 
 
+def last_inputs(x_BTC: Tensor, tail_BRC: Tensor | None, taps: int) -> Tensor:
+    """The taps - 1 last inputs, which the next call gets as its tail."""
+    padded = with_tail(x_BTC[:, -taps + 1 :], tail_BRC, taps)
+    return padded[:, padded.shape[1] - taps + 1 :].clone()
+
+
 def with_tail(x_BTC: Tensor, tail_BRC: Tensor | None, taps: int) -> Tensor:
     if tail_BRC is None:
         tail_BRC = x_BTC.new_zeros(x_BTC.shape[0], taps - 1, x_BTC.shape[2])

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.experts import experts_native, experts_refuse
-from nautilus.ops.cpu.sigmoid import sigmoid_native, sigmoid_refuses
+from nautilus.ops.cpu.route import route_native, route_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 
@@ -32,17 +32,24 @@ def route(
 
     s = sigmoid(logits) or softmax(logits); the K largest s + bias are chosen (the bias selects, it never weighs);
     w = scale * s / (sum of chosen s + 1e-20). With groups, only the `active_groups` whose two best biased scores add up
-    highest may be chosen from. Ties have no defined order.
+    highest may be chosen from. Chosen experts come in ascending order.
     """
-    sigmoid = choose("sigmoid", SIGMOID_IMPLS, logits_RE)
-    score_RE = sigmoid(logits_RE) if score == "sigmoid" else logits_RE.softmax(-1)
+    named = {"scale": scale, "score": score, "normalise": normalise}
+    named |= {"expert_groups": expert_groups, "active_groups": active_groups}
+    return choose("route", ROUTE_IMPLS, logits_RE, bias_E, active, **named)(logits_RE, bias_E, active, **named)
+
+
+def route_torch(
+    logits_RE, bias_E, active, *, scale, score, normalise, expert_groups, active_groups
+) -> tuple[Tensor, Tensor, Tensor]:
+    score_RE = logits_RE.sigmoid() if score == "sigmoid" else logits_RE.softmax(-1)
     choice_RE = score_RE.detach() if bias_E is None else score_RE.detach() + bias_E
     if active_groups < expert_groups:
         grouped = choice_RE.unflatten(-1, (expert_groups, -1))
         best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         closed = torch.ones_like(best, dtype=torch.bool).scatter_(-1, best.topk(active_groups, dim=-1).indices, False)
         choice_RE = grouped.masked_fill(closed[..., None], float("-inf")).flatten(-2)
-    index_RK = choice_RE.topk(active, dim=-1, sorted=False).indices
+    index_RK = choice_RE.topk(active, dim=-1, sorted=False).indices.sort(-1).values
     weight_RK = score_RE.gather(-1, index_RK)
     if normalise:
         weight_RK = weight_RK / (weight_RK.sum(-1, keepdim=True) + 1e-20)
@@ -202,10 +209,10 @@ def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
     return out
 
 
-SIGMOID_IMPLS = (
-    Impl("native", sigmoid_native, sigmoid_refuses),
-    Impl("torch", torch.sigmoid),
-    Impl("reference", torch.sigmoid),
+ROUTE_IMPLS = (
+    Impl("native", route_native, route_refuses),
+    Impl("torch", route_torch),
+    Impl("reference", route_torch),
 )
 EXPERTS_IMPLS = (
     Impl("native", experts_native, experts_refuse),

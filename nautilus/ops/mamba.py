@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from nautilus.ops.conv import causal_conv, with_tail
-from nautilus.ops.cpu.mamba import mamba_native, mamba_refuses
+from nautilus.ops.conv import causal_conv, last_inputs
+from nautilus.ops.cpu.mamba import mamba_native, mamba_refuses, slots_native, slots_refuse
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.norm import gated_group_norm
 from nautilus.ops.shapes import checked
@@ -42,19 +42,34 @@ def mamba(
     """
     tensors = input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I
     named = {"groups": groups, "eps": eps, "tail_BRC": tail_BRC, "state_BHPN": state_BHPN, "reach_BT": reach_BT}
-    out_BTI, last_BHPN = choose("mamba", MAMBA_IMPLS, *tensors, **named)(*tensors, **named)
-    xbc_BTC = input_BTE[:, -weight_CW.shape[1] + 1 :, norm_I.shape[0] : norm_I.shape[0] + bias_C.shape[0]]
-    padded = with_tail(xbc_BTC, tail_BRC, weight_CW.shape[1])
-    return out_BTI, padded[:, xbc_BTC.shape[1] :].clone(), last_BHPN
+    return choose("mamba", MAMBA_IMPLS, *tensors, **named)(*tensors, **named)
+
+
+def mamba_in_slots(
+    *tensors: Tensor, groups: int, eps: float, tail_SRC: Tensor, state_SHNP: Tensor, slot_B: Tensor, reach_BT=None
+) -> Tensor:
+    """out_BTI of `mamba` for rows whose tails and states lie in slots of two pools and are replaced there. slot_B is
+    int32, each row has a slot of its own; a state lies as (N, P)."""
+    named = {"groups": groups, "eps": eps, "reach_BT": reach_BT}
+    pools = {"tail_SRC": tail_SRC, "state_SHNP": state_SHNP, "slot_B": slot_B}
+    return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, **named, **pools)(*tensors, **named, **pools)
+
+
+def mamba_taken_out(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> Tensor:
+    named = {"groups": groups, "eps": eps, "reach_BT": reach_BT}
+    out, tail, state = mamba(*tensors, **named, tail_BRC=tail_SRC[slot_B], state_BHPN=state_SHNP[slot_B].mT)
+    tail_SRC[slot_B], state_SHNP[slot_B] = tail.to(tail_SRC.dtype), state.mT
+    return out
 
 
 def mamba_composed(
     input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *, groups, eps, tail_BRC=None, state_BHPN=None,
     reach_BT=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One op after another, each in whichever form is chosen for it."""
     inner, heads, dtype = norm_I.shape[0], a_H.shape[0], wide(input_BTE.dtype)
     z, xbc, dt = input_BTE.split([inner, bias_C.shape[0], heads], dim=-1)
+    tail = last_inputs(xbc, tail_BRC, weight_CW.shape[1])
     xbc, _ = causal_conv(xbc, weight_CW, bias_C, tail_BRC=tail_BRC, reach_BT=reach_BT)
     x, b, c = xbc.split([inner, *[(bias_C.shape[0] - inner) // 2] * 2], dim=-1)
     x_BTHP = x.unflatten(-1, (heads, -1))
@@ -64,11 +79,16 @@ def mamba_composed(
         state_BHPN=state_BHPN, start_BT=None if reach_BT is None else reach_BT == 0,
     )  # fmt: skip
     y = torch.addcmul(y_BTHP, x_BTHP, skip_H.to(x.dtype)[:, None]).flatten(-2)
-    return gated_group_norm(y, z, norm_I, groups, eps), last
+    return gated_group_norm(y, z, norm_I, groups, eps), tail, last
 
 
 MAMBA_IMPLS = (
     Impl("native", mamba_native, mamba_refuses),
     Impl("torch", mamba_composed),
     Impl("reference", mamba_composed),
+)
+SLOTS_IMPLS = (
+    Impl("native", slots_native, slots_refuse),
+    Impl("torch", mamba_taken_out),
+    Impl("reference", mamba_taken_out),
 )

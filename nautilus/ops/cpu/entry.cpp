@@ -4,6 +4,7 @@
 
 #include "kernels.h"
 #include "pool.h"
+#include "scratch.h"
 
 #if defined(_WIN32)
 #define EXPORT extern "C" __declspec(dllexport)
@@ -16,13 +17,15 @@
   void fill_experts_##name(Kernels*);   \
   void fill_linear_##name(Kernels*);    \
   void fill_norm_##name(Kernels*);      \
-  void fill_nvfp4_##name(Kernels*);     \
+  void fill_quant_##name(Kernels*);     \
+  void fill_route_##name(Kernels*);     \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
     fill_linear_##name(k);              \
     fill_norm_##name(k);                \
-    fill_nvfp4_##name(k);               \
+    fill_quant_##name(k);               \
+    fill_route_##name(k);               \
   }
 
 LEVEL(baseline)
@@ -60,6 +63,31 @@ const Level* levels(int* count) {
 
 Kernels kernels;
 
+// Memory of one caller, kept between calls: mapping and clearing pages costs more than many a kernel.
+struct Arena {
+  char* base = nullptr;
+  int64_t size = 0;
+  ~Arena() { free(base); }
+
+  // Lay out the pieces once to count and once to take them; false when there is no memory.
+  template <class Pieces>
+  bool lay(Pieces pieces) {
+    Scratch counted{nullptr};
+    pieces(counted);
+    if (counted.bytes > size) {
+      free(base);
+      base = static_cast<char*>(aligned_alloc(64, static_cast<size_t>(counted.bytes + 4095) / 4096 * 4096));
+      size = base ? counted.bytes : 0;
+    }
+    if (!base) return false;
+    without_pieces(base, counted.bytes);
+    Scratch taken{base};
+    pieces(taken);
+    return true;
+  }
+};
+thread_local Arena pieces_arena;
+
 struct Call {
   const void* arguments;
   char* scratch;
@@ -68,18 +96,17 @@ struct Call {
 
 int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, int threads) {
   bytes = (bytes + 63) / 64 * 64;
-  void* scratch = aligned_alloc(64, static_cast<size_t>(bytes) * threads);
-  if (!scratch) return 1;
-  Call call{arguments, static_cast<char*>(scratch), bytes};
+  char* scratch;
+  if (!pieces_arena.lay([&](Scratch& pieces) { scratch = pieces.take<char>(bytes * threads); })) return 1;
+  Call call{arguments, scratch, bytes};
   run_pieces(threads, items, piece, &call);
-  free(scratch);
   return 0;
 }
 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 8; }
+EXPORT int nautilus_interface() { return 10; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -203,8 +230,23 @@ EXPORT int nautilus_norm_backward(const NormBackward* g, int threads) {
   return share_out_plainly(kernels.norm_backward, g, blocks(g->forward.rows, NORM_BLOCK), threads);
 }
 
-EXPORT int nautilus_sigmoid(const Sigmoid* s, int threads) {
-  return share_out_plainly(kernels.sigmoid, s, blocks(s->count, SIGMOID_BLOCK), threads);
+EXPORT int nautilus_add(const Add* a, int threads) {
+  return share_out_plainly(kernels.add, a, blocks(a->count, ADD_BLOCK), threads);
+}
+
+EXPORT int nautilus_embed(const Embed* e, int threads) {
+  for (int64_t row = 0; row < e->rows; row++)
+    if (e->index[row] < 0 || e->index[row] >= e->vocab) return 2;
+  return share_out_plainly(kernels.embed, e, e->rows, threads);
+}
+
+EXPORT int nautilus_route(const Route* r, int threads) {
+  return share_out(
+      [](void* context, int64_t block, int thread) {
+        auto* call = static_cast<Call*>(context);
+        kernels.route(static_cast<const Route*>(call->arguments), block, call->scratch + call->bytes * thread);
+      },
+      r, kernels.route_scratch(r), blocks(r->tokens, ROUTE_BLOCK), threads);
 }
 
 EXPORT int64_t nautilus_linear_packed_size(const LinearPack* p) { return kernels.linear_packed_size(p); }
@@ -213,17 +255,125 @@ EXPORT int nautilus_linear_pack(const LinearPack* p, int threads) {
   return share_out_plainly(kernels.linear_pack, p, kernels.linear_panels(p->outputs), threads);
 }
 
+EXPORT int64_t nautilus_quant_sizes(const QuantMatrix* w, int64_t* scales) {
+  *scales = kernels.quant_scales(w);
+  return kernels.quant_codes(w);
+}
+
+EXPORT int nautilus_quant_pack(const QuantPack* p, int threads) {
+  return share_out_plainly(kernels.quant_pack, p, blocks(p->to.outputs, QUANT_ROWS), threads);
+}
+
+namespace {
+
+thread_local Arena arena;
+
+int64_t groups(int64_t inputs) { return blocks(inputs, QUANT_GROUP); }
+
+// The buffers of rows as int8.
+void take_rows(Scratch& pieces, QuantRows* r) {
+  r->q = pieces.take<int8_t>(r->rows * groups(r->inputs) * QUANT_GROUP);
+  r->scale = pieces.take<float>(r->rows * groups(r->inputs));
+  r->sum = pieces.take<int32_t>(r->rows * groups(r->inputs) * 2);
+}
+
+// y = x W^T with the rows of `x` as the format of W wants them.
+void quant_multiply(QuantForward f, const QuantRows& x, int threads) {
+  f.x = x.x;
+  f.q = x.q;
+  f.q_scale = x.scale;
+  f.q_sum = x.sum;
+  share_out_plainly(kernels.quant_forward, &f, f.span_count * blocks(f.w.outputs, QUANT_COLUMNS), threads);
+}
+void quantise(const QuantRows& x, int threads) {
+  if (x.format != QUANT_FP8) share_out_plainly(kernels.quant_rows, &x, x.rows, threads);
+}
+
+int64_t cut_in_spans(QuantSpan* spans, int matrix, int64_t begin, int64_t end) {
+  int64_t count = 0;
+  for (int64_t row = begin; row < end; row += QUANT_BLOCK, count++)
+    spans[count] = {matrix, static_cast<int32_t>(row), static_cast<int32_t>(end - row < QUANT_BLOCK ? end - row : QUANT_BLOCK)};
+  return count;
+}
+
+}  // namespace
+
 EXPORT int nautilus_linear_forward(const LinearForward* f, int threads) {
+  LinearForward wide = *f;
+  if (f->x_bf16 && !f->bf16) {
+    float* x;
+    if (!arena.lay([&](Scratch& pieces) { x = pieces.take<float>(f->rows * f->inputs); })) return 1;
+    // As an embedding whose table is x.
+    int64_t row = 0;
+    Embed each{1, f->inputs, f->rows, 1, 0, &row, f->x, x};
+    for (; row < f->rows; row++, each.y = x + row * f->inputs) kernels.embed(&each, 0);
+    wide.x = x;
+  }
   int64_t items = kernels.linear_panels(f->outputs) * kernels.linear_row_blocks(f->rows);
-  return share_out_plainly(kernels.linear_forward, f, items, threads);
+  return share_out_plainly(kernels.linear_forward, &wide, items, threads);
 }
 
-EXPORT int nautilus_nvfp4_pack(const Nvfp4Pack* p, int threads) {
-  return share_out_plainly(kernels.nvfp4_pack, p, blocks(p->outputs, NVFP4_ROWS), threads);
+EXPORT int nautilus_quant_linear(const QuantLinear* l, int threads) {
+  QuantRows x{l->rows, l->w.inputs, l->w.format, 1, l->x, nullptr, nullptr, nullptr};
+  QuantSpan* spans;
+  if (!arena.lay([&](Scratch& pieces) {
+        take_rows(pieces, &x);
+        spans = pieces.take<QuantSpan>(blocks(l->rows, QUANT_BLOCK));
+      }))
+    return 1;
+  quantise(x, threads);
+  QuantForward f{};
+  f.w = l->w;
+  f.spans = spans;
+  f.span_count = cut_in_spans(spans, 0, 0, l->rows);
+  f.squared_relu = l->squared_relu;
+  f.wide = l->wide;
+  f.y = l->y;
+  quant_multiply(f, x, threads);
+  return 0;
 }
 
-EXPORT int nautilus_nvfp4_forward(const Nvfp4Forward* f, int threads) {
-  share_out_plainly(kernels.nvfp4_quantise, f, f->rows, threads);
-  int64_t items = blocks(f->outputs, 4 * NVFP4_ROWS) * blocks(f->rows, NVFP4_BLOCK);
-  return share_out_plainly(kernels.nvfp4_forward, f, items, threads);
+EXPORT int nautilus_quant_experts(const QuantExperts* e, int threads) {
+  ExpertsForward sorted = e->pairs;
+  const ExpertsSizes& s = sorted.sizes;
+  int64_t pairs = s.tokens * s.active;
+  // Integer products take the hidden numbers in float32 and round them once; FP8 takes them in bf16.
+  bool wide = e->down.format != QUANT_FP8;
+  QuantRows x{s.tokens, s.width, e->up.format, 1, sorted.x, nullptr, nullptr, nullptr};
+  QuantRows act{pairs, s.hidden, e->down.format, !wide, nullptr, nullptr, nullptr, nullptr};
+  void *hidden, *y;
+  QuantSpan* spans;
+  if (!arena.lay([&](Scratch& pieces) {
+        take_rows(pieces, &x);
+        take_rows(pieces, &act);
+        hidden = pieces.take<char>(pairs * s.hidden * (wide ? 4 : 2));
+        y = pieces.take<uint16_t>(pairs * s.width);
+        spans = pieces.take<QuantSpan>(s.experts + pairs / QUANT_BLOCK + 1);
+        sorted.first = pieces.take<int32_t>(s.experts + 1);
+        sorted.pair = pieces.take<int32_t>(pairs);
+        sorted.place = pieces.take<int32_t>(pairs);
+      }))
+    return 1;
+  if (int failed = kernels.experts_sort(&sorted)) return failed;
+  int64_t count = 0;
+  for (int64_t expert = 0; expert < s.experts; expert++)
+    count += cut_in_spans(spans + count, static_cast<int>(expert), sorted.first[expert], sorted.first[expert + 1]);
+  quantise(x, threads);
+  QuantForward up{e->up, count, wide, 1, spans, sorted.pair, s.active, nullptr, nullptr, nullptr, nullptr, hidden};
+  quant_multiply(up, x, threads);
+  act.x = hidden;
+  quantise(act, threads);
+  QuantForward down{e->down, count, 0, 0, spans, nullptr, 1, nullptr, nullptr, nullptr, nullptr, y};
+  quant_multiply(down, act, threads);
+  combine(&sorted, y, sorted.output, 1, threads);
+  return 0;
+}
+
+// Calls that were recorded, one after the other. `failed` is the first that did not return 0.
+EXPORT int nautilus_replay(Replay* r, int threads) {
+  for (r->failed = 0; r->failed < r->count; r->failed++) {
+    const ReplayEntry& entry = r->entries[r->failed];
+    if (int failure = entry.function(entry.arguments, threads)) return failure;
+  }
+  return 0;
 }

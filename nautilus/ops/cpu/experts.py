@@ -39,14 +39,18 @@ def experts_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
     if gate_EFX is not None:
         return "the experts are gated"
     (rows, width), (experts, hidden, _) = x_RX.shape, up_EFX.shape
-    shapes = up_EFX.shape, down_EXF.shape, index_RK.shape, index_RK.shape[:1], index_RK.dtype
-    if shapes != ((experts, hidden, width), (experts, width, hidden), weight_RK.shape, (rows,), torch.int64):
-        return "the shapes of its tensors do not fit together, or the indices are not int64"
-    if index_RK.shape[1] > MOST_ACTIVE:
-        return f"{index_RK.shape[1]} experts are active for a token, more than {MOST_ACTIVE}"
+    if (up_EFX.shape, down_EXF.shape) != ((experts, hidden, width), (experts, width, hidden)):
+        return "the shapes of its matrices do not fit together"
     if x_RX.dtype == torch.bfloat16 and (x_RX.shape[1] % 2 or up_EFX.shape[1] % 2):
         return f"the widths {x_RX.shape[1]} and {up_EFX.shape[1]} must both be even"
-    return refuses(x_RX, weight_RK, up_EFX, down_EXF)
+    return index_refuses(rows, index_RK, weight_RK) or refuses(x_RX, weight_RK, up_EFX, down_EXF)
+
+
+def index_refuses(rows: int, index_RK: Tensor, weight_RK: Tensor) -> str | None:
+    if (index_RK.shape, index_RK.shape[:1], index_RK.dtype) != (weight_RK.shape, (rows,), torch.int64):
+        return "the shapes of indices and weights do not fit together, or the indices are not int64"
+    active = index_RK.shape[1]
+    return f"{active} experts are active for a token, more than {MOST_ACTIVE}" if active > MOST_ACTIVE else None
 
 
 def prepared(x_RX, index_RK, weight_RK, up_EFX, down_EXF) -> tuple[Sizes, list[Tensor]]:

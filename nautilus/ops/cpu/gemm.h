@@ -120,11 +120,12 @@ void pack_columns(To* to, const From* from, int64_t k_count, int64_t n_count) {
   }
 }
 
+// c = a b, or with `more` c += a b: a chain that was left at some k goes on as if it had never stopped.
 template <class T, int M, int V>
-void gemm_tile(Rows<T> a, const T* b, int64_t step, int64_t k_steps, float* c) {
+void gemm_tile(Rows<T> a, const T* b, int64_t step, int64_t k_steps, float* c, bool more) {
   using S = Step<T>;
   F sum[M * V];
-  UNROLL for (int j = 0; j < M * V; j++) sum[j] = set(0.0f);
+  UNROLL for (int j = 0; j < M * V; j++) sum[j] = more ? load(c + j / V * PANEL + j % V * W) : set(0.0f);
   for (int64_t k = 0; k < k_steps; k++, b += step) {
     typename S::Vector columns[V];
     UNROLL for (int v = 0; v < V; v++) columns[v] = S::columns(b + v * W * S::K);
@@ -137,15 +138,30 @@ void gemm_tile(Rows<T> a, const T* b, int64_t step, int64_t k_steps, float* c) {
 }
 
 template <class T, int M>
-void gemm_rows(Rows<T> a, const T* b, int64_t step, int64_t k_steps, int64_t columns, float* c) {
+void gemm_rows(Rows<T> a, const T* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
   // The last panel may need fewer vectors.
   switch ((columns + W - 1) / W) {
-    case 1: return gemm_tile<T, M, 1>(a, b, step, k_steps, c);
-    case 2: return gemm_tile<T, M, 2>(a, b, step, k_steps, c);
+    case 1: return gemm_tile<T, M, 1>(a, b, step, k_steps, c, more);
+    case 2: return gemm_tile<T, M, 2>(a, b, step, k_steps, c, more);
 #if defined(__AVX512F__)
-    case 3: return gemm_tile<T, M, 3>(a, b, step, k_steps, c);
+    case 3: return gemm_tile<T, M, 3>(a, b, step, k_steps, c, more);
 #endif
-    default: return gemm_tile<T, M, TILE_VECTORS>(a, b, step, k_steps, c);
+    default: return gemm_tile<T, M, TILE_VECTORS>(a, b, step, k_steps, c, more);
+  }
+}
+
+// At most TILE_ROWS rows by at most PANEL columns: c[rows][PANEL].
+template <class T>
+void gemm_block(Rows<T> a, int64_t rows, const T* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
+  switch (rows) {
+    case 1: return gemm_rows<T, 1>(a, b, step, k_steps, columns, c, more);
+    case 2: return gemm_rows<T, 2>(a, b, step, k_steps, columns, c, more);
+    case 3: return gemm_rows<T, 3>(a, b, step, k_steps, columns, c, more);
+    case 4: return gemm_rows<T, 4>(a, b, step, k_steps, columns, c, more);
+#if defined(__AVX512F__)
+    case 5: return gemm_rows<T, 5>(a, b, step, k_steps, columns, c, more);
+    case 6: return gemm_rows<T, 6>(a, b, step, k_steps, columns, c, more);
+#endif
   }
 }
 
@@ -160,16 +176,7 @@ void gemm(Rows<T> a, int64_t m_count, Columns<T> b, int64_t k_count, int64_t n_c
     for (int64_t m = 0; m < m_count; m += TILE_ROWS) {
       int64_t rows = m_count - m < TILE_ROWS ? m_count - m : TILE_ROWS;
       Rows<T> tile{a.row + m, a.step};
-      switch (rows) {
-        case 1: gemm_rows<T, 1>(tile, panel, b.step, k_steps, columns, c); break;
-        case 2: gemm_rows<T, 2>(tile, panel, b.step, k_steps, columns, c); break;
-        case 3: gemm_rows<T, 3>(tile, panel, b.step, k_steps, columns, c); break;
-        case 4: gemm_rows<T, 4>(tile, panel, b.step, k_steps, columns, c); break;
-#if defined(__AVX512F__)
-        case 5: gemm_rows<T, 5>(tile, panel, b.step, k_steps, columns, c); break;
-        case 6: gemm_rows<T, 6>(tile, panel, b.step, k_steps, columns, c); break;
-#endif
-      }
+      gemm_block<T>(tile, rows, panel, b.step, k_steps, columns, c, false);
       done(m, rows, n, columns, c);
     }
   }

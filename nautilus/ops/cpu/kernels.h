@@ -10,7 +10,9 @@ struct MambaSizes {
   float eps;
 };
 
-// Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), y, borders.
+// Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), slot, last_tail, y,
+// borders. With `slot` tail, state, last_tail and last_state hold one entry per slot, and row b uses slot[b]; what is read
+// and what is written may then be the same memory.
 struct MambaForward {
   MambaSizes sizes;
   const void* input;           // (B, T, I + C + H)
@@ -23,7 +25,9 @@ struct MambaForward {
   const void* tail;            // (B, taps - 1, C): inputs of the convolution before the first token
   const float* state;          // (B, H, N, P)
   const int32_t* reach;        // (B, T): how many earlier tokens belong to the token's document
+  const int32_t* slot;         // (B)
   void* output;                // (B, T, I)
+  void* last_tail;             // (B, taps - 1, C): inputs of the convolution up to the last token
   float* last_state;           // (B, H, N, P)
   float* y;                    // (B, T, I): the scan's output, kept for the backward
   float* borders;              // (B, chunks, H, N, P): the state before each chunk, kept for the backward
@@ -44,7 +48,7 @@ struct MambaBackward {
 // Tokens between two kept states; the blocks of time in which the mixer works.
 enum { MAMBA_CHUNK = 64 };
 // Pieces of work of the other kernels: tokens, rows, numbers; and the most experts that a token may have.
-enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, NVFP4_ROWS = 16, NVFP4_BLOCK = 64, SIGMOID_BLOCK = 4096 };
+enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, ROUTE_BLOCK = 8, ADD_BLOCK = 1 << 14 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
@@ -81,31 +85,78 @@ struct LinearPack {
   void* packed;
 };
 
-// y (rows, outputs) = x (rows, inputs) W^T; x and y are both bf16 or both float.
+// y (rows, outputs) = x (rows, inputs) W^T, or the square of its positive part. W is packed for bf16 or for float; x may be
+// bf16 where it is packed for float, and y float where it is packed for bf16.
 struct LinearForward {
-  int64_t rows, inputs, outputs, bf16;
+  int64_t rows, inputs, outputs, bf16, x_bf16, y_bf16, squared_relu;
   const void *x, *packed;
   void* y;
 };
 
-// NVFP4 in its released layout: codes (outputs, inputs / 2), two in a byte, the even one low; scale (outputs, inputs /
-// 16), E4M3 without sign. Repacked for nvfp4_forward: sixteen rows beside each other, inputs rounded up to a multiple of
-// 32, see nvfp4.cpp.
-struct Nvfp4Pack {
-  int64_t inputs, outputs;
-  const uint8_t *codes, *scale;
-  uint8_t *packed_codes, *packed_scale;
+// Number formats of matrices that are used as they are stored; see quant.cpp.
+enum QuantFormat { QUANT_NVFP4, QUANT_MXFP4, QUANT_INT4, QUANT_INT8, QUANT_FP8 };
+// Rows of W in a panel; outputs and rows of activations in an item of work; inputs whose activations have a scale in common.
+enum { QUANT_ROWS = 16, QUANT_COLUMNS = 64, QUANT_BLOCK = 64, QUANT_GROUP = 32 };
+
+// `count` matrices (outputs, inputs), repacked by quant_pack, one after the other in each of codes, scale and zero.
+struct QuantMatrix {
+  int64_t count, inputs, outputs, format;
+  int64_t group;              // inputs with a scale in common, for INT4 and INT8: a multiple of 32, or all
+  const uint8_t* codes;
+  const void* scale;          // bytes for NVFP4 and MXFP4, else float
+  const int32_t* zero;        // the code of 0 for each scale, for INT4; null: 8
+  const float* tensor_scale;  // (count); null: 1
 };
 
-struct Nvfp4Forward {
-  int64_t rows, inputs, outputs, wide;
-  const void* x;  // (rows, inputs) bf16
-  const uint8_t *packed_codes, *packed_scale;
-  float tensor_scale;
+// One matrix as it is stored: codes (outputs, inputs), two in a byte where they have four bits, the even one low; scale
+// (outputs, inputs / group), zero likewise in bytes or null. `to` is a matrix of which `count` is 1.
+struct QuantPack {
+  QuantMatrix to;
+  const uint8_t *codes, *zero;
+  const void* scale;
+};
+
+// Rows of activations as int8, with a scale for 32 neighbours.
+struct QuantRows {
+  int64_t rows, inputs, format, bf16;
+  const void* x;   // (rows, inputs), bf16 or float
+  int8_t* q;       // (rows, inputs rounded up to a multiple of 32)
+  float* scale;    // (rows, groups)
+  int32_t* sum;    // (rows, groups or twice as many): the sum of what shares a scale of W, times minus the code of 0
+};
+
+// Some neighbouring rows of y that meet the same matrix; at most QUANT_BLOCK.
+struct QuantSpan {
+  int32_t matrix, row, rows;
+};
+
+// y[r] = x[source[r]] W^T, or the square of its positive part. Activations are int8, bf16 where W is in FP8.
+struct QuantForward {
+  QuantMatrix w;
+  int64_t span_count, wide, squared_relu;
+  const QuantSpan* spans;
+  const int32_t* source;  // null: r itself
+  int64_t per_source;     // source counts pairs of this many to a row of x
+  const void* x;
+  const int8_t* q;
+  const float* q_scale;
+  const int32_t* q_sum;
+  void* y;                // float where `wide`, else bf16
+};
+
+// y = x W^T, or the square of its positive part; x (rows, inputs) in bf16, y in float where `wide`, else bf16.
+struct QuantLinear {
+  QuantMatrix w;
+  int64_t rows, wide, squared_relu;
+  const void* x;
   void* y;
-  int8_t* q;      // scratch: (rows, padded inputs), activations as integers,
-  float* q_scale; // (rows, padded inputs / 32),
-  int32_t* q_sum; // (rows, padded inputs / 16): -12 times the sum of a block
+};
+
+// Experts with squared ReLU: both matrices of all of them in one format. Of `pairs` the caller gives sizes, x, index,
+// weight and output; all numbers are bf16.
+struct QuantExperts {
+  ExpertsForward pairs;
+  QuantMatrix up, down;
 };
 
 // RMSNorm of rows: y = x / sqrt(mean(x^2) + eps) weight, in float32, rounded once.
@@ -125,12 +176,41 @@ struct NormBackward {
   float* dweight;       // (blocks of NORM_BLOCK rows, width), to be summed
 };
 
-// y = 1 / (1 + e^-x), the same bits for the same x at any place: PyTorch's last few numbers of a tensor may differ from
-// what they would be in the middle.
-struct Sigmoid {
-  int64_t count;
-  const float* x;
-  float* y;
+// y = a + b.
+struct Add {
+  int64_t count, bf16;
+  const void *a, *b;
+  void* y;
+};
+
+// y[r] = table[index[r]].
+struct Embed {
+  int64_t rows, width, vocab, table_bf16, bf16;
+  const int64_t* index;
+  const void* table;
+  void* y;
+};
+
+// The router. score = sigmoid(logits), or softmax; the `active` largest score + bias are chosen, where there are groups of
+// experts only from the `active_groups` whose two best add up highest; weight = scale score / (sum of the chosen + 1e-20).
+// Chosen experts come in ascending order; of equals the first is chosen.
+struct Route {
+  int64_t tokens, experts, active, groups, active_groups, softmax, normalise;
+  float scale;
+  const float* logits;  // (tokens, experts)
+  const float* bias;    // (experts); may be null
+  float* score;         // (tokens, experts)
+  int64_t* index;       // (tokens, active)
+  float* weight;        // (tokens, active)
+};
+
+struct ReplayEntry {
+  int (*function)(const void* arguments, int threads);
+  const void* arguments;
+};
+struct Replay {
+  const ReplayEntry* entries;
+  int64_t count, failed;
 };
 
 // One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
@@ -149,12 +229,17 @@ struct Kernels {
   int64_t (*linear_panels)(int64_t outputs);
   int64_t (*linear_row_blocks)(int64_t rows);
   void (*linear_forward)(const LinearForward*, int64_t item);  // item: row block * panels + panel
-  void (*nvfp4_pack)(const Nvfp4Pack*, int64_t panel);
-  void (*nvfp4_quantise)(const Nvfp4Forward*, int64_t row);
-  void (*nvfp4_forward)(const Nvfp4Forward*, int64_t item);
+  int64_t (*quant_codes)(const QuantMatrix*);   // bytes of the codes of one repacked matrix,
+  int64_t (*quant_scales)(const QuantMatrix*);  // and how many scales it has
+  void (*quant_pack)(const QuantPack*, int64_t panel);
+  void (*quant_rows)(const QuantRows*, int64_t row);
+  void (*quant_forward)(const QuantForward*, int64_t item);  // item: span * column blocks + column block
   void (*norm_forward)(const NormForward*, int64_t block);
   void (*norm_backward)(const NormBackward*, int64_t block);
-  void (*sigmoid)(const Sigmoid*, int64_t block);
+  void (*add)(const Add*, int64_t block);
+  void (*embed)(const Embed*, int64_t row);
+  void (*route)(const Route*, int64_t block, void* scratch);
+  int64_t (*route_scratch)(const Route*);
 };
 
 #define NAUTILUS_JOIN(a, b) a##_##b

@@ -5,6 +5,7 @@ NAUTILUS_NATIVE chooses: `off` for none, or the name of a level (avx512, avx2, b
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import functools
 import hashlib
@@ -12,11 +13,12 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 log = logging.getLogger("nautilus.ops")
-INTERFACE = 8
+INTERFACE = 10
 FILE = Path(__file__).with_name("libnautilus.so")
 
 
@@ -60,6 +62,7 @@ def absent(reason: str) -> Native:
 def choose_level(functions: ctypes.CDLL, wanted: str) -> Native:
     functions.nautilus_level_name.restype = ctypes.c_char_p
     functions.nautilus_linear_packed_size.restype = ctypes.c_int64
+    functions.nautilus_quant_sizes.restype = ctypes.c_int64
     names: list[str] = []
     while (name := functions.nautilus_level_name(len(names))) is not None:
         names.append(name.decode())
@@ -97,15 +100,35 @@ def refuses(*tensors: torch.Tensor | None) -> str | None:
     return None if native().functions is not None else native().reason
 
 
+class Tape(Protocol):
+    """Who wants to know of every native call and of the memory it touches; see `tape.py`."""
+
+    def touch(self, tensor: torch.Tensor) -> None: ...
+
+    def add(self, name: str, arguments: ctypes.Structure) -> None: ...
+
+
+recording: contextvars.ContextVar[Tape | None] = contextvars.ContextVar("recording", default=None)
+
+
 def pointer(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return None
+    if (tape := recording.get()) is not None:
+        tape.touch(tensor)
+    return tensor.data_ptr()
 
 
 def call(name: str, arguments: ctypes.Structure) -> None:
     """Runs one kernel on torch's number of threads."""
     functions = native().functions
     assert functions is not None
-    failure = functions[name](ctypes.byref(arguments), torch.get_num_threads())
+    check(name, functions[name](ctypes.byref(arguments), torch.get_num_threads()))
+    if (tape := recording.get()) is not None:
+        tape.add(name, arguments)
+
+
+def check(name: str, failure: int) -> None:
     if failure == 1:
         raise MemoryError(f"{name}: no memory for its scratch; use fewer rows at a time")
     if failure:

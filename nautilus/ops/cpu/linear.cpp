@@ -26,6 +26,19 @@ int64_t linear_packed_size(const LinearPack* p) {
 int64_t linear_panels(int64_t outputs) { return panels(outputs); }
 int64_t linear_row_blocks(int64_t rows) { return (rows + ROW_BLOCK - 1) / ROW_BLOCK; }
 
+// One row of a tile of sums as the call wants it.
+template <class Y>
+void put(const LinearForward* f, Y* y, const float* c, int64_t columns) {
+  if (!f->squared_relu) return copy(y, c, columns);
+  for (int64_t j = 0; j < columns; j += W) {
+    // Rounded before it is squared, as if the product were a call of its own.
+    Y rounded[W];
+    store(rounded, load(c + j));
+    F h = larger(load(rounded), set(0.0f));
+    store(y + j, h * h, columns - j);
+  }
+}
+
 template <class T>
 void forward(const LinearForward* f, int64_t item) {
   int64_t panel = item % panels(f->outputs), first = item / panels(f->outputs) * ROW_BLOCK;
@@ -36,8 +49,11 @@ void forward(const LinearForward* f, int64_t item) {
   Columns<T> b = packed(static_cast<const T*>(f->packed) + panel * panel_size<T>(f->inputs), f->inputs);
   gemm<T>({x, Step<T>::K}, rows, b, f->inputs, columns,
           [&](int64_t m, int64_t count, int64_t, int64_t, const float* c) {
-            for (int64_t r = 0; r < count; r++)
-              copy(static_cast<T*>(f->y) + (first + m + r) * f->outputs + column, c + r * PANEL, columns);
+            for (int64_t r = 0; r < count; r++) {
+              int64_t at = (first + m + r) * f->outputs + column;
+              f->y_bf16 ? put(f, static_cast<bf16*>(f->y) + at, c + r * PANEL, columns)
+                        : put(f, static_cast<float*>(f->y) + at, c + r * PANEL, columns);
+            }
           });
 }
 void linear_forward(const LinearForward* f, int64_t item) {

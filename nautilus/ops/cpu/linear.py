@@ -32,19 +32,23 @@ class Pack(ctypes.Structure):
 
 class Forward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "bf16")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "bf16", "x_bf16", "y_bf16", "squared_relu")),
         *((name, ctypes.c_void_p) for name in ("x", "packed", "y")),
     ]
 
 
-def linear_native(x: Tensor, weight_OI: Tensor) -> Tensor:
+def linear_native(
+    x: Tensor, weight_OI: Tensor, *, exact: bool = False, wide: bool = False, squared_relu: bool = False
+) -> Tensor:
     """See `ops/linear.py`."""
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
-        return Native.apply(x, weight_OI)
-    return forward(x, packed_form(weight_OI, x.dtype), len(weight_OI))
+        y = Native.apply(x.to(torch.float32) if exact else x, weight_OI, wide)
+        return y.relu().square() if squared_relu else y  # type: ignore[union-attr]
+    packed = packed_form(weight_OI, torch.float32 if exact else x.dtype)
+    return forward(x, packed, len(weight_OI), exact, wide, squared_relu)
 
 
-def linear_refuses(x: Tensor, weight_OI: Tensor) -> str | None:
+def linear_refuses(x: Tensor, weight_OI: Tensor, *, exact=False, wide=False, squared_relu=False) -> str | None:
     if x.shape[-1:] != weight_OI.shape[1:]:
         return f"a matrix of shape {tuple(weight_OI.shape)} cannot take {x.shape[-1]} inputs"
     if x.dtype == torch.bfloat16 and x.shape[-1] % 2:
@@ -84,28 +88,34 @@ def pack(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
     return packed
 
 
-def forward(x: Tensor, packed: Tensor, outputs: int) -> Tensor:
+def forward(
+    x: Tensor, packed: Tensor, outputs: int, exact: bool = False, wide: bool = False, squared_relu: bool = False
+) -> Tensor:
     rows = x.detach().contiguous()
-    y = rows.new_empty(*x.shape[:-1], outputs)
-    inputs = x.shape[-1]
-    sizes = rows.numel() // inputs, inputs, outputs, x.dtype == torch.bfloat16
-    call("nautilus_linear_forward", Forward(*sizes, *map(pointer, (rows, packed, y))))
+    narrow, inputs = x.dtype == torch.bfloat16, x.shape[-1]
+    y = rows.new_empty(*x.shape[:-1], outputs, dtype=torch.float32 if exact or wide else x.dtype)
+    types = narrow and not exact, narrow, y.dtype == torch.bfloat16, squared_relu
+    call(
+        "nautilus_linear_forward",
+        Forward(rows.numel() // inputs, inputs, outputs, *types, *map(pointer, (rows, packed, y))),
+    )
     return y
 
 
 class Native(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight_OI):
+    def forward(ctx, x, weight_OI, wide):
         ctx.save_for_backward(x, weight_OI)
-        return forward(x, pack(weight_OI, x.dtype), len(weight_OI))
+        return forward(x, pack(weight_OI, x.dtype), len(weight_OI), wide=wide)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):  # type: ignore[override]
         x, weight_OI = ctx.saved_tensors
+        dy = dy.to(x.dtype)
         dx = dweight = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight_OI.to(dy.dtype)
         if ctx.needs_input_grad[1]:
             dweight = (dy.flatten(0, -2).T @ x.flatten(0, -2)).to(weight_OI.dtype)
-        return dx, dweight
+        return dx, dweight, None

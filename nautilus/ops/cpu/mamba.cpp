@@ -218,7 +218,9 @@ struct Group {
   const int32_t* reach(int64_t t) const { return f.reach ? f.reach + row * s.time + t : nullptr; }
   // How many taps reach back from token t inside its document.
   int64_t back(int64_t t) const { return f.reach && *reach(t) < s.taps - 1 ? *reach(t) : s.taps - 1; }
-  int64_t state_at(int64_t h) const { return ((row * s.heads + head + h) * s.state) * s.width; }
+  int64_t slot() const { return f.slot ? f.slot[row] : row; }
+  int64_t state_at(int64_t h) const { return ((slot() * s.heads + head + h) * s.state) * s.width; }
+  int64_t tail_at(int64_t r) const { return (slot() * (s.taps - 1) + r) * s.channels; }
 
   void read_channels(float* to, const T* channels) const {
     for (int part = 0; part < 3; to += count[part++]) copy(to, channels + from[part], count[part]);
@@ -231,7 +233,7 @@ struct Group {
       if (begin - r >= 0)
         read_channels(to, token(begin - r) + s.inner);
       else if (f.tail)
-        read_channels(to, static_cast<const T*>(f.tail) + (row * (s.taps - 1) + s.taps - 1 + begin - r) * s.channels);
+        read_channels(to, static_cast<const T*>(f.tail) + tail_at(s.taps - 1 + begin - r));
       else
         clear(to, s.stride);
     }
@@ -288,22 +290,40 @@ struct Group {
     for (int64_t begin = 0, chunk = 0; begin < s.time; begin += Q, chunk++) {
       int64_t time = s.time - begin < Q ? s.time - begin : Q;
       if (f.borders)
-        for (int64_t h = 0; h < s.share; h++) copy_state(border(chunk, h), w.state + h * s.state_size(), s.width, s.pad);
+        for (int64_t h = 0; h < s.share; h++) copy_state(border(chunk, h), state_of(h), s.width, s.pad);
       prepare(begin, time);
       clear(w.y, time * s.share * s.pad);
       for (int64_t h = 0; h < s.share; h++) scan(h, time);
       for (int64_t t = 0; t < time; t++) finish(begin, t);
     }
-    for (int64_t h = 0; h < s.share; h++)
-      copy_state(f.last_state + state_at(h), w.state + h * s.state_size(), s.width, s.pad);
+    for (int64_t h = 0; h < s.share && s.pad != s.width; h++)
+      copy_state(f.last_state + state_at(h), state_of(h), s.width, s.pad);
+    if (f.last_tail) write_tail();
   }
 
+  // The group's channels of the last taps - 1 inputs. In order, so that a tail may be moved within its own memory.
+  void write_tail() const {
+    for (int64_t r = 0; r < s.taps - 1; r++) {
+      int64_t t = s.time - (s.taps - 1) + r;
+      T* to = static_cast<T*>(f.last_tail) + tail_at(r);
+      const T* past = t >= 0 ? token(t) + s.inner : f.tail ? static_cast<const T*>(f.tail) + tail_at(s.taps - 1 + t) : nullptr;
+      for (int part = 0; part < 3; part++)
+        past ? static_cast<void>(memmove(to + from[part], past + from[part], count[part] * sizeof(T)))
+             : static_cast<void>(memset(to + from[part], 0, count[part] * sizeof(T)));
+    }
+  }
+
+  // Where a head's state is while it changes: in place where its rows are whole vectors.
+  float* state_of(int64_t h) const {
+    return s.pad == s.width && f.last_state ? f.last_state + state_at(h) : w.state + h * s.state_size();
+  }
   float* border(int64_t chunk, int64_t h) const {
     int64_t chunks = (s.time + Q - 1) / Q;
     return f.borders + ((row * chunks + chunk) * s.heads + head + h) * s.state * s.width;
   }
   void read_state(int64_t h, const float* from_state) {
-    float* mine = w.state + h * s.state_size();
+    float* mine = state_of(h);
+    if (mine == from_state) return;
     clear(mine, s.state_size());
     if (from_state) copy_state(mine, from_state, s.pad, s.width);
   }
@@ -325,7 +345,7 @@ struct Group {
   }
   template <int N, int V>
   void scan_one(int64_t h, int64_t n, int64_t p, int64_t time) {
-    scan_tile<N, V>(w.state + h * s.state_size() + n * s.pad + p, s.pad, per_head(w.u, 0, h) + p, per_head(w.y, 0, h) + p,
+    scan_tile<N, V>(state_of(h) + n * s.pad + p, s.pad, per_head(w.u, 0, h) + p, per_head(w.y, 0, h) + p,
                     s.share * s.pad, b(0) + n, c(0) + n, s.stride, w.keep + h * Q, time);
   }
 

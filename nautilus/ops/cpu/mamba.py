@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nautilus.ops.conv import last_inputs
 from nautilus.ops.cpu.library import call, pointer, refuses
 
 CHUNK = 64  # MAMBA_CHUNK of kernels.h
 COUNTS = ("rows", "time", "heads", "head_width", "groups", "state", "taps", "bf16")
 FORWARD = (
-    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach"),
-    *("output", "last_state", "y", "borders"),
+    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot"),
+    *("output", "last_tail", "last_state", "y", "borders"),
 )
 BACKWARD = (
     *("doutput", "dlast_state", "dinput", "dconv_weight", "dconv_bias", "ddt_bias", "da", "dskip", "dnorm_weight"),
@@ -40,15 +41,33 @@ class Backward(ctypes.Structure):
 def mamba_native(
     input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *,
     groups: int, eps: float, tail_BRC=None, state_BHPN=None, reach_BT=None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """See `ops/mamba.py`. The state comes and goes as a (B, H, P, N) view of (B, H, N, P) numbers."""
     state_BHNP = None if state_BHPN is None else state_BHPN.mT
     tensors = input_BTE, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, tail_BRC, state_BHNP
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         out_BTI, last_BHNP = Mixer.apply(*tensors, reach_BT, groups, eps)
-    else:
-        out_BTI, last_BHNP, _, _ = run(*prepared(tensors, reach_BT, groups, eps), keep=False)
-    return out_BTI, last_BHNP.mT
+        xbc_BTC = input_BTE[..., norm_I.shape[0] : norm_I.shape[0] + bias_C.shape[0]]
+        return out_BTI, last_inputs(xbc_BTC, tail_BRC, weight_CW.shape[1]), last_BHNP.mT
+    sizes, inputs = prepared(tensors, reach_BT, groups, eps)
+    tail = inputs[0].new_empty(sizes.rows, sizes.taps - 1, len(bias_C))  # type: ignore[union-attr]
+    last = torch.empty(sizes.rows, sizes.heads, sizes.state, sizes.head_width)
+    return run(sizes, inputs, tail, last)[0], tail, last.mT
+
+
+def slots_native(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> Tensor:
+    sizes, inputs = prepared((*tensors, tail_SRC, state_SHNP), reach_BT, groups, eps)
+    return run(sizes, [*inputs[:-1], slot_B], tail_SRC, state_SHNP)[0]
+
+
+def slots_refuse(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> str | None:
+    rows, pools = tensors[0].shape[0], (tail_SRC, state_SHNP)
+    if slot_B.shape != (rows,) or slot_B.dtype != torch.int32 or len(tail_SRC) != len(state_SHNP):
+        return f"slots of {slot_B.dtype} and shape {tuple(slot_B.shape)} do not fit {rows} rows"
+    if tail_SRC.dtype != tensors[0].dtype or not all(t.is_contiguous() for t in (*pools, slot_B)):
+        return "the pools are not contiguous, or the tails not of the activations' type"
+    one = {"tail_BRC": tail_SRC[:1].expand(rows, -1, -1), "state_BHPN": state_SHNP.mT[:1].expand(rows, -1, -1, -1)}
+    return mamba_refuses(*tensors, groups=groups, eps=eps, reach_BT=reach_BT, **one)
 
 
 def mamba_refuses(
@@ -87,22 +106,22 @@ def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple
         *((t, torch.float32) for t in parameters),
         (tail_BRC, dtype),
         (state_BHNP, torch.float32),
+        (None if reach_BT is None else reach_BT.expand(rows, time), torch.int32),
     ]
-    wanted.append((None if reach_BT is None else reach_BT.expand(rows, time), torch.int32))
-    return sizes, [None if t is None else t.to(as_dtype).contiguous() for t, as_dtype in wanted]
+    return sizes, [*(None if t is None else t.to(as_dtype).contiguous() for t, as_dtype in wanted), None]  # no slots
 
 
 def run(
-    sizes: Sizes, inputs: list[Tensor | None], *, keep: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Output and last state; then, if `keep`, what the backward reads: the scan's output, the states before chunks."""
+    sizes: Sizes, inputs: list[Tensor | None], tail: Tensor | None, last: Tensor, *, keep: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Writes tail and last state, gives the output; and, if `keep`, what the backward reads: the scan's output, the
+    states before chunks."""
     s, new = sizes, inputs[0].new_empty  # type: ignore[union-attr]
     output = new(s.rows, s.time, s.heads * s.head_width)
-    last = new(s.rows, s.heads, s.state, s.head_width, dtype=torch.float32)
     y = torch.empty_like(output, dtype=torch.float32) if keep else None
     borders = last.new_empty(s.rows, -(-s.time // CHUNK), *last.shape[1:]) if keep else None
-    call("nautilus_mamba_forward", Forward(sizes, *map(pointer, (*inputs, output, last, y, borders))))
-    return output, last, y, borders
+    call("nautilus_mamba_forward", Forward(sizes, *map(pointer, (*inputs, output, tail, last, y, borders))))
+    return output, y, borders
 
 
 class Mixer(torch.autograd.Function):
@@ -110,7 +129,9 @@ class Mixer(torch.autograd.Function):
     def forward(ctx, *arguments):
         *tensors, reach_BT, groups, eps = arguments
         ctx.sizes, inputs = prepared(tensors, reach_BT, groups, eps)
-        output, last, y, borders = run(ctx.sizes, inputs, keep=True)
+        sizes = ctx.sizes
+        last = torch.empty(sizes.rows, sizes.heads, sizes.state, sizes.head_width)
+        output, y, borders = run(sizes, inputs, None, last, keep=True)
         ctx.save_for_backward(*inputs, y, borders)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
         return output, last
@@ -119,12 +140,12 @@ class Mixer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, doutput, dlast):  # type: ignore[override]
         *inputs, y, borders = ctx.saved_tensors
-        input_BTE, *parameters, tail, state, _ = inputs
+        input_BTE, *parameters, tail, state, _, _ = inputs
         dinput, doutput, dlast = torch.empty_like(input_BTE), doutput.contiguous(), dlast.contiguous()
         apart = [t.new_empty(ctx.sizes.rows, *t.shape) for t in parameters]  # one gradient per row, then their sum
         dtail = None if tail is None else torch.empty_like(tail, dtype=torch.float32)
         dstate = None if state is None else torch.empty_like(state)
-        record = Forward(ctx.sizes, *map(pointer, (*inputs, None, None, y, borders)))
+        record = Forward(ctx.sizes, *map(pointer, (*inputs, None, None, None, y, borders)))
         given = (doutput, dlast, dinput, *apart, dtail, dstate)
         call("nautilus_mamba_backward", Backward(record, *map(pointer, given)))
         found = (dinput, *(t.sum(0) for t in apart), dtail, dstate)

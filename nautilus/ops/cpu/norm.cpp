@@ -1,5 +1,5 @@
-// RMSNorm and its backward, a block of rows at a time; the sigmoid of the router. The sum of squares of a row is W chains added up at the end, the
-// same for any number of rows.
+// The residual stream: embedding, sums, and RMSNorm with its backward, a block of rows at a time. The sum of squares of a
+// row is W chains added up at the end, the same for any number of rows.
 #include "kernels.h"
 #include "simd.h"
 
@@ -54,9 +54,24 @@ void backward(const NormBackward& g, int64_t block) {
   }
 }
 
-void sigmoid_block(const Sigmoid* s, int64_t block) {
-  int64_t end = (block + 1) * SIGMOID_BLOCK < s->count ? (block + 1) * SIGMOID_BLOCK : s->count;
-  for (int64_t i = block * SIGMOID_BLOCK; i < end; i += W) store(s->y + i, sigmoid(load(s->x + i, end - i)), end - i);
+template <class T>
+void add_block(const Add* s, int64_t block) {
+  int64_t end = (block + 1) * ADD_BLOCK < s->count ? (block + 1) * ADD_BLOCK : s->count;
+  const T *a = static_cast<const T*>(s->a), *b = static_cast<const T*>(s->b);
+  for (int64_t i = block * ADD_BLOCK; i < end; i += W)
+    store(static_cast<T*>(s->y) + i, load(a + i, end - i) + load(b + i, end - i), end - i);
+}
+void add(const Add* s, int64_t block) { s->bf16 ? add_block<uint16_t>(s, block) : add_block<float>(s, block); }
+
+template <class To, class From>
+void embed_row(const Embed* e, int64_t row) {
+  copy(static_cast<To*>(e->y) + row * e->width, static_cast<const From*>(e->table) + e->index[row] * e->width, e->width);
+}
+void embed(const Embed* e, int64_t row) {
+  if (e->bf16)
+    e->table_bf16 ? embed_row<uint16_t, uint16_t>(e, row) : embed_row<uint16_t, float>(e, row);
+  else
+    e->table_bf16 ? embed_row<float, uint16_t>(e, row) : embed_row<float, float>(e, row);
 }
 
 void norm_forward(const NormForward* f, int64_t block) {
@@ -71,5 +86,6 @@ void norm_backward(const NormBackward* g, int64_t block) {
 void NAUTILUS_FILL(norm)(Kernels* k) {
   k->norm_forward = norm_forward;
   k->norm_backward = norm_backward;
-  k->sigmoid = sigmoid_block;
+  k->add = add;
+  k->embed = embed;
 }

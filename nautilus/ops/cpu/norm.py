@@ -1,4 +1,4 @@
-"""RMSNorm as one native call, and its backward as another."""
+"""The residual stream, one native call each: embedding, sums, RMSNorm and its backward."""
 
 from __future__ import annotations
 
@@ -23,6 +23,52 @@ class Forward(ctypes.Structure):
 
 class Backward(ctypes.Structure):
     _fields_ = [("forward", Forward), *((name, ctypes.c_void_p) for name in ("dy", "dx", "dweight"))]
+
+
+class Sum(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "bf16")),
+        *((name, ctypes.c_void_p) for name in ("a", "b", "y")),
+    ]
+
+
+class Embed(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "width", "vocab", "table_bf16", "bf16")),
+        *((name, ctypes.c_void_p) for name in ("index", "table", "y")),
+    ]
+
+
+def add_native(a: Tensor, b: Tensor) -> Tensor:
+    y = torch.empty_like(a)
+    call("nautilus_add", Sum(a.numel(), a.dtype == torch.bfloat16, *map(pointer, (a, b, y))))
+    return y
+
+
+def add_refuses(a: Tensor, b: Tensor) -> str | None:
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return "a gradient is asked for"
+    if a.shape != b.shape or a.dtype != b.dtype or not (a.is_contiguous() and b.is_contiguous()):
+        return "the two differ in shape or type, or are not contiguous"
+    return refuses(a, b)
+
+
+def embed_native(index: Tensor, table_VD: Tensor, dtype: torch.dtype) -> Tensor:
+    y = torch.empty(*index.shape, table_VD.shape[1], dtype=dtype)
+    narrow = (t == torch.bfloat16 for t in (table_VD.dtype, dtype))
+    sizes = index.numel(), table_VD.shape[1], len(table_VD), *narrow
+    call("nautilus_embed", Embed(*sizes, *map(pointer, (index, table_VD, y))))
+    return y
+
+
+def embed_refuses(index: Tensor, table_VD: Tensor, dtype: torch.dtype) -> str | None:
+    if torch.is_grad_enabled() and table_VD.requires_grad:
+        return "a gradient is asked for"
+    if index.dtype != torch.int64 or dtype not in (torch.float32, torch.bfloat16):
+        return f"the index is {index.dtype}, the result {dtype}"
+    if not (index.is_contiguous() and table_VD.is_contiguous()):
+        return "the index or the table is not contiguous"
+    return refuses(table_VD) if index.device.type == "cpu" else f"the index is on {index.device}"
 
 
 def rms_norm_native(hidden: Tensor, weight_D: Tensor, eps: float) -> Tensor:

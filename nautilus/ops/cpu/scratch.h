@@ -27,4 +27,13 @@ struct Scratch {
   }
 };
 
+// Memory that had other pieces before.
+inline void without_pieces(char* base, int64_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  ASAN_UNPOISON_MEMORY_REGION(base, static_cast<size_t>(bytes));
+#else
+  (void)base, (void)bytes;
+#endif
+}
+
 }  // namespace

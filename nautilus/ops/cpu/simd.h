@@ -204,6 +204,158 @@ inline Pairs set_pair(const uint16_t* p) {
 inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 #endif
 
+// Whole numbers, one in each lane; four bytes of a lane at a time meet four bytes of another vector in `dot`. The bytes of
+// the first operand are unsigned and at most 127, or signed in `dot_signed`, whose sum comes out larger by SIGNED_BIAS
+// times the sum of the second operand. A table of sixteen bytes is looked up by the low or the high half of each byte.
+#if defined(__AVX512VNNI__) && defined(__AVX512VBMI__)
+struct Ints {
+  __m512i v;
+};
+struct Bytes {
+  __m512i v;
+};
+using Table = Bytes;
+constexpr int SIGNED_BIAS = 128;
+inline Ints set_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
+inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
+inline F to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes four_bytes(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return {_mm512_set1_epi32(four)};
+}
+inline Table table(const int8_t* sixteen) {
+  // Repeated: the lookup uses six bits of an index, of which the upper two belong to the other half of the byte.
+  return {_mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)))};
+}
+inline Bytes low_halves(Table t, Bytes b) { return {_mm512_permutexvar_epi8(b.v, t.v)}; }
+inline Bytes high_halves(Table t, Bytes b) { return {_mm512_permutexvar_epi8(_mm512_srli_epi16(b.v, 4), t.v)}; }
+inline Ints dot(Ints sum, Bytes a, Bytes b) { return {_mm512_dpbusd_epi32(sum.v, a.v, b.v)}; }
+inline Ints dot_signed(Ints sum, Bytes a, Bytes b) {
+  return {_mm512_dpbusd_epi32(sum.v, _mm512_xor_si512(a.v, _mm512_set1_epi8(-128)), b.v)};
+}
+inline void store_bytes(int8_t* p, F whole) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole.v)));
+}
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+struct Ints {
+  __m256i v;
+};
+struct Bytes {
+  __m256i v;
+};
+using Table = Bytes;
+constexpr int SIGNED_BIAS = 0;
+inline Ints set_int(int32_t x) { return {_mm256_set1_epi32(x)}; }
+inline Ints load_ints(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+inline Ints operator+(Ints a, Ints b) { return {_mm256_add_epi32(a.v, b.v)}; }
+inline Ints operator*(Ints a, Ints b) { return {_mm256_mullo_epi32(a.v, b.v)}; }
+inline F to_float(Ints a) { return {_mm256_cvtepi32_ps(a.v)}; }
+inline Bytes load_bytes(const void* p) { return {_mm256_loadu_si256(static_cast<const __m256i*>(p))}; }
+inline Bytes four_bytes(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  return {_mm256_set1_epi32(four)};
+}
+inline Table table(const int8_t* sixteen) {
+  return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(sixteen)))};
+}
+inline Bytes low_halves(Table t, Bytes b) {
+  return {_mm256_shuffle_epi8(t.v, _mm256_and_si256(b.v, _mm256_set1_epi8(15)))};
+}
+inline Bytes high_halves(Table t, Bytes b) { return low_halves(t, {_mm256_srli_epi16(b.v, 4)}); }
+inline Ints dot(Ints sum, Bytes a, Bytes b) {
+  return {_mm256_add_epi32(sum.v, _mm256_madd_epi16(_mm256_maddubs_epi16(a.v, b.v), _mm256_set1_epi16(1)))};
+}
+inline Ints dot_signed(Ints sum, Bytes a, Bytes b) {
+  return dot(sum, {_mm256_abs_epi8(a.v)}, {_mm256_sign_epi8(b.v, a.v)});
+}
+inline void store_bytes(int8_t* p, F whole) {
+  __m256i ints = _mm256_cvtps_epi32(whole.v);
+  __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
+}
+#else
+struct Ints {
+  int32_t v[W];
+};
+struct Bytes {
+  int8_t v[4 * W];
+};
+using Table = Bytes;
+constexpr int SIGNED_BIAS = 0;
+template <class Each>
+inline Ints ints(Each each) {
+  Ints r;
+  for (int i = 0; i < W; i++) r.v[i] = each(i);
+  return r;
+}
+template <class Each>
+inline Bytes bytes(Each each) {
+  Bytes r;
+  for (int i = 0; i < 4 * W; i++) r.v[i] = each(i);
+  return r;
+}
+inline Ints set_int(int32_t x) { return ints([&](int) { return x; }); }
+inline Ints load_ints(const int32_t* p) { return ints([&](int i) { return p[i]; }); }
+inline Ints operator+(Ints a, Ints b) { return ints([&](int i) { return a.v[i] + b.v[i]; }); }
+inline Ints operator*(Ints a, Ints b) { return ints([&](int i) { return a.v[i] * b.v[i]; }); }
+inline F to_float(Ints a) {
+  float r[W];
+  for (int i = 0; i < W; i++) r[i] = static_cast<float>(a.v[i]);
+  return load(r);
+}
+inline Bytes load_bytes(const void* p) {
+  Bytes r;
+  memcpy(r.v, p, sizeof r.v);
+  return r;
+}
+inline Bytes four_bytes(const int8_t* p) { return bytes([&](int i) { return p[i % 4]; }); }
+inline Table table(const int8_t* sixteen) { return bytes([&](int i) { return sixteen[i % 16]; }); }
+inline Bytes low_halves(const Table& t, Bytes b) { return bytes([&](int i) { return t.v[b.v[i] & 15]; }); }
+inline Bytes high_halves(const Table& t, Bytes b) { return bytes([&](int i) { return t.v[b.v[i] >> 4 & 15]; }); }
+inline Ints dot(Ints sum, Bytes a, Bytes b) {
+  return ints([&](int i) {
+    int32_t four = 0;
+    for (int j = 4 * i; j < 4 * i + 4; j++) four += a.v[j] * b.v[j];
+    return sum.v[i] + four;
+  });
+}
+inline Ints dot_signed(Ints sum, Bytes a, Bytes b) { return dot(sum, a, b); }
+inline void store_bytes(int8_t* p, F whole) {
+  float r[W];
+  store(r, whole);
+  for (int i = 0; i < W; i++) p[i] = static_cast<int8_t>(r[i]);
+}
+#endif
+
+// W numbers in E4M3 without sign, times E4M3_UNIT: where half precision can be read, moving the bits is all there is to do.
+#if defined(__AVX512F__)
+constexpr float E4M3_UNIT = 1.0f / 256;
+inline F load_e4m3(const uint8_t* p) {
+  __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(code), 7))};
+}
+#elif defined(__F16C__)
+constexpr float E4M3_UNIT = 1.0f / 256;
+inline F load_e4m3(const uint8_t* p) {
+  __m128i code = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(code), 7))};
+}
+#else
+constexpr float E4M3_UNIT = 1.0f;
+inline F load_e4m3(const uint8_t* p) {
+  float r[W];
+  for (int i = 0; i < W; i++) {
+    int e = p[i] >> 3, m = p[i] & 7;  // 2^(e - 7) (1 + m / 8), below 2^-6 m 2^-9
+    r[i] = e ? ldexpf(static_cast<float>(8 + m), e - 10) : ldexpf(static_cast<float>(m), -9);
+  }
+  return load(r);
+}
+#endif
 
 // At most the first `count` numbers, zeros after them; stores touch no more than that. Masks were no faster, and this form
 // serves every level.

@@ -37,6 +37,22 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
     assert torch.equal(linear_native(t["x"].clone().requires_grad_(), t["weight_OI"]), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("named", [{"exact": True}, {"wide": True}, {"squared_relu": True}], ids=str)
+def test_a_call_may_keep_precision_or_square_the_positive_part(level, named, dtype, rounds_once):
+    """With the same bits whether a gradient is wanted or not."""
+    t = inputs((7, 130, 67), dtype)
+    native, reference = (lambda f: lambda **t: f(**t, **named))(linear_native), lambda **t: linear_torch(**t, **named)
+    rounds_once(native, reference, t, single=2.0**-24 * 400 + (dtype == torch.bfloat16) * 2.0**-6)
+    got = linear_native(**t, **named)
+    assert got.dtype == (dtype if "squared_relu" in named else torch.float32)
+    assert torch.equal(linear_native(**{n: v.clone().requires_grad_() for n, v in t.items()}, **named), got)
+    if named.keys() & {"exact", "wide"}:
+        weight = t["weight_OI"] if "exact" in named else t["weight_OI"].to(dtype)
+        want = t["x"].double() @ weight.double().T
+        assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
 def test_a_matrix_is_packed_once_where_that_is_said_and_anew_everywhere_else(level):
     t, packs = inputs((3, 18, 33), torch.float32), {}
     weight_OI, narrow = t["weight_OI"].clone(), t["x"].bfloat16()

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from nautilus.ops.cpu.mamba import CHUNK, mamba_native, mamba_refuses
-from nautilus.ops.mamba import mamba, mamba_composed
+from nautilus.ops.cpu.mamba import CHUNK, mamba_native, mamba_refuses, slots_native, slots_refuse
+from nautilus.ops.mamba import mamba, mamba_composed, mamba_taken_out
 
 EPS = 1e-5
 WIDE = ("weight_CW", "bias_C", "dt_bias_H", "a_H", "skip_H", "norm_I", "state_BHPN")
@@ -94,9 +94,9 @@ def test_bf16_rounds_the_unit_row_and_then_the_output_and_nothing_else(level):
     size = SIZES[5]
     narrow = inputs(size, dtype=torch.bfloat16)
     same = {n: v.float() for n, v in narrow.items()}
-    unit, last = call(mamba_native, size)(**same | {"norm_I": torch.ones_like(same["norm_I"])})
+    unit, _, last = call(mamba_native, size)(**same | {"norm_I": torch.ones_like(same["norm_I"])})
     got = call(mamba_native, size)(**narrow)
-    assert torch.equal(got[0], unit.bfloat16() * narrow["norm_I"].bfloat16()) and torch.equal(got[1], last)
+    assert torch.equal(got[0], unit.bfloat16() * narrow["norm_I"].bfloat16()) and torch.equal(got[2], last)
 
 
 def test_exp_softplus_and_silu_are_good_to_a_few_units_everywhere(level):
@@ -113,7 +113,7 @@ def test_exp_softplus_and_silu_are_good_to_a_few_units_everywhere(level):
             "bias_C": torch.cat([x, torch.full((2,), b)]), "dt_bias_H": v, "a_H": a, "skip_H": torch.zeros(heads),
             "norm_I": torch.ones(heads), "state_BHPN": torch.full((1, heads, 1, 1), before),
         }  # fmt: skip
-        _, last = mamba_native(**t, groups=1, eps=EPS)
+        *_, last = mamba_native(**t, groups=1, eps=EPS)
         units = (last.flatten().double() - want).abs() / want.abs().clamp_min(1e-30) * 2.0**24
         # The exponent is rounded too: some units for each whole number of it.
         assert (units <= 8 + (4 * decay.abs() if before else 0)).all(), units.max()
@@ -187,8 +187,8 @@ def test_a_document_behind_another_has_the_bits_of_the_document_alone(level, dty
         position = torch.arange(size[1])
         packed = call(mamba_native, size, torch.where(position < begin, position + 9, position - begin)[None])(**t)
         alone = t | {"input_BTE": t["input_BTE"][:, begin:], "tail_BRC": None, "state_BHPN": None}
-        out, last = call(mamba_native, size)(**alone)
-        assert torch.equal(packed[0][:, begin:], out) and torch.equal(packed[1], last)
+        out, _, last = call(mamba_native, size)(**alone)
+        assert torch.equal(packed[0][:, begin:], out) and torch.equal(packed[2], last)
 
 
 def test_parameters_in_bf16_are_widened_and_their_gradients_narrowed(level):
@@ -206,8 +206,8 @@ def test_decays_that_underflow_and_steps_that_are_huge_stay_finite(level):
     t = inputs(size, remembered=False)
     t["input_BTE"][..., -2:] = torch.tensor([90.0, -200.0])  # softplus: 90, and 0
     leaves = {n: v.requires_grad_() for n, v in t.items() if v is not None}
-    out, last = call(mamba_native, size)(**leaves)
-    want, _ = call(mamba_composed, size)(**leaves)
+    out, _, last = call(mamba_native, size)(**leaves)
+    want, *_ = call(mamba_composed, size)(**leaves)
     assert torch.allclose(out, want, rtol=1e-4, atol=1e-5)
     assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum() + last.sum(), list(leaves.values())))
 
@@ -217,13 +217,43 @@ def test_numbers_that_are_not_finite_show_where_they_are_felt_and_nowhere_else(l
     """Token 5 of row 0: its own output and all later ones of its groups, and nothing of the other row."""
     size = (2, 12, 4, 8, 2, 4, 4)
     t = inputs(size, dtype=dtype)
-    clean, _ = call(mamba_native, size)(**t)
+    clean, *_ = call(mamba_native, size)(**t)
     for poison in (float("nan"), float("inf")):
         t["input_BTE"][0, 5, 32 + 3] = poison  # x of the first group
-        out, last = call(mamba_native, size)(**t)
+        out, _, last = call(mamba_native, size)(**t)
         assert out[0, 5:, :16].isnan().any(-1).all() and last[0, 0].isnan().any()
         assert torch.equal(out[0, :5], clean[0, :5]) and torch.equal(out[1], clean[1])
         assert torch.equal(out[0, :, 16:], clean[0, :, 16:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [64, 12], ids=str)  # in place, and through scratch
+def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width):
+    for time in (1, 2, CHUNK + 9):
+        size = (3, time, 4, width, 2, 6, 4)
+        t = inputs(size, dtype=dtype)
+        want = call(mamba_native, size)(**t)
+        slot_B = torch.tensor([4, 0, 2], dtype=torch.int32)
+        tails, states = torch.full((6, *t["tail_BRC"].shape[1:]), 3, dtype=dtype), torch.full((6, 4, 6, width), 5.0)
+        for mixer in (slots_native, mamba_taken_out):
+            tails[slot_B], states[slot_B] = t["tail_BRC"], t["state_BHPN"].mT
+            out = call(mixer, size)(*list(t.values())[:-2], tail_SRC=tails, state_SHNP=states, slot_B=slot_B)
+            assert torch.equal(out, want[0])
+            assert torch.equal(tails[slot_B], want[1]) and torch.equal(states[slot_B].mT, want[2])
+            assert (tails[[1, 3, 5]] == 3).all() and (states[[1, 3, 5]] == 5).all()
+
+
+def test_slots_that_do_not_fit_are_refused(built):
+    t = inputs((2, 3, 4, 8, 2, 6, 4))
+    pools = {"tail_SRC": torch.zeros(5, *t["tail_BRC"].shape[1:]), "state_SHNP": torch.zeros(5, 4, 6, 8)}
+    refuses = lambda **changed: slots_refuse(
+        *list(t.values())[:-2], groups=2, eps=EPS, **pools | {"slot_B": torch.zeros(2, dtype=torch.int32)} | changed
+    )
+    assert refuses() is None
+    assert "do not fit 2 rows" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
+    assert "int64" in refuses(slot_B=torch.zeros(2, dtype=torch.int64))
+    assert "tails" in refuses(tail_SRC=pools["tail_SRC"].bfloat16())
+    assert "fit together" in refuses(state_SHNP=torch.zeros(5, 4, 6, 9))
 
 
 def test_what_native_refuses_it_names_and_reads_no_memory_for(built):

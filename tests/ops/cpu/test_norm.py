@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nautilus.ops.cpu.norm import BLOCK, rms_norm_native, rms_norm_refuses
+from nautilus.ops.cpu.norm import BLOCK, add_native, embed_native, rms_norm_native, rms_norm_refuses
 from nautilus.ops.norm import rms_norm_reference
 
 EPS = 1e-5
@@ -32,6 +32,19 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
     assert torch.equal(rms_norm_native(t["hidden"][:, 9:11], t["weight_D"], EPS), want[:, 9:11])
     learning = {n: v.clone().requires_grad_() for n, v in t.items()}
     assert torch.equal(rms_norm_native(**learning, eps=EPS), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_and_embeddings_are_those_of_torch(level, dtype):
+    draw = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(3, 7013, generator=draw).to(dtype) for _ in range(2))
+    assert torch.equal(add_native(a, b), a + b)
+    index = torch.randint(40, (2, 5), generator=draw)
+    for table in (torch.randn(40, 19, generator=draw), torch.randn(40, 19, generator=draw).bfloat16()):
+        assert torch.equal(embed_native(index, table, dtype), torch.nn.functional.embedding(index, table).to(dtype))
+        for strange in (-1, 40):
+            with pytest.raises(IndexError):
+                embed_native(torch.tensor([[strange]]), table, dtype)
 
 
 def test_what_native_refuses(built):

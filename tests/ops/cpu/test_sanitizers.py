@@ -21,8 +21,8 @@ from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import mamba_native
 from nautilus.ops.cpu.norm import rms_norm_native
-from nautilus.ops.cpu.nvfp4 import linear_nvfp4, repacked
-from nautilus.ops.cpu.sigmoid import sigmoid_native
+from nautilus.ops.cpu.quant import NUMBERS, experts_quant, linear_quant, repacked
+from nautilus.ops.cpu.route import route_native
 from nautilus.ops.encode import encode
 # rows, time, heads, head width, groups, state width, taps
 MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 4), (2, 63, 1, 1, 1, 1, 4),
@@ -30,7 +30,7 @@ MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 
 EXPERTS = ((5, 18, 34, 4, 2), (230, 66, 130, 3, 2), (1, 2, 2, 5, 1))
 NORMS = ((131, 19), (1, 1), (128, 16), (300, 70))
 LINEARS = ((1, 2, 1), (7, 18, 33), (200, 130, 66))
-NVFP4S = ((1, 16, 1), (2, 48, 17), (70, 160, 130))
+QUANTS = ((1, 16, 2), (2, 48, 18), (70, 160, 130))
 draw = lambda *shape, dtype=torch.float32: torch.randn(*shape).to(dtype).requires_grad_()
 
 
@@ -72,20 +72,31 @@ def linear(dtype, rows, inputs, outputs):
     back([linear_native(*tensors)], tensors)
 
 
-def nvfp4(dtype, rows, inputs, outputs):
+def quant(dtype, rows, inputs, outputs):
     x = torch.randn(rows, inputs).bfloat16()
-    assert linear_nvfp4(x, repacked(encode(torch.randn(outputs, inputs), "nvfp4"))).isfinite().all()
+    index = torch.randint(3, (rows, 1)).expand(rows, 2).contiguous()
+    index[:, 1] = (index[:, 0] + 1) % 3
+    for name in NUMBERS:
+        up, down = (repacked([encode(torch.randn(*shape), name) for _ in range(3)])
+                    for shape in ((outputs, inputs), (inputs, outputs)))
+        assert linear_quant(x, repacked(encode(torch.randn(outputs, inputs), name))).isfinite().all()
+        assert experts_quant(x, index, torch.rand(rows, 2), up, down).isfinite().all()
 
 
 torch.set_num_threads(2)
 index = 0
 while (name := functions.nautilus_level_name(index)) is not None:
     if functions.nautilus_choose(index) == 0:
-        for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (nvfp4, NVFP4S)):
+        for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS)):
             for size in sizes:
                 kernel(torch.float32, *size)
                 kernel(torch.bfloat16, *size)
-        assert all(sigmoid_native(torch.randn(count)).isfinite().all() for count in (1, 33, 10_000))
+        for tokens, count, active in ((1, 3, 3), (33, 128, 6), (9, 40, 1)):
+            for groups, best in ((1, 1), (count, active)):
+                named = {"scale": 2.0, "normalise": True, "expert_groups": groups, "active_groups": best}
+                for score in ("sigmoid", "softmax"):
+                    found = route_native(torch.randn(tokens, count), torch.randn(count), active, score=score, **named)
+                    assert all(t.isfinite().all() for t in found)
         print(name.decode())
     index += 1
 """

@@ -79,7 +79,7 @@ def test_two_callers_at_once_do_not_meet(team):
 
     with ThreadPoolExecutor(2) as pool:
         results = list(pool.map(repeat, [0, 1]))
-    assert all(torch.equal(out, want[0][0]) and torch.equal(last, want[0][1]) for out, last in results[0])
+    assert all(torch.equal(*pair) for got in results[0] for pair in zip(got, want[0], strict=True))
     assert all(torch.equal(y, want[1]) for y in results[1])
 
 

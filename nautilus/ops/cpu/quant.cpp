@@ -1,0 +1,411 @@
+// y = x W^T with W in few bits, used as it is stored: value(code) * block scale * tensor scale.
+//
+// NVFP4, MXFP4, INT4, INT8: activations are rounded to int8 with one scale a_g for each group g of 32 neighbours, so that
+// products within a block are exact integers; a block scale is exact in float32. Each output is one chain over its groups:
+//
+//     y = s2 sum_g a_g sum_{blocks b of g} s_b sum_{k in b} value(code_k) q_k
+//
+// Codes become unsigned bytes, as dot-product instructions want them: a table adds `ZERO` to each (doubled where there are
+// halves), and a block's sum starts at -ZERO times the sum of its activations.
+//
+// FP8: every E4M3 number is a bf16 number. A part of W is decoded where the cache is near and multiplied as gemm.h does.
+//
+// Repacked weights put sixteen rows beside each other. Four bits: a group is 256 bytes; byte 64 j + 4 r + i (j = 0..3; row
+// r; i = 0..3) holds input 8 j + i in its low half and 8 j + 4 + i in its high half. Eight bits: 512 bytes; byte 64 j + 4 r +
+// i holds input 4 j + i. FP8: byte 64 j + 16 (r / 4) + 8 h + 2 (r % 4) + i holds input 4 j + 2 h + i, so that interleaving
+// with the second byte of each number leaves pairs of inputs in the order of the rows.
+#include "gemm.h"
+#include "kernels.h"
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int ROWS = QUANT_ROWS, VECTORS = ROWS / W, PANELS = QUANT_COLUMNS / ROWS;
+constexpr int64_t GROUP = QUANT_GROUP;
+
+int64_t groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
+int64_t panel_count(int64_t outputs) { return (outputs + ROWS - 1) / ROWS; }
+
+// One panel of a matrix.
+struct Panel {
+  const uint8_t* codes;
+  const void* scale;
+  const int32_t* zero;
+  int64_t per;  // groups of activations to a scale
+};
+
+// What distinguishes the formats: bits of a code, scales of a row within a group, bytes of a scale, the code of 0.
+template <int FORMAT>
+struct Kind;
+template <>
+struct Kind<QUANT_NVFP4> {
+  static constexpr int BITS = 4, SCALES = 2, ZERO = 12;
+  static constexpr float FACTOR = 0.5f / E4M3_UNIT;
+  static F scale(const Panel& p, int64_t g, int which, int row) {
+    return load_e4m3(static_cast<const uint8_t*>(p.scale) + (g * 2 + which) * ROWS + row);
+  }
+};
+template <>
+struct Kind<QUANT_MXFP4> {
+  static constexpr int BITS = 4, SCALES = 1, ZERO = 12;
+  static constexpr float FACTOR = 0.5f;
+  static F scale(const Panel& p, int64_t g, int, int row) {
+    float power[W];  // 2^(byte - 127): the byte is the exponent of a float, 0 a subnormal
+    const uint8_t* bytes = static_cast<const uint8_t*>(p.scale) + g * ROWS + row;
+    for (int i = 0; i < W; i++) {
+      uint32_t bits = bytes[i] ? static_cast<uint32_t>(bytes[i]) << 23 : 1u << 22;
+      memcpy(power + i, &bits, 4);
+    }
+    return load(power);
+  }
+};
+struct FloatScale {
+  static constexpr int SCALES = 1;
+  static constexpr float FACTOR = 1.0f;
+  static F scale(const Panel& p, int64_t g, int, int row) {
+    return load(static_cast<const float*>(p.scale) + g / p.per * ROWS + row);
+  }
+};
+template <>
+struct Kind<QUANT_INT4> : FloatScale {
+  static constexpr int BITS = 4, ZERO = 8;
+};
+template <>
+struct Kind<QUANT_INT8> : FloatScale {
+  static constexpr int BITS = 8, ZERO = SIGNED_BIAS;
+};
+
+// with(Kind) for a format of integer products.
+template <class With>
+void with_kind(int64_t format, With with) {
+  switch (format) {
+    case QUANT_NVFP4: return with(Kind<QUANT_NVFP4>());
+    case QUANT_MXFP4: return with(Kind<QUANT_MXFP4>());
+    case QUANT_INT4: return with(Kind<QUANT_INT4>());
+    case QUANT_INT8: return with(Kind<QUANT_INT8>());
+  }
+}
+
+// ----- repacking -----------------------------------------------------------------------------------------------------
+
+// Sizes of one matrix: bytes of codes, scales and zero points of a panel.
+struct Sizes {
+  int64_t codes, scales;
+  explicit Sizes(const QuantMatrix& w) {
+    int64_t n = groups(w.inputs);
+    bool narrow = w.format != QUANT_INT8 && w.format != QUANT_FP8;
+    codes = w.format == QUANT_FP8 ? (w.inputs + 3) / 4 * 64 : n * (narrow ? 256 : 512);
+    scales = ROWS * (w.format == QUANT_NVFP4   ? 2 * n
+                     : w.format == QUANT_MXFP4 ? n
+                     : w.format == QUANT_FP8   ? 1
+                                               : (w.inputs + w.group - 1) / w.group);
+  }
+};
+int64_t scale_bytes(const QuantMatrix& w) { return w.format == QUANT_NVFP4 || w.format == QUANT_MXFP4 ? 1 : 4; }
+
+void pack_codes(const QuantPack* p, int64_t panel, uint8_t* to) {
+  const QuantMatrix& w = p->to;
+  bool narrow = w.format != QUANT_INT8 && w.format != QUANT_FP8;
+  memset(to, w.format == QUANT_INT4 ? 0x88 : 0, Sizes(w).codes);
+  for (int64_t r = 0; r < ROWS && panel * ROWS + r < w.outputs; r++) {
+    int64_t row = (panel * ROWS + r) * w.inputs;
+    for (int64_t k = 0; k < w.inputs; k++)
+      if (narrow) {
+        uint8_t code = p->codes[(row + k) / 2] >> (k % 2 * 4) & 15;
+        uint8_t* at = to + k / 8 * 64 + r * 4 + k % 4;
+        *at = k % 8 < 4 ? (*at & 0xF0) | code : (*at & 0x0F) | code << 4;
+      } else if (w.format == QUANT_INT8) {
+        to[k / 4 * 64 + r * 4 + k % 4] = p->codes[row + k];
+      } else {
+        to[k / 4 * 64 + r / 4 * 16 + k % 4 / 2 * 8 + r % 4 * 2 + k % 2] = p->codes[row + k];
+      }
+  }
+}
+
+// (outputs, per row) to (scale, row of the panel); rows past the last have zeros.
+template <class To, class From>
+void pack_scales(To* to, const From* from, int64_t panel, int64_t outputs, int64_t stored, int64_t padded) {
+  for (int64_t s = 0; s < padded; s++)
+    for (int64_t r = 0; r < ROWS; r++) {
+      int64_t n = panel * ROWS + r;
+      to[s * ROWS + r] = n < outputs && s < stored ? static_cast<To>(from[n * stored + s]) : To();
+    }
+}
+
+void quant_pack(const QuantPack* p, int64_t panel) {
+  const QuantMatrix& w = p->to;
+  Sizes sizes(w);
+  int64_t padded = sizes.scales / ROWS, at = panel * sizes.scales;
+  pack_codes(p, panel, const_cast<uint8_t*>(w.codes) + panel * sizes.codes);
+  if (scale_bytes(w) == 1)
+    pack_scales(static_cast<uint8_t*>(const_cast<void*>(w.scale)) + at, static_cast<const uint8_t*>(p->scale), panel,
+                w.outputs, w.format == QUANT_NVFP4 ? (w.inputs + 15) / 16 : padded, padded);
+  else
+    pack_scales(static_cast<float*>(const_cast<void*>(w.scale)) + at, static_cast<const float*>(p->scale), panel,
+                w.outputs, padded, padded);
+  if (w.zero) pack_scales(const_cast<int32_t*>(w.zero) + at, p->zero, panel, w.outputs, padded, padded);
+}
+
+// ----- activations ---------------------------------------------------------------------------------------------------
+
+template <class X>
+void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero) {
+  int64_t n = groups(f->inputs);
+  const X* x = static_cast<const X*>(f->x) + row * f->inputs;
+  int8_t* q = f->q + row * n * GROUP;
+  for (int64_t g = 0; g < n; g++) {
+    F wide[GROUP / W], most = set(0.0f);
+    UNROLL for (int i = 0; i < GROUP / W; i++) {
+      int64_t at = g * GROUP + i * W;
+      wide[i] = at + W <= f->inputs ? load(x + at) : at < f->inputs ? load(x + at, f->inputs - at) : set(0.0f);
+      most = larger(most, larger(wide[i], set(0.0f) - wide[i]));
+    }
+    float lane[W], top = 0.0f;
+    store(lane, most);
+    for (float v : lane) top = v > top ? v : top;
+    F inverse = set(top > 0.0f ? 127.0f / top : 0.0f);
+    f->scale[row * n + g] = top / 127.0f;
+    F sum[2] = {set(0.0f), set(0.0f)};
+    UNROLL for (int i = 0; i < GROUP / W; i++) {
+      F whole = round_whole(wide[i] * inverse);
+      store_bytes(q + g * GROUP + i * W, whole);
+      F& half = sum[i * W / 16 * (scales - 1)];
+      half = half + whole;
+    }
+    for (int64_t s = 0; s < scales; s++)
+      f->sum[(row * n + g) * scales + s] = -zero * static_cast<int32_t>(sum_lanes(sum[s]));
+  }
+}
+void quant_rows(const QuantRows* f, int64_t row) {
+  with_kind(f->format, [&](auto kind) {
+    using K = decltype(kind);
+    f->bf16 ? quantise<bf16>(f, row, K::SCALES, K::ZERO) : quantise<float>(f, row, K::SCALES, K::ZERO);
+  });
+}
+
+// ----- integer products ----------------------------------------------------------------------------------------------
+
+const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
+const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+struct Row {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sum;
+};
+
+// M rows of activations with V panels of sixteen rows of W: y[m][v][row].
+template <class K, int M, int V>
+void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
+  constexpr int QUADS = GROUP / 4 / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
+  const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
+  F acc[M * V * VECTORS];
+  UNROLL for (int j = 0; j < M * V * VECTORS; j++) acc[j] = set(0.0f);
+  for (int64_t g = 0; g < n; g++)
+    UNROLL for (int v = 0; v < V; v++) {
+      const uint8_t* codes = panels[v].codes + g * BYTES;
+      UNROLL for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(codes + 4096 + line);
+      UNROLL for (int i = 0; i < VECTORS; i++) {
+        F group[M];
+        UNROLL for (int s = 0; s < K::SCALES; s++) {
+          Bytes w[QUADS];
+          UNROLL for (int j = 0; j < QUADS; j++) {
+            int quad = s * QUADS + j;
+            if (K::BITS == 8) {
+              w[j] = load_bytes(codes + quad * 64 + i * 4 * W);
+            } else {
+              Bytes two = load_bytes(codes + quad / 2 * 64 + i * 4 * W);
+              w[j] = quad % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
+            }
+          }
+          F scale = K::scale(panels[v], g, s, i * W);
+          UNROLL for (int m = 0; m < M; m++) {
+            Ints sum = set_int(x[m].sum[g * K::SCALES + s]);
+            if (K::ZERO == 8 && panels[v].zero)  // the sum was made for a code of 0 that is 8
+              sum = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + g / panels[v].per * ROWS + i * W);
+            UNROLL for (int j = 0; j < QUADS; j++) {
+              Bytes four = four_bytes(x[m].q + g * GROUP + (s * QUADS + j) * 4);
+              sum = K::BITS == 8 ? dot_signed(sum, w[j], four) : dot(sum, w[j], four);
+            }
+            group[m] = s ? fma(to_float(sum), scale, group[m]) : to_float(sum) * scale;
+          }
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+          F& a = acc[(m * V + v) * VECTORS + i];
+          a = fma(group[m], set(x[m].scale[g]), a);
+        }
+      }
+    }
+  UNROLL for (int j = 0; j < M * V * VECTORS; j++) store(y + j * W, acc[j]);
+}
+
+// Where one item of work stands: some rows of y and at most QUANT_COLUMNS of its columns.
+struct Item {
+  const QuantForward* f;
+  QuantSpan span;
+  int64_t column, columns;
+  Panel panel[PANELS];
+  int some;  // panels
+
+  Item(const QuantForward* forward, int64_t item) : f(forward) {
+    const QuantMatrix& w = f->w;
+    Sizes sizes(w);
+    int64_t blocks = (w.outputs + QUANT_COLUMNS - 1) / QUANT_COLUMNS;
+    span = f->spans[item / blocks];
+    column = item % blocks * QUANT_COLUMNS;
+    columns = w.outputs - column < QUANT_COLUMNS ? w.outputs - column : QUANT_COLUMNS;
+    some = static_cast<int>(panel_count(columns));
+    int64_t first = span.matrix * panel_count(w.outputs) + column / ROWS;
+    for (int v = 0; v < some; v++)
+      panel[v] = {w.codes + (first + v) * sizes.codes,
+                  static_cast<const char*>(w.scale) + (first + v) * sizes.scales * scale_bytes(w),
+                  w.zero ? w.zero + (first + v) * sizes.scales : nullptr, w.group / GROUP};
+  }
+  int64_t source(int64_t row) const { return f->source ? f->source[row] / f->per_source : row; }
+
+  // y[row][column + j] for `count` columns from `values`.
+  void put(int64_t row, int64_t j, const float* values, int64_t count, F factor) const {
+    int64_t at = row * f->w.outputs + column + j;
+    for (int64_t i = 0; i < count; i += W) {
+      F value = load(values + i) * factor;
+      if (f->squared_relu) value = larger(value, set(0.0f)), value = value * value;
+      f->wide ? store(static_cast<float*>(f->y) + at + i, value, count - i)
+              : store(static_cast<bf16*>(f->y) + at + i, value, count - i);
+    }
+  }
+  float tensor_scale() const { return f->w.tensor_scale ? f->w.tensor_scale[span.matrix] : 1.0f; }
+};
+
+template <class K, int M>
+void rows(const Item& item, int64_t row) {
+  const QuantForward* f = item.f;
+  int64_t n = groups(f->w.inputs);
+  Row x[M];
+  for (int m = 0; m < M; m++) {
+    int64_t source = item.source(row + m);
+    x[m] = {f->q + source * n * GROUP, f->q_scale + source * n, f->q_sum + source * n * K::SCALES};
+  }
+  F factor = set(item.tensor_scale() * K::FACTOR);
+  alignas(64) float y[M * QUANT_COLUMNS];
+  // One row: several panels hide each other's latency. Many rows: one panel at a time leaves registers for them.
+  if (M == 1 && item.some == PANELS) {
+    tile<K, M, M == 1 ? PANELS : 1>(x, item.panel, n, y);
+    return item.put(row, 0, y, item.columns, factor);
+  }
+  for (int v = 0; v < item.some; v++) {
+    tile<K, M, 1>(x, item.panel + v, n, y);
+    int64_t left = item.columns - v * ROWS;
+    for (int m = 0; m < M; m++) item.put(row + m, v * ROWS, y + m * ROWS, left < ROWS ? left : ROWS, factor);
+  }
+}
+
+template <class K>
+void all_rows(const Item& item) {
+  constexpr int MOST = W == 16 ? 8 : 2;
+  int64_t row = item.span.row, end = row + item.span.rows;
+  for (; row + MOST <= end; row += MOST) rows<K, MOST>(item, row);
+  if (MOST > 4 && row + 4 <= end) rows<K, 4>(item, row), row += 4;
+  if (MOST > 2 && row + 2 <= end) rows<K, 2>(item, row), row += 2;
+  if (row < end) rows<K, 1>(item, row);
+}
+
+// ----- FP8 -----------------------------------------------------------------------------------------------------------
+
+constexpr int FP8_STEPS = 64;  // pairs of inputs decoded at a time: 16 KiB of bf16
+
+// E4M3 to bf16: both have a sign in front; 2^(e - 7) (1 + m / 8), below 2^-6 m 2^-9, which bf16 still has as normal numbers.
+constexpr bf16 e4m3_as_bf16(int code) {
+  int sign = code >> 7, e = code >> 3 & 15, m = code & 7;
+  if (e == 15 && m == 7) return static_cast<bf16>(sign << 15 | 0x7FC0);
+  if (e == 0 && m == 0) return static_cast<bf16>(sign << 15);
+  if (e == 0)
+    for (e = 1; m < 8; e--) m *= 2;
+  return static_cast<bf16>(sign << 15 | (e + 120) << 7 | (m & 7) << 4);
+}
+struct Decoded {
+  bf16 number[256];
+  uint8_t low[128], high[128];
+};
+constexpr Decoded decoded() {
+  Decoded d{};
+  for (int code = 0; code < 256; code++) d.number[code] = e4m3_as_bf16(code);
+  for (int code = 0; code < 128; code++) {
+    d.low[code] = static_cast<uint8_t>(d.number[code] & 255);
+    d.high[code] = static_cast<uint8_t>(d.number[code] >> 8);
+  }
+  return d;
+}
+constexpr Decoded E4M3 = decoded();
+
+// Where the pair of inputs at `step` of a column goes: panels of gemm.h are PANEL columns wide, those of W sixteen.
+inline bf16* pair_of(bf16* part, int64_t step, int64_t column) {
+  return part + (column / PANEL * (FP8_STEPS + 1) + step) * 2 * PANEL + column % PANEL * 2;
+}
+
+// Two steps along k of sixteen columns from `column` on.
+inline void decode_two_steps(const uint8_t* codes, bf16* part, int64_t step, int64_t column) {
+#if defined(__AVX512VBMI__)
+  __m512i code = _mm512_loadu_si512(codes);
+  __m512i low = _mm512_permutex2var_epi8(_mm512_loadu_si512(E4M3.low), code, _mm512_loadu_si512(E4M3.low + 64));
+  __m512i high = _mm512_permutex2var_epi8(_mm512_loadu_si512(E4M3.high), code, _mm512_loadu_si512(E4M3.high + 64));
+  high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // high | (code & sign)
+  _mm512_storeu_si512(pair_of(part, step, column), _mm512_unpacklo_epi8(low, high));
+  _mm512_storeu_si512(pair_of(part, step + 1, column), _mm512_unpackhi_epi8(low, high));
+#else
+  for (int r = 0; r < ROWS; r++)
+    for (int h = 0; h < 2; h++)
+      for (int i = 0; i < 2; i++)
+        pair_of(part, step + h, column + r)[i] = E4M3.number[codes[r / 4 * 16 + 8 * h + r % 4 * 2 + i]];
+#endif
+}
+
+void fp8(const Item& item) {
+  const QuantForward* f = item.f;
+  const QuantSpan& span = item.span;
+  int64_t inputs = f->w.inputs;
+  alignas(64) bf16 part[(FP8_STEPS + 1) * 2 * QUANT_COLUMNS];
+  alignas(64) float c[QUANT_BLOCK * QUANT_COLUMNS];  // [panel of gemm.h][row][PANEL]
+  const bf16* x[QUANT_BLOCK];
+  for (int64_t r = 0; r < span.rows; r++)
+    x[r] = static_cast<const bf16*>(f->x) + item.source(span.row + r) * inputs;
+  for (int64_t k = 0; k < inputs; k += 2 * FP8_STEPS) {
+    int64_t count = inputs - k < 2 * FP8_STEPS ? (inputs - k) / 2 : FP8_STEPS;
+    for (int v = 0; v < item.some; v++)
+      for (int64_t step = 0; step < count; step += 2) {
+        const uint8_t* codes = item.panel[v].codes + (k / 4 + step / 2) * 64;
+        __builtin_prefetch(codes + 2048);
+        decode_two_steps(codes, part, step, v * ROWS);
+      }
+    for (int64_t n = 0; n < item.columns; n += PANEL) {
+      int64_t columns = item.columns - n < PANEL ? item.columns - n : PANEL;
+      for (int64_t m = 0; m < span.rows; m += TILE_ROWS) {
+        int64_t some = span.rows - m < TILE_ROWS ? span.rows - m : TILE_ROWS;
+        gemm_block<bf16>({x + m, 2}, some, pair_of(part, 0, n), 2 * PANEL, count, columns,
+                         c + n * QUANT_BLOCK + m * PANEL, k > 0);
+      }
+    }
+    for (int64_t r = 0; r < span.rows; r++) x[r] += 2 * FP8_STEPS;
+  }
+  for (int64_t n = 0; n < item.columns; n += W) {
+    F factor = load(static_cast<const float*>(item.panel[n / ROWS].scale) + n % ROWS) * set(item.tensor_scale());
+    int64_t left = item.columns - n;
+    for (int64_t r = 0; r < span.rows; r++)
+      item.put(span.row + r, n, c + n / PANEL * PANEL * QUANT_BLOCK + r * PANEL + n % PANEL, left < W ? left : W, factor);
+  }
+}
+
+void quant_forward(const QuantForward* f, int64_t number) {
+  Item item(f, number);
+  if (f->w.format == QUANT_FP8) return fp8(item);
+  with_kind(f->w.format, [&](auto kind) { all_rows<decltype(kind)>(item); });
+}
+
+}  // namespace
+
+void NAUTILUS_FILL(quant)(Kernels* k) {
+  k->quant_codes = [](const QuantMatrix* w) { return panel_count(w->outputs) * Sizes(*w).codes; };
+  k->quant_scales = [](const QuantMatrix* w) { return panel_count(w->outputs) * Sizes(*w).scales; };
+  k->quant_pack = quant_pack;
+  k->quant_rows = quant_rows;
+  k->quant_forward = quant_forward;
+}

@@ -1,0 +1,144 @@
+"""Products with matrices in few bits, used as they are stored and only repacked: sixteen rows beside each other, as
+`quant.cpp` describes.
+
+NVFP4, MXFP4, INT4, INT8: activations are rounded to int8 with one scale for 32 neighbours; the products inside a block
+are then exact integers. FP8: activations stay bf16.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nautilus.ops.cpu.experts import Forward as Pairs
+from nautilus.ops.cpu.experts import Sizes, index_refuses
+from nautilus.ops.cpu.library import call, native, pointer, refuses
+from nautilus.ops.formats import Packed, columns
+
+NUMBERS = {"nvfp4": 0, "mxfp4": 1, "int4": 2, "int8": 3, "fp8_e4m3": 4}  # QuantFormat of kernels.h
+GROUP = 32  # QUANT_GROUP
+
+
+class Matrix(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("count", "inputs", "outputs", "format", "group")),
+        *((name, ctypes.c_void_p) for name in ("codes", "scale", "zero", "tensor_scale")),
+    ]
+
+
+class Pack(ctypes.Structure):
+    _fields_ = [("to", Matrix), *((name, ctypes.c_void_p) for name in ("codes", "zero", "scale"))]
+
+
+class Linear(ctypes.Structure):
+    _fields_ = [
+        ("w", Matrix),
+        *((name, ctypes.c_int64) for name in ("rows", "wide", "squared_relu")),
+        *((name, ctypes.c_void_p) for name in ("x", "y")),
+    ]
+
+
+class Experts(ctypes.Structure):
+    _fields_ = [("pairs", Pairs), ("up", Matrix), ("down", Matrix)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Repacked:
+    """`count` matrices of `outputs` rows and `inputs` columns in one format. `record` points into the tensors."""
+
+    format: str
+    count: int
+    inputs: int
+    outputs: int
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    tensor_scale: Tensor
+    record: Matrix
+
+
+def repack_refuses(matrices: Sequence[Packed]) -> str | None:
+    first = matrices[0]
+    if first.format not in NUMBERS:
+        return f"there is no kernel for {first.format}"
+    if first.format == "fp8_e4m3" and first.shape[-1] % 2:
+        return f"{first.shape[-1]} inputs are an odd number"
+    kinds = {(m.format, m.shape, m.tile, m.zero is None) for m in matrices}
+    if len(kinds) > 1 or len(first.shape) != 2:
+        return f"the matrices are no single ones of one kind: {sorted(map(str, kinds))[:3]}"
+    return native().reason if native().functions is None else None
+
+
+def repacked(matrices: Packed | Sequence[Packed]) -> Repacked:
+    """From the released layout, one matrix or the matrices of all experts. ValueError where `repack_refuses`."""
+    matrices = [matrices] if isinstance(matrices, Packed) else matrices
+    refusal = repack_refuses(matrices)
+    if refusal is not None:
+        raise ValueError(f"quantised matrices cannot be repacked: {refusal}")
+    functions, first = native().functions, matrices[0]
+    assert functions is not None
+    outputs, inputs = first.shape
+    group = min(columns(first.tile, inputs), inputs) if first.format in ("int4", "int8") else GROUP
+    sizes = (inputs, outputs, NUMBERS[first.format], math.ceil(group / GROUP) * GROUP)
+    scales = ctypes.c_int64()
+    codes = functions.nautilus_quant_sizes(ctypes.byref(Matrix(1, *sizes)), ctypes.byref(scales))
+    kind = torch.uint8 if first.format in ("nvfp4", "mxfp4") else torch.float32
+    to_codes = torch.empty(len(matrices), codes, dtype=torch.uint8)
+    to_scale = torch.empty(len(matrices), scales.value, dtype=kind)
+    to_zero = None if first.zero is None else torch.empty(len(matrices), scales.value, dtype=torch.int32)
+    for i, matrix in enumerate(matrices):
+        to = Matrix(1, *sizes, *map(pointer, (to_codes[i], to_scale[i], None if to_zero is None else to_zero[i])))
+        scale = matrix.scale if matrix.tile != "tensor" else matrix.scale.expand(outputs)
+        given = [None if t is None else t.contiguous() for t in (matrix.codes, matrix.zero, scale)]
+        call("nautilus_quant_pack", Pack(to, *map(pointer, given)))
+    one = torch.ones(())
+    tensor_scale = torch.stack([one if m.tensor_scale is None else m.tensor_scale for m in matrices])
+    return Repacked(
+        format=first.format, count=len(matrices), inputs=inputs, outputs=outputs,
+        codes=to_codes, scale=to_scale, zero=to_zero, tensor_scale=tensor_scale,
+        record=Matrix(len(matrices), *sizes, *map(pointer, (to_codes, to_scale, to_zero, tensor_scale))),
+    )  # fmt: skip
+
+
+def quant_refuses(x: Tensor, matrix: Repacked) -> str | None:
+    if x.shape[-1] != matrix.inputs:
+        return f"activations have {x.shape[-1]} numbers, the matrix takes {matrix.inputs}"
+    return refuses(x) if x.dtype == torch.bfloat16 else f"activations are {x.dtype}, not bfloat16"
+
+
+def linear_quant(x: Tensor, matrix: Repacked, *, squared_relu: bool = False) -> Tensor:
+    """x W^T, or the square of its positive part; bf16, without gradient. ValueError where the two do not fit."""
+    refusal = quant_refuses(x, matrix)
+    if refusal is not None:
+        raise ValueError(f"linear_quant: {refusal}")
+    rows = x.contiguous()
+    y = rows.new_empty(*x.shape[:-1], matrix.outputs)
+    sizes = rows.numel() // matrix.inputs, False, squared_relu
+    call("nautilus_quant_linear", Linear(matrix.record, *sizes, pointer(rows), pointer(y)))
+    return y
+
+
+def experts_quant_refuse(x_RX, index_RK, weight_RK, up: Repacked, down: Repacked) -> str | None:
+    (rows, width), hidden = x_RX.shape, up.outputs
+    shapes = (up.inputs, down.inputs, down.outputs, down.count)
+    if shapes != (width, hidden, width, up.count):
+        return f"matrices of {up.count} and {down.count} experts, {shapes[:3]}, do not fit {width} and {hidden} numbers"
+    return index_refuses(rows, index_RK, weight_RK) or quant_refuses(x_RX, up) or refuses(weight_RK)
+
+
+def experts_quant(x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor, up: Repacked, down: Repacked) -> Tensor:
+    """See `ops/experts.py`. Integer formats keep the hidden numbers in float32 until they are rounded to int8."""
+    refusal = experts_quant_refuse(x_RX, index_RK, weight_RK, up, down)
+    if refusal is not None:
+        raise ValueError(f"experts_quant: {refusal}")
+    x_RX, index_RK, weight_RK = (t.contiguous() for t in (x_RX, index_RK, weight_RK.to(torch.float32)))
+    out = torch.empty_like(x_RX)
+    sizes = Sizes(len(x_RX), up.inputs, up.outputs, up.count, index_RK.shape[1], True, True)
+    pairs = Pairs(sizes, *map(pointer, (x_RX, index_RK, weight_RK, None, None, out)))
+    call("nautilus_quant_experts", Experts(pairs, up.record, down.record))
+    return out

@@ -1,0 +1,149 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from nautilus.ops.cpu.quant import experts_quant, linear_quant, quant_refuses, repack_refuses, repacked
+from nautilus.ops.encode import encode
+from nautilus.ops.experts import experts_reference
+
+# rows, inputs, outputs: below, at and beside groups of inputs, panels and blocks of outputs, tiles and spans of rows
+SIZES = [(1, 16, 1), (2, 48, 17), (15, 64, 64), (70, 160, 130), (1, 1856, 80)]
+KINDS = [
+    *(("nvfp4", None, None), ("mxfp4", None, None), ("int4", "1x32", None), ("int4", "1x128", "zero_point")),
+    *(("int8", "row", None), ("int8", "1x64", None), ("fp8_e4m3", "tensor", None), ("fp8_e4m3", "row", None)),
+]
+EXACT = 2.0**-8  # one rounding to bf16
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantised(kind, outputs, inputs, seed=0):
+    name, tile, rule = kind
+    return encode(
+        draw(outputs, inputs, seed=seed), name, **({"tile": tile} if tile else {}), **({"rule": rule} if rule else {})
+    )
+
+
+def seen(kind, x):
+    """The activations as the kernel sees them, in float64: bf16, or int8 with one scale for 32 neighbours."""
+    if kind[0] == "fp8_e4m3":
+        return x.double()
+    wide = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % 32)).unflatten(1, (-1, 32))
+    most = wide.abs().amax(-1, keepdim=True)
+    whole = (wide * torch.where(most > 0, torch.tensor(127.0) / most, 0)).round()  # 127 / x would be 127 times 1 / x
+    return (whole.double() * (most / 127).double()).flatten(1)[:, : x.shape[1]]
+
+
+def bound(kind, want, x, weight):
+    return EXACT * want.abs() + 2.0**-23 * x.shape[1] * (seen(kind, x).abs() @ weight.abs().T)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_weights_are_exact_and_activations_are_int8_or_bf16(level, kind, size):
+    rows, inputs, outputs = size
+    x, matrix = draw(rows, inputs, seed=1).bfloat16(), quantised(kind, outputs, inputs)
+    weight, packed = matrix.decode().double(), repacked(matrix)
+    want = seen(kind, x) @ weight.T
+    assert ((linear_quant(x, packed).double() - want).abs() <= bound(kind, want, x, weight)).all()
+    squared = want.clamp(min=0).square()
+    wrong = (linear_quant(x, packed, squared_relu=True).double() - squared).abs()
+    assert (wrong <= EXACT * squared + 3 * want.abs() * bound(kind, 0 * want, x, weight) + 1e-6).all()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_int8_activations_cost_less_than_a_hundredth(level, kind):
+    """Half a step of amax / 127 in each: about 0.6 % of a group's root mean square for normal numbers."""
+    x, matrix = draw(30, 320, seed=1).bfloat16(), quantised(kind, 64, 320)
+    want = x.double() @ matrix.decode().double().T
+    assert (linear_quant(x, repacked(matrix)) - want).norm() < 0.01 * want.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_has_the_same_bits_in_any_company(level, kind):
+    x, packed = draw(150, 96, seed=1).bfloat16(), repacked(quantised(kind, 130, 96))
+    want = linear_quant(x, packed)
+    for some in (slice(9, 10), slice(0, 2), slice(40, 47), slice(63, 149)):
+        assert torch.equal(linear_quant(x[some], packed), want[some])
+    assert torch.equal(linear_quant(x.view(3, 50, 96), packed).flatten(0, 1), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "codes"), [("nvfp4", 16), ("mxfp4", 16), ("int4", 16), ("int8", 255), ("fp8_e4m3", 254)]
+)
+def test_every_code_and_extreme_scales_are_read(level, kind, codes):
+    """On the identity: activations that are exact, so that the weights come out as they were decoded."""
+    matrix = encode(torch.ones(16, 256), kind)
+    if codes == 16:
+        every = torch.arange(16, dtype=torch.uint8).repeat(16, 16)
+        matrix = replace(matrix, codes=every[:, 0::2] | every[:, 1::2] << 4)
+    elif kind == "int8":
+        matrix = replace(matrix, codes=torch.arange(256).sub(128).clamp(min=-127).to(torch.int8).repeat(16, 1))
+    else:
+        every = torch.tensor([code for code in range(256) if code & 127 != 127] + [0, 0], dtype=torch.uint8)
+        matrix = replace(matrix, codes=every.repeat(16, 1).view(torch.float8_e4m3fn))
+    if kind == "nvfp4":
+        scale = torch.arange(0, 127).repeat(3)[: 16 * 16].to(torch.uint8).view(16, 16)
+        matrix = replace(matrix, scale=scale.view(torch.float8_e4m3fn))
+    elif kind == "mxfp4":  # up to 2^103: integers times larger scales may overflow
+        matrix = replace(matrix, scale=torch.arange(16 * 8, dtype=torch.uint8).mul(2).clamp(max=230).view(16, 8))
+    got = linear_quant(torch.eye(256).bfloat16(), repacked(matrix))
+    normal = matrix.decode().T.abs() >= 2.0**-126  # bf16 instructions and their inputs: no subnormal numbers
+    assert torch.equal(got[normal], matrix.decode().T.bfloat16()[normal])
+    assert not linear_quant(torch.zeros(1, 256).bfloat16(), repacked(matrix)).any()
+
+
+def expert_call(kind, tokens, experts=6, active=3, width=96, hidden=80):
+    up = [quantised(kind, hidden, width, seed=e) for e in range(experts)]
+    down = [quantised(kind, width, hidden, seed=100 + e) for e in range(experts)]
+    # The last expert is nobody's choice.
+    index = torch.stack(
+        [torch.randperm(experts - 1, generator=torch.Generator().manual_seed(t))[:active] for t in range(tokens)]
+    )
+    return draw(tokens, width, seed=1).bfloat16(), index, draw(tokens, active, seed=2).abs(), up, down
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("tokens", [1, 7, 150])
+def test_experts_follow_the_reference(level, kind, tokens):
+    x, index, weight, up, down = expert_call(kind, tokens)
+    stacks = (torch.stack([m.decode() for m in side]).double() for side in (up, down))
+    want = experts_reference(x.double(), index, weight.double(), *stacks)
+    got = experts_quant(x, index, weight, repacked(up), repacked(down)).double()
+    assert (got - want).norm() < (0.008 if kind[0] == "fp8_e4m3" else 0.02) * want.norm()
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[6]], ids=str)
+def test_a_token_meets_its_experts_alike_in_any_company(level, kind):
+    x, index, weight, up, down = expert_call(kind, 200)
+    up, down = repacked(up), repacked(down)
+    want = experts_quant(x, index, weight, up, down)
+    for some in (slice(0, 1), slice(17, 19), slice(50, 180)):
+        assert torch.equal(experts_quant(x[some], index[some], weight[some], up, down), want[some])
+
+
+def test_what_is_refused(built):
+    x, matrix = draw(1, 32).bfloat16(), quantised(KINDS[0], 16, 32)
+    assert quant_refuses(x, repacked(matrix)) is None
+    for wrong, message in ((x.float(), "float32"), (torch.ones(2, 16).bfloat16(), "16 numbers, the matrix takes 32")):
+        with pytest.raises(ValueError, match=message):
+            linear_quant(wrong, repacked(matrix))
+    assert "no kernel for mxfp8" in (repack_refuses([encode(torch.ones(16, 32), "mxfp8")]) or "")
+    assert "odd" in (repack_refuses([encode(torch.ones(16, 33), "fp8_e4m3")]) or "")
+    with pytest.raises(ValueError, match="no single ones of one kind"):
+        repacked([matrix, quantised(KINDS[0], 32, 32)])
+    x, index, weight, up, down = expert_call(KINDS[0], 4)
+    up, down = repacked(up), repacked(down)
+    for arguments, message in (
+        ((x[:, :64], index, weight, up, down), "do not fit 64"),
+        ((x, index, weight, up, up), "do not fit"),
+        ((x, index.int(), weight, up, down), "int64"),
+        ((x, index[:2], weight, up, down), "do not fit together"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            experts_quant(*arguments)
+    with pytest.raises(IndexError, match="index lies outside"):
+        experts_quant(x, index + 5, weight, up, down)
