@@ -47,6 +47,25 @@ def fixed_seeds():
             seed(sys.modules[name])
 
 
+@pytest.fixture(params=["avx512", "avx2", "baseline"])
+def level(request):
+    """Runs the test with native kernels of one instruction level, and leaves the best one behind."""
+    from nautilus.ops.cpu.library import FILE, native
+
+    library = native()
+    if library.functions is None:
+        # One that is there and refused, an old build for example, would otherwise hide all these tests.
+        (pytest.fail if FILE.exists() and os.environ.get("NAUTILUS_NATIVE") != "off" else pytest.skip)(library.reason)
+    name, names = library.functions.nautilus_level_name, []
+    while (found := name(len(names))) is not None:
+        names.append(found.decode())
+    if request.param not in names or not library.functions.nautilus_level_is_here(names.index(request.param)):
+        pytest.skip(f"this machine cannot run {request.param}")
+    library.functions.nautilus_choose(names.index(request.param))
+    yield request.param
+    library.functions.nautilus_choose(names.index(library.level))
+
+
 @pytest.fixture
 def check_golden(request):
     """check_golden(name, values, rel=...) compares a curve with tests/golden/<name>.txt, or records it on request."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nautilus.ops.cpu.attention import attention_native, attention_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
@@ -64,36 +65,53 @@ def attention_sdpa(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor
     return out.transpose(1, 2)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+def attention_through_pages(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
+    """The native forward, the same whether or not a gradient is asked for."""
+    if wants_gradient(q_BTHP, k_BSGP, v_BSGP):
+        return Training.apply(attention_native, q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+    return attention_native(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
+
+
 def training_refuses(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> str | None:
     if q_BTHP.device.type != "cpu":
         return "it is made for the CPU"
-    if q_BTHP.shape[1] != k_BSGP.shape[1]:
-        return "there are cached keys"
-    if not (torch.is_grad_enabled() and (q_BTHP.requires_grad or k_BSGP.requires_grad or v_BSGP.requires_grad)):
+    if not wants_gradient(q_BTHP, k_BSGP, v_BSGP):
         return "no gradient is asked for, and only with its backward it is the faster one"
     return None
 
 
 def attention_training(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
-    """For training on the CPU: a block of queries of all rows at a time, against the keys the block can reach."""
-    return Training.apply(q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+    """For training on the CPU without native kernels."""
+    return Training.apply(attention_blocks, q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+
+
+def attention_blocks(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
+    """A block of queries of all rows at a time, against the keys the block can reach."""
+    out_BTHP, (k, v) = torch.empty_like(q_BTHP), (by_group(t) for t in (k_BSGP, v_BSGP))
+    for queries, keys in blocks(q_BTHP, k.shape[1], first_BT, window):
+        q = by_group(q_BTHP[:, queries], k_BSGP.shape[2])
+        weight = weights(q, k[:, keys], queries, keys, first_BT, window)
+        put(out_BTHP[:, queries], torch.bmm(weight.to(v.dtype), v[:, keys]))
+    return out_BTHP
 
 
 class Training(torch.autograd.Function):
-    """Keeps the output only; the probabilities are rebuilt in the backward. Z: queries times heads of a group."""
+    """Any forward, and one backward, which rebuilds the probabilities block by block from the inputs.
+
+    Z: queries times heads of a group.
+    """
 
     SCORES = 1 << 22  # held at a time in float32: 16 MiB
 
     @staticmethod
-    def forward(ctx, q_BTHP, k_BSGP, v_BSGP, first_BT, window):
+    def forward(ctx, function, q_BTHP, k_BSGP, v_BSGP, first_BT, window):
         ctx.save_for_backward(q_BTHP, k_BSGP, v_BSGP, first_BT)
         ctx.window = window
-        out_BTHP, (k, v) = torch.empty_like(q_BTHP), (by_group(t) for t in (k_BSGP, v_BSGP))
-        for queries, keys in blocks(q_BTHP, first_BT, window):
-            q = by_group(q_BTHP[:, queries], k_BSGP.shape[2])
-            weight = weights(q, k[:, keys], queries, keys, first_BT, window)
-            put(out_BTHP[:, queries], torch.bmm(weight.to(v.dtype), v[:, keys]))
-        return out_BTHP
+        return function(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
 
     @staticmethod
     @once_differentiable
@@ -102,7 +120,7 @@ class Training(torch.autograd.Function):
         groups, scale, dq_BTHP = k_BSGP.shape[2], q_BTHP.shape[-1] ** -0.5, torch.empty_like(q_BTHP)
         k, v = (by_group(t) for t in (k_BSGP, v_BSGP))
         dk, dv = (torch.zeros_like(t, dtype=wide(t.dtype)) for t in (k, v))
-        for queries, keys in blocks(q_BTHP, first_BT, ctx.window):
+        for queries, keys in blocks(q_BTHP, k.shape[1], first_BT, ctx.window):
             q, dout = (by_group(t[:, queries], groups) for t in (q_BTHP, dout_BTHP))
             weight = weights(q, k[:, keys], queries, keys, first_BT, ctx.window)
             dv[:, keys] += torch.bmm(weight.to(v.dtype).transpose(1, 2), dout)
@@ -113,19 +131,19 @@ class Training(torch.autograd.Function):
         dk_BSGP, dv_BSGP = torch.empty_like(k_BSGP), torch.empty_like(v_BSGP)
         put(dk_BSGP, dk)
         put(dv_BSGP, dv)
-        return dq_BTHP, dk_BSGP, dv_BSGP, None, None
+        return None, dq_BTHP, dk_BSGP, dv_BSGP, None, None
 
 
-def blocks(q_BTHP: Tensor, first_BT: Tensor | None, window: int):
-    """(queries, the keys in reach of one of them) from the first block to the last."""
+def blocks(q_BTHP: Tensor, positions: int, first_BT: Tensor | None, window: int):
+    """(queries, the keys in reach of one of them) from the first block to the last; the last ones end together."""
     batch, time, heads, _ = q_BTHP.shape
-    step = max(16, min(128, Training.SCORES // (batch * heads * time)))
+    step, before = max(16, min(128, Training.SCORES // (batch * heads * positions))), positions - time
     for begin in range(0, time, step):
         end = min(begin + step, time)
-        low = max(0, begin - window + 1) if window else 0
+        low = max(0, before + begin - window + 1) if window else 0
         if first_BT is not None:
             low = max(low, int(first_BT[:, begin:end].min()))
-        yield slice(begin, end), slice(low, end)
+        yield slice(begin, end), slice(low, before + end)
 
 
 def by_group(tensor_BTHP: Tensor, groups: int = 0) -> Tensor:
@@ -145,7 +163,8 @@ def weights(q: Tensor, k: Tensor, queries: slice, keys: slice, first_BT: Tensor 
     """Softmax of the scores of one block, wide, (B*G, Z, S)."""
     dtype, time = wide(q.dtype), queries.stop - queries.start
     score = torch.bmm(q.to(dtype) * q.shape[-1] ** -0.5, k.to(dtype).transpose(1, 2))
-    query_T1, key_S = torch.arange(queries.start, queries.stop)[:, None], torch.arange(keys.start, keys.stop)
+    key_S = torch.arange(keys.start, keys.stop)
+    query_T1 = key_S[-time:, None]
     by_head = score.unflatten(1, (-1, time))
     if first_BT is None and window == 0:
         # Only the last columns hold keys that some query of the block comes before.
@@ -186,6 +205,7 @@ def rotate(x_BTHP: Tensor, position_BT: Tensor, frequency: Tensor) -> Tensor:
 
 
 ATTENTION_IMPLS = (
+    Impl("native", attention_through_pages, attention_refuses),
     Impl("training", attention_training, training_refuses),
     Impl("torch", attention_sdpa),
     Impl("reference", attention_reference),

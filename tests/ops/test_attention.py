@@ -8,14 +8,18 @@ import torch
 from hypothesis import given, settings
 
 from nautilus.ops.attention import (
+    ATTENTION_IMPLS,
     Training,
     attention_reference,
     attention_sdpa,
+    attention_through_pages,
     attention_training,
     rotary_frequencies,
     rotate,
     training_refuses,
 )
+from nautilus.ops.cpu.library import native
+from nautilus.ops.dispatch import choose
 
 BATCH, HEAD_WIDTH = 2, 6
 FORMS = [attention_reference, attention_sdpa]
@@ -210,35 +214,65 @@ def test_angles_a_million_tokens_in_are_exact_in_float32_and_bf16(close):
         close("rotate", got, torch.cat([want.real, want.imag], dim=-1), unit)
 
 
-@pytest.mark.parametrize("time", [1, 16, 17, 40])
+@pytest.mark.parametrize("time,positions", [(1, 1), (16, 16), (17, 17), (40, 40), (1, 20), (35, 60)])
 @pytest.mark.parametrize("window", [0, 1, 5, 100])
-def test_the_training_form_equals_the_formula_with_every_gradient(time, window, same, monkeypatch):
+def test_the_training_form_equals_the_formula_with_every_gradient(time, positions, window, same, monkeypatch):
     """Blocks of 16 queries, so that several of them, and one that is not full, meet every mask."""
     monkeypatch.setattr(Training, "SCORES", 1)
+    last = positions - 1
     for heads, groups in ((4, 2), (3, 3), (4, 1)):
-        for marks in (None, [{0, 3}, {time - 1}], [set(range(0, time, 2)), set()]):
-            first_BT = None if marks is None else firsts(marks, time, time)
+        for marks in (None, [{0, 3}, {last}], [set(range(0, positions, 2)), set()]):
+            first_BT = None if marks is None else firsts(marks, time, positions)
             one, two = (partial(f, first_BT=first_BT, window=window) for f in (attention_training, attention_reference))
-            same(one, two, inputs(time, time, heads, groups))
+            same(one, two, inputs(time, positions, heads, groups))
 
 
-def test_the_training_form_is_chosen_for_gradients_without_cached_keys_and_for_nothing_else():
+def test_the_training_form_is_chosen_for_gradients_and_for_nothing_else():
     t = inputs(4, 4, 2, 1)
     assert training_refuses(*t.values()) is not None
     t["v_BSGP"].requires_grad_()
     assert training_refuses(*t.values()) is None
     with torch.no_grad():
         assert training_refuses(*t.values()) is not None
-    assert "cached" in str(training_refuses(t["q_BTHP"][:, :2], t["k_BSGP"], t["v_BSGP"]))
+
+
+@pytest.mark.parametrize("positions", [40, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_training_form_loses_no_more_than_its_format(dtype, positions, pushed):
+    held_to_its_format(attention_training, dtype, positions, pushed)
+
+
+@pytest.mark.parametrize("positions", [40, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_native_form_loses_no_more_than_its_format(level, dtype, positions, pushed):
+    held_to_its_format(attention_through_pages, dtype, positions, pushed)
+
+
+def held_to_its_format(function, dtype, positions, pushed):
+    rounded = {name: value.to(dtype) for name, value in inputs(40, positions, 4, 2).items()}
+    first_BT = firsts([{5, 20}, {0}], 40, positions)
+    for named in ({}, {"window": 7}, {"first_BT": first_BT}):
+        call, formula = (partial(f, **named) for f in (function, attention_reference))
+        (want,), want_grads = pushed(formula, {name: value.double() for name, value in rounded.items()}, [dtype])
+        (got,), grads = pushed(call, rounded)
+        unit = torch.finfo(dtype).eps
+        assert got.dtype == dtype and (got.double() - want).norm() <= 2 * unit * want.norm()
+        for name, grad in grads.items():
+            assert grad.dtype == dtype
+            assert (grad.double() - want_grads[name]).norm() <= 4 * unit * want_grads[name].norm(), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_training_form_loses_no_more_than_its_format(dtype, pushed):
-    t = inputs(40, 40, 4, 2)
-    rounded = {name: value.to(dtype) for name, value in t.items()}
-    (want,), want_grads = pushed(attention_reference, {name: value.double() for name, value in rounded.items()})
-    (got,), grads = pushed(attention_training, rounded)
-    unit = torch.finfo(dtype).eps
-    assert (got.double() - want).norm() <= 2 * unit * want.norm()
-    for name, grad in grads.items():
-        assert (grad.double() - want_grads[name]).norm() <= 4 * unit * want_grads[name].norm(), name
+def test_a_wanted_gradient_changes_no_bit_of_the_native_form(level, dtype):
+    t = inputs(9, 40, 4, 2, dtype=dtype)
+    want = attention_through_pages(**t)
+    assert torch.equal(attention_through_pages(**{n: v.requires_grad_() for n, v in t.items()}), want)
+
+
+def test_the_native_form_comes_first_where_it_can_be(monkeypatch):
+    monkeypatch.delenv("NAUTILUS_OPS", raising=False)
+    t = inputs(4, 4, 2, 1, dtype=torch.float32)
+    chosen = choose("attention", ATTENTION_IMPLS, *t.values(), first_BT=None, window=0)
+    assert (chosen is attention_through_pages) == (native().functions is not None)
+    chosen = choose("attention", ATTENTION_IMPLS, *inputs(4, 4, 2, 1).values(), first_BT=None, window=0)
+    assert chosen is attention_sdpa

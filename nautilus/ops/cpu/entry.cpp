@@ -19,6 +19,7 @@
   void fill_norm_##name(Kernels*);      \
   void fill_quant_##name(Kernels*);     \
   void fill_route_##name(Kernels*);     \
+  void fill_attention_##name(Kernels*); \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
@@ -26,6 +27,7 @@
     fill_norm_##name(k);                \
     fill_quant_##name(k);               \
     fill_route_##name(k);               \
+    fill_attention_##name(k);           \
   }
 
 LEVEL(baseline)
@@ -106,7 +108,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 10; }
+EXPORT int nautilus_interface() { return 11; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -376,4 +378,26 @@ EXPORT int nautilus_replay(Replay* r, int threads) {
     if (int failure = entry.function(entry.arguments, threads)) return failure;
   }
   return 0;
+}
+
+// 2 where the call would touch pages outside the pool.
+EXPORT int nautilus_kv_write(const KvWrite* f, int threads) {
+  if (int failed = kernels.kv_check(f)) return failed;
+  return share_out(
+      [](void* context, int64_t item, int thread) {
+        auto* call = static_cast<Call*>(context);
+        kernels.kv_write(static_cast<const KvWrite*>(call->arguments), item, call->scratch + call->bytes * thread);
+      },
+      f, kernels.kv_scratch(f), f->at.rows * f->at.groups, threads);
+}
+
+EXPORT int nautilus_attention_forward(const AttentionForward* f, int threads) {
+  if (int failed = kernels.attention_check(f)) return failed;
+  return share_out(
+      [](void* context, int64_t item, int thread) {
+        auto* call = static_cast<Call*>(context);
+        kernels.attention_forward(static_cast<const AttentionForward*>(call->arguments), item,
+                                  call->scratch + call->bytes * thread);
+      },
+      f, kernels.attention_scratch(f), kernels.attention_items(f), threads);
 }

@@ -213,6 +213,38 @@ struct Replay {
   int64_t count, failed;
 };
 
+// Keys and values of one attention layer in pages of KV_PAGE tokens, and where the new tokens of a call lie in them. The
+// tokens of B rows follow each other: those of row r are begin[r] .. begin[r + 1] - 1 and stand at its last positions.
+// What a page looks like is said in attention.cpp. Positions are worked on in tiles of KV_TILE.
+enum { KV_PAGE = 16, KV_TILE = 64 };
+enum { KV_F32, KV_BF16, KV_FP8, KV_INT8 };
+
+struct KvPages {
+  int64_t rows, groups, width, format;
+  int64_t tokens, pages, most;  // of the call, of the pool, of a row
+  const int32_t* begin;   // (B + 1)
+  const int32_t* length;  // (B): positions of each row, new tokens included
+  const int32_t* table;   // (B, most): the page that holds positions 16 i .. 16 i + 15
+  uint8_t *keys, *values; // (pages, G, bytes of a page)
+};
+
+struct KvWrite {
+  KvPages at;
+  int64_t bf16;
+  const void *k, *v;      // (tokens, G, P), bf16 or float
+  float k_scale, v_scale; // fp8: what a code of 1 stands for
+};
+
+// Keys of token t are visible from first[t] on, and among the last `window` positions where that is not 0.
+struct AttentionForward {
+  KvPages at;
+  int64_t heads, window, parts;  // parts: pieces of work that the heads of a group are cut into
+  const void* q;                 // (tokens, H, P), float for pages of float, else bf16
+  const int32_t* first;          // (tokens); null: zeros
+  void* out;                     // (tokens, H, P) as q
+  float scale, v_scale;          // of scores and of outputs
+};
+
 // One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
 struct Kernels {
   void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
@@ -240,6 +272,13 @@ struct Kernels {
   void (*embed)(const Embed*, int64_t row);
   void (*route)(const Route*, int64_t block, void* scratch);
   int64_t (*route_scratch)(const Route*);
+  int (*kv_check)(const KvWrite*);  // 2 when a page, a length or a document lies outside
+  void (*kv_write)(const KvWrite*, int64_t item, void* scratch);  // item: row and group
+  int64_t (*kv_scratch)(const KvWrite*);
+  int (*attention_check)(const AttentionForward*);  // as kv_check
+  int64_t (*attention_items)(const AttentionForward*);
+  void (*attention_forward)(const AttentionForward*, int64_t item, void* scratch);
+  int64_t (*attention_scratch)(const AttentionForward*);
 };
 
 #define NAUTILUS_JOIN(a, b) a##_##b

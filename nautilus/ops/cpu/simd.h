@@ -46,6 +46,7 @@ inline void store(uint16_t* p, F a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
 }
 inline float sum_lanes(F a) { return _mm512_reduce_add_ps(a.v); }
+inline float largest_lane(F a) { return _mm512_reduce_max_ps(a.v); }
 
 #elif defined(__AVX2__)
 
@@ -86,6 +87,11 @@ inline float sum_lanes(F a) {
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));
   return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
+inline float largest_lane(F a) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
 
 #elif defined(__ARM_NEON)
 
@@ -117,6 +123,7 @@ inline void store(uint16_t* p, F a) {
   vst1_u16(p, vshrn_n_u32(near, 16));
 }
 inline float sum_lanes(F a) { return vaddvq_f32(a.v); }
+inline float largest_lane(F a) { return vmaxvq_f32(a.v); }
 
 #else
 
@@ -160,6 +167,7 @@ inline void store(uint16_t* p, F a) {
   }
 }
 inline float sum_lanes(F a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+inline float largest_lane(F a) { return fmaxf(fmaxf(a.v[0], a.v[2]), fmaxf(a.v[1], a.v[3])); }
 
 #endif
 

@@ -1,4 +1,4 @@
-"""Every native kernel is tested at every instruction level that this machine can run."""
+"""Shared by the tests of native code: skipped where there is none, or no sanitizer."""
 
 import os
 import shutil
@@ -6,25 +6,7 @@ import subprocess
 
 import pytest
 
-from nautilus.ops.cpu.library import FILE, native
-
-LEVELS = ("avx512", "avx2", "baseline")
-
-
-@pytest.fixture(params=LEVELS)
-def level(request):
-    """Runs the test at one level, and leaves the best one behind."""
-    library = native()
-    if library.functions is None:
-        # One that is there and refused, an old build for example, would otherwise hide all these tests.
-        (pytest.fail if FILE.exists() and os.environ.get("NAUTILUS_NATIVE") != "off" else pytest.skip)(library.reason)
-    names = [library.functions.nautilus_level_name(index) for index in range(len(LEVELS))]
-    index = next((i for i, name in enumerate(names) if name and name.decode() == request.param), None)
-    if index is None or not library.functions.nautilus_level_is_here(index):
-        pytest.skip(f"this machine cannot run {request.param}")
-    library.functions.nautilus_choose(index)
-    yield request.param
-    library.functions.nautilus_choose(names.index(library.level.encode()))
+from nautilus.ops.cpu.library import native
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from nautilus.ops.cpu import library
 library.FILE = pathlib.Path(sys.argv[1])
 functions = library.native().functions
 assert functions is not None, library.native().reason
+from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import mamba_native
@@ -31,6 +32,9 @@ EXPERTS = ((5, 18, 34, 4, 2), (230, 66, 130, 3, 2), (1, 2, 2, 5, 1))
 NORMS = ((131, 19), (1, 1), (128, 16), (300, 70))
 LINEARS = ((1, 2, 1), (7, 18, 33), (200, 130, 66))
 QUANTS = ((1, 16, 2), (2, 48, 18), (70, 160, 130))
+# positions of each row, new ones, heads, groups, head width, window
+ATTENTIONS = (((1,), (1,), 1, 1, 2, 0), ((70, 5, 130), (70, 0, 7), 6, 2, 18, 0), ((200,), (33,), 16, 1, 64, 50),
+              ((65, 64), (65, 1), 5, 5, 34, 1), ((17,), (17,), 200, 2, 80, 0))
 draw = lambda *shape, dtype=torch.float32: torch.randn(*shape).to(dtype).requires_grad_()
 
 
@@ -83,11 +87,31 @@ def quant(dtype, rows, inputs, outputs):
         assert experts_quant(x, index, torch.rand(rows, 2), up, down).isfinite().all()
 
 
+def attention(dtype, lengths, new, heads, groups, width, window):
+    # Pages for every row, none to spare, and no number where a row has none.
+    each = [-(-n // 16) for n in lengths]
+    table = torch.full((len(lengths), max(each)), -1, dtype=torch.int32)
+    for row, (count, end) in enumerate(zip(each, torch.tensor(each).cumsum(0).tolist())):
+        table[row, :count] = torch.arange(end - count, end)
+    places = lambda counts: Rows(begin=torch.tensor([0, *counts]).cumsum(0).int(), length=torch.tensor(lengths).int(),
+                                 table_BL=table)
+    k, v, q = (torch.randn(sum(c), h, width).to(dtype) for c, h in ((lengths, groups), (lengths, groups), (new, heads)))
+    for format in ("f32",) if dtype == torch.float32 else ("bf16", "fp8", "int8"):
+        pool = new_pool(sum(each), groups, width, format)
+        kv_write(pool, places(lengths), k, v)
+        first = torch.tensor([(n - c) // 3 for n, c in zip(lengths, new) for _ in range(c)]).int()
+        assert attention_paged(q, pool, places(new), window=window).isfinite().all()
+        assert attention_paged(q, pool, places(new), first_N=first, window=window).isfinite().all()
+    one = lambda t: t[None, : lengths[0]]
+    assert attention_native(q[None, : new[0]], one(k), one(v), window=window).isfinite().all()
+
+
 torch.set_num_threads(2)
 index = 0
 while (name := functions.nautilus_level_name(index)) is not None:
     if functions.nautilus_choose(index) == 0:
-        for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS)):
+        for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS),
+                              (attention, ATTENTIONS)):
             for size in sizes:
                 kernel(torch.float32, *size)
                 kernel(torch.bfloat16, *size)
