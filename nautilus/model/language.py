@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing
 from nautilus.model.attention import AttentionMixer
 from nautilus.model.initialise import initialise
+from nautilus.model.lanes import Lanes, MambaSlots
 from nautilus.model.linear import Linear as LinearMap
 from nautilus.model.mamba import MambaMixer
 from nautilus.model.mlp import LinearMixer, MlpMixer
@@ -24,6 +26,7 @@ from nautilus.model.norm import RmsNorm
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, advance, place
 from nautilus.ops.linear import linear
+from nautilus.ops.pages import Pool
 from nautilus.ops.residual import add, embed
 
 Tap = Callable[[int, Tensor], None]
@@ -54,7 +57,7 @@ class Block(nn.Module):
         self.mixer = build_mixer(layer, config, device=device, dtype=dtype)
         self.norm = None if self.mixer is None else RmsNorm(config.width, config.norm_eps, device=device, dtype=dtype)
 
-    def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | MambaState | None):
+    def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | MambaState | MambaSlots | Pool | None):
         if self.mixer is None or self.norm is None:
             return hidden_BTD, None
         mixed, state = self.mixer(self.norm(hidden_BTD), span, state)
@@ -110,20 +113,31 @@ class Language(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return self.backbone.embeddings(tokens_BT, self.compute)
 
+    @overload
+    def hidden(
+        self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: Lanes
+    ) -> tuple[Tensor, Lanes]: ...
+
+    @overload
+    def hidden(
+        self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: State | None = None,
+        document_BT: Tensor | None = None, taps: Sequence[Tap] = (),
+    ) -> tuple[Tensor, State]: ...  # fmt: skip
+
     def hidden(
         self,
         tokens_BT: Tensor | None = None,
         *,
         embeds_BTD: Tensor | None = None,
-        state: State | None = None,
+        state: State | Lanes | None = None,
         document_BT: Tensor | None = None,
         taps: Sequence[Tap] = (),
-    ) -> tuple[Tensor, State]:
+    ) -> tuple[Tensor, State | Lanes]:
         """Hidden states after the final norm, and the state to continue from.
 
         Give tokens or embeddings. Neighbouring tokens with equal `document_BT` numbers see each other, across calls
         too; a change of number starts afresh. Left padding is a document of its own before the text's. Each tap is
-        called as tap(layer index, residual_BTD) after each layer. The state passed in stays valid.
+        called as tap(layer index, residual_BTD) after each layer. A State passed in stays valid; Lanes change in place.
         """
         if (tokens_BT is None) == (embeds_BTD is None):
             raise ValueError("hidden() takes either tokens_BT or embeds_BTD, and exactly one of the two")
@@ -161,6 +175,12 @@ class Language(nn.Module):
             hidden_BTD = self.mtp(hidden_BTD, ahead_BTD, span)
             out.append(hidden_BTD)
         return out
+
+    @property
+    def cache_scales(self) -> dict[int, tuple[float, float]]:
+        """By layer, the scales of keys and of values that are kept in FP8."""
+        mixers = ((index, block.mixer) for index, block in enumerate(self.backbone.layers))
+        return {i: (mixer.k_scale, mixer.v_scale) for i, mixer in mixers if isinstance(mixer, AttentionMixer)}
 
     def experts_mixers(self) -> dict[str, ExpertsMixer]:
         """Every mixture-of-experts mixer by its name, the multi-token-prediction block's included."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from nautilus.config import Mamba
+from nautilus.model.lanes import MambaSlots
 from nautilus.model.linear import Linear
 from nautilus.model.state import MambaState, Span
-from nautilus.ops.mamba import mamba
+from nautilus.ops.mamba import mamba, mamba_in_slots
 from nautilus.ops.ssd import wide
 
 
@@ -31,8 +32,8 @@ class MambaMixer(nn.Module):
         self.norm = NormWeight(layer.inner, **place)
         self.out_proj = Linear(layer.inner, width, **place)
 
-    def forward(self, hidden_BTD: Tensor, span: Span, state: MambaState | None) -> tuple[Tensor, MambaState]:
-        out, tail, ssm = mamba(
+    def forward(self, hidden_BTD: Tensor, span: Span, state: MambaState | MambaSlots | None):
+        tensors = (
             self.in_proj(hidden_BTD),
             self.conv1d.weight[:, 0],
             self.conv1d.bias,
@@ -40,12 +41,14 @@ class MambaMixer(nn.Module):
             -torch.exp(self.A_log.to(wide(hidden_BTD.dtype))),
             self.D,
             self.norm.weight,
-            groups=self.layer.groups,
-            eps=self.eps,
-            tail_BRC=None if state is None else state.tail_BRC,
-            state_BHPN=None if state is None else state.ssm_BHPN,
-            reach_BT=span.reach_BT,
         )
+        groups, eps = self.layer.groups, self.eps
+        if isinstance(state, MambaSlots):
+            assert span.lanes is not None
+            pools = state.tail_SRC, state.ssm_SHNP, span.lanes.slot_B
+            return self.out_proj(mamba_in_slots(*tensors, *pools, groups=groups, eps=eps)), state
+        before = {} if state is None else {"tail_BRC": state.tail_BRC, "state_BHPN": state.ssm_BHPN}
+        out, tail, ssm = mamba(*tensors, groups=groups, eps=eps, **before, reach_BT=span.reach_BT)
         return self.out_proj(out), MambaState(tail, ssm)
 
 

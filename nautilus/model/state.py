@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from nautilus.model.lanes import Lanes
+
 
 @dataclass(frozen=True)
 class Span:
@@ -18,6 +20,7 @@ class Span:
 
     first_BT: position at which each token's document begins (None: all begin at 0). start_BT: the token begins one.
     text_BT: false for tokens of document 0, which is padding (None: there are none). Only statistics look at it.
+    lanes: where the memory of each row lies, if the call has Lanes; `before` then says nothing.
     """
 
     before: int
@@ -25,6 +28,7 @@ class Span:
     first_BT: Tensor | None = None
     start_BT: Tensor | None = None
     text_BT: Tensor | None = None
+    lanes: Lanes | None = None
 
     @property
     def reach_BT(self) -> Tensor | None:
@@ -34,6 +38,8 @@ class Span:
     @property
     def rotary_BT(self) -> Tensor:
         """Position inside the document."""
+        if self.lanes is not None:
+            return self.lanes.position_BT(len(self.position_T))
         return self.position_T[None] if self.first_BT is None else self.position_T - self.first_BT
 
 
@@ -103,8 +109,15 @@ class State:
         return replace(self, layers=layers, first_B=pick(self.first_B), document_B=pick(self.document_B))
 
 
-def place(state: State | None, document_BT: Tensor | None, batch: int, time: int, device) -> Span:
+def place(state: State | Lanes | None, document_BT: Tensor | None, batch: int, time: int, device) -> Span:
     """The Span of `time` new tokens. Neighbours with equal document numbers belong together, across calls too."""
+    if isinstance(state, Lanes):
+        if document_BT is not None or state.slot_B.shape != (batch,):
+            raise ValueError(
+                f"lanes of {len(state.slot_B)} rows were given for {batch} rows"
+                f"{' with document_BT' if document_BT is not None else ''}; each row has a lane and is one document"
+            )
+        return Span(0, torch.arange(time, device=device), lanes=state)
     before = 0 if state is None else state.length
     position_T = torch.arange(before, before + time, device=device)
     known_B = None if state is None else state.document_B
@@ -128,8 +141,10 @@ def place(state: State | None, document_BT: Tensor | None, batch: int, time: int
     return Span(before, position_T, first_BT=first_BT, start_BT=start_BT, text_BT=text_BT)
 
 
-def advance(state: State | None, span: Span, document_BT: Tensor | None, layers: list) -> State:
-    """The state after a call that produced `layers`."""
+def advance(state: State | Lanes | None, span: Span, document_BT: Tensor | None, layers: list) -> State | Lanes:
+    """The state after a call that produced `layers`. Lanes stay as they are: their memory has changed."""
+    if isinstance(state, Lanes):
+        return state
     document_B = document_BT[:, -1] if document_BT is not None else None if state is None else state.document_B
     first_B = None if span.first_BT is None else span.first_BT[:, -1]
     return State(span.before + span.position_T.shape[0], tuple(layers), first_B, document_B)

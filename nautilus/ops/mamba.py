@@ -45,20 +45,20 @@ def mamba(
     return choose("mamba", MAMBA_IMPLS, *tensors, **named)(*tensors, **named)
 
 
-def mamba_in_slots(
-    *tensors: Tensor, groups: int, eps: float, tail_SRC: Tensor, state_SHNP: Tensor, slot_B: Tensor, reach_BT=None
-) -> Tensor:
-    """out_BTI of `mamba` for rows whose tails and states lie in slots of two pools and are replaced there. slot_B is
-    int32, each row has a slot of its own; a state lies as (N, P)."""
-    named = {"groups": groups, "eps": eps, "reach_BT": reach_BT}
-    pools = {"tail_SRC": tail_SRC, "state_SHNP": state_SHNP, "slot_B": slot_B}
-    return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, **named, **pools)(*tensors, **named, **pools)
+def mamba_in_slots(*tensors: Tensor, groups: int, eps: float) -> Tensor:
+    """out_BTI of `mamba` for rows whose tails and states lie in slots of two pools and are replaced there.
+
+    The tensors are the first seven of `mamba`, then tail_SRC, state_SHNP (a state lies as (N, P)) and slot_B, int32:
+    each row has a slot of its own.
+    """
+    return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, groups=groups, eps=eps)(*tensors, groups=groups, eps=eps)
 
 
-def mamba_taken_out(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> Tensor:
-    named = {"groups": groups, "eps": eps, "reach_BT": reach_BT}
-    out, tail, state = mamba(*tensors, **named, tail_BRC=tail_SRC[slot_B], state_BHPN=state_SHNP[slot_B].mT)
-    tail_SRC[slot_B], state_SHNP[slot_B] = tail.to(tail_SRC.dtype), state.mT
+def mamba_taken_out(*tensors: Tensor, groups: int, eps: float) -> Tensor:
+    *of_mamba, tail_SRC, state_SHNP, slot_B = tensors
+    before = {"tail_BRC": tail_SRC[slot_B], "state_BHPN": state_SHNP[slot_B].mT}
+    out, tail, state = mamba(*of_mamba, groups=groups, eps=eps, **before)
+    tail_SRC[slot_B], state_SHNP[slot_B] = tail.to(tail_SRC.dtype), state.mT.to(state_SHNP.dtype)
     return out
 
 

@@ -1,11 +1,15 @@
 """Generation: prompts in, tokens with their log-probs and text out. Letters: B requests, T tokens, V vocabulary.
 
-A batch of prompts is read in chunks, then every step adds one token to each request that is not finished. Prompts of
-different lengths are padded on the left; the padding is a document of its own, so no token ever sees it.
+Requests begin as soon as there is room for them: a prompt is read in chunks, then every step adds one token to each
+running request. What a step of so many requests does is recorded the first time and replayed from then on, where all of
+it is native.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
@@ -16,12 +20,14 @@ from torch import Tensor
 from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import TextStream, Tokenizer
 from nautilus.model.language import Language
-from nautilus.model.state import State
+from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
+from nautilus.serve.memory import Berth, Berths, point
 from nautilus.serve.sample import Sampling, draw
 
+log = logging.getLogger("nautilus.serve")
 Prompt = str | Sequence[int] | Sequence[Mapping]
 
 
@@ -91,12 +97,20 @@ class Engine:
     """Answers of a model.
 
     max_tokens: most tokens of a request, prompt and answer together (None: what the model's config allows); rows: most
-    requests that run together; chunk: most tokens of each prompt that are read at a time. `rows` and `chunk` bound
-    memory and do not change results beyond rounding.
+    requests that run together; chunk: most tokens of a prompt that are read at a time; cache: the format of keys and
+    values (bf16, fp8, int8, f32; as the activations when empty). `rows` and `chunk` bound memory and do not change
+    results beyond rounding; on native kernels they change no bit.
     """
 
     def __init__(
-        self, model: Language, tokenizer: Tokenizer, *, max_tokens: int | None = None, rows: int = 32, chunk: int = 512
+        self,
+        model: Language,
+        tokenizer: Tokenizer,
+        *,
+        max_tokens: int | None = None,
+        rows: int = 32,
+        chunk: int = 512,
+        cache: str = "",
     ):
         positions = model.config.positions
         self.max_tokens = positions if max_tokens is None else max_tokens
@@ -107,8 +121,10 @@ class Engine:
             )
         if rows < 1 or chunk < 1:
             raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be at least 1")
-        self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
+        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache)
         self.packs: Packs = {}
+        self.steps: dict[int, Step] = {}
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling()) -> Iterator[Piece]:
         """The answer to one prompt, token by token. A prompt is messages, tokens, or text to continue."""
@@ -126,10 +142,8 @@ class Engine:
                 "for all prompts or one for each"
             )
         requests = [self.request(*pair) for pair in zip(prompts, samplings, strict=True)]
-        by_length = sorted(requests, key=lambda request: request.prompt)
-        for low in range(0, len(requests), self.rows):
-            for _ in self.run(by_length[low : low + self.rows]):
-                pass
+        for _ in self.run(requests):
+            pass
         return [request.completion() for request in requests]
 
     def request(self, prompt: Prompt, sampling: Sampling) -> Request:
@@ -172,52 +186,103 @@ class Engine:
         return tokens
 
     def run(self, requests: list[Request]) -> Iterator[tuple[Request, Piece]]:
-        """All requests, one token each per step, until the last is finished; finished ones leave the batch."""
-        self.packs = {}  # the weights may have changed since the last run, but do not during one
-        logits_BV, state = self.prefill(requests)
-        while True:
-            positions = [len(request.tokens) for request in requests]
-            drawn = draw(logits_BV, [request.sampling for request in requests], positions)
-            for request, (token, logprob) in zip(requests, drawn, strict=True):
-                yield request, request.take(token, logprob)
-            going = [row for row, request in enumerate(requests) if not request.finished]
-            if not going:
-                return
-            if len(going) < len(requests):
-                requests = [requests[row] for row in going]
-                state = state.rows(torch.tensor(going, device=logits_BV.device))
-            last_BT = torch.tensor([request.tokens[-1:] for request in requests])
-            logits_BV, state = self.read(last_BT, state=state)
+        """All requests until the last is finished. They begin in their order, as soon as others have left room."""
+        if any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.forget()  # the weights may have changed since the last run, but do not during one
+        waiting, running = deque(requests), dict[int, tuple[Request, Berth]]()
+        try:
+            while waiting or running:
+                while waiting and (berth := self.berths.take(waiting[0].limit)) is not None:
+                    request = waiting.popleft()
+                    running[berth.slot] = request, berth
+                    yield from self.accept([request], self.prefill(request.tokens, berth))
+                for slot in [slot for slot, (request, _) in running.items() if request.finished]:
+                    self.berths.give_back(running.pop(slot)[1])
+                if running:
+                    active = list(running.values())
+                    yield from self.accept([request for request, _ in active], self.step(active))
+        finally:
+            for _, berth in running.values():
+                self.berths.give_back(berth)
 
-    def prefill(self, requests: list[Request]) -> tuple[Tensor, State]:
-        """The logits after each prompt, and the state."""
-        width = max(len(request.tokens) for request in requests)
-        tokens_BT = torch.full((len(requests), width), self.model.config.pad)
-        document_BT = torch.zeros_like(tokens_BT)
-        for row, request in enumerate(requests):
-            tokens_BT[row, width - len(request.tokens) :] = torch.tensor(request.tokens)
-            document_BT[row, width - len(request.tokens) :] = 1
-        return self.read(tokens_BT, document_BT=None if document_BT.all() else document_BT)
+    def accept(self, requests: list[Request], logits_BV: Tensor) -> Iterator[tuple[Request, Piece]]:
+        positions = [len(request.tokens) for request in requests]
+        drawn = draw(logits_BV, [request.sampling for request in requests], positions)
+        for request, (token, logprob) in zip(requests, drawn, strict=True):
+            yield request, request.take(token, logprob)
 
-    @torch.inference_mode()
-    def read(
-        self, tokens_BT: Tensor, *, state: State | None = None, document_BT: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Feed tokens, a chunk at a time; the logits after the last token of each row, and the state."""
-        device, training = self.model.head_weight.device, self.model.training
+    def forget(self) -> None:
+        """What was packed and recorded of the weights."""
+        self.packs.clear()
+        self.steps.clear()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """A model in training is in evaluation mode inside; matrices are packed once."""
+        training = self.model.training
         if training:
             self.model.eval()
         try:
             with packed_once(self.packs):
-                for low in range(0, tokens_BT.shape[1], self.chunk):
-                    part = slice(low, low + self.chunk)
-                    hidden_BTD, state = self.model.hidden(
-                        tokens_BT[:, part].to(device),
-                        state=state,
-                        document_BT=None if document_BT is None else document_BT[:, part].to(device),
-                    )
-                assert state is not None, "a prompt holds at least one token"
-                return self.model.head(hidden_BTD[:, -1:])[:, 0], state
+                yield
         finally:
             if training:
                 self.model.train()
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Sequence[int], berth: Berth) -> Tensor:
+        """The logits (1, V) after these tokens, which the berth then holds."""
+        lanes = self.berths.lanes(1)
+        with self.computing():
+            for low in range(0, len(tokens), self.chunk):
+                part_BT = torch.tensor([tokens[low : low + self.chunk]], device=self.berths.device)
+                point(lanes, [berth], part_BT.shape[1])
+                hidden_BTD, _ = self.model.hidden(part_BT, state=lanes)
+                berth.length += part_BT.shape[1]
+            return self.model.head(hidden_BTD[:, -1:])[:, 0]
+
+    @torch.inference_mode()
+    def step(self, active: list[tuple[Request, Berth]]) -> Tensor:
+        """The logits (B, V) after the last token of each request."""
+        berths = [berth for _, berth in active]
+        if len(active) not in self.steps:
+            self.steps[len(active)] = Step(self, len(active))
+        step = self.steps[len(active)]
+        point(step.lanes, berths, 1)
+        step.tokens_BT.copy_(torch.tensor([request.tokens[-1:] for request, _ in active]))
+        logits_BV = step.run()
+        for berth in berths:
+            berth.length += 1
+        return logits_BV
+
+
+class Step:
+    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays."""
+
+    def __init__(self, engine: Engine, rows: int):
+        self.engine, self.lanes = engine, engine.berths.lanes(rows)
+        self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=engine.berths.device)
+        self.tape: Tape | None = None
+        self.may_record = self.tokens_BT.device.type == "cpu"
+        self.warm = False
+
+    def run(self) -> Tensor:
+        if self.tape is not None:
+            return self.tape.replay()
+        if not (self.warm and self.may_record):
+            self.warm = True
+            return self.compute()
+        rows = self.lanes.rows
+        try:
+            inputs = [self.tokens_BT, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
+            self.tape = record(self.compute, inputs)
+            return self.tape.result
+        except CannotRecord as reason:
+            log.info("steps are not replayed, because %s", reason)
+            self.may_record = False
+            return self.compute()
+
+    def compute(self) -> Tensor:
+        with self.engine.computing():
+            hidden_BTD, _ = self.engine.model.hidden(self.tokens_BT, state=self.lanes)
+            return self.engine.model.head(hidden_BTD)[:, 0]

@@ -126,17 +126,17 @@ def test_the_log_probs_are_those_of_the_trainer_forward():
 
 
 class Scripted(torch.nn.Module):
-    """A model that writes a given list of tokens whatever it reads; its state is the number of tokens read."""
+    """A model that writes a given list of tokens whatever it reads; it counts the tokens read."""
 
     def __init__(self, script):
         super().__init__()
         self.config = MODEL.config
         self.head_weight = torch.nn.Parameter(torch.eye(VOCAB))
-        self.script = script
+        self.script, self.compute, self.cache_scales = script, torch.float32, {}
 
-    def hidden(self, tokens_BT, state=None, document_BT=None):
-        state = (state or 0) + tokens_BT.shape[1]
-        token = self.script[state - 1] if state <= len(self.script) else EOS
+    def hidden(self, tokens_BT, state):
+        read = int(state.rows.length[0])
+        token = self.script[read - 1] if read <= len(self.script) else EOS
         return self.head_weight[token].expand(len(tokens_BT), tokens_BT.shape[1], VOCAB) * 99, state
 
     def head(self, hidden_BTD):
@@ -204,7 +204,7 @@ def test_only_the_last_position_of_a_chunk_is_given_to_the_head(monkeypatch):
     plain = model.head
     monkeypatch.setattr(model, "head", lambda hidden: (sizes.append(tuple(hidden.shape[:2])), plain(hidden))[1])
     Engine(model, TOKENIZER, chunk=4).generate([[1] * 10, [1] * 3], Sampling(max_tokens=2))
-    assert sizes == [(2, 1)] * 2, "once after the prompts, then once per token"
+    assert sizes == [(1, 1), (1, 1), (2, 1)], "once after each prompt, then once per token"
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from torch import Tensor
 from nautilus.ops.cpu.library import call, pointer, refuses
 
 PAGE = 16  # KV_PAGE of kernels.h
-BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1}  # of a number, in the order of KV_F32 ... of kernels.h
+# Of a number, in the order of KV_F32 ... of kernels.h; f64 is for PyTorch alone.
+BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1, "f64": 8}
 FORMATS = tuple(BYTES)
 
 
@@ -106,7 +107,7 @@ def usable(tensor: Tensor) -> bool:
 
 def page_bytes(format: str, width: int) -> int:
     """Of one page of one group; keys and values take as much each."""
-    if format not in BYTES or (format != "f32" and width % 2):
+    if format not in BYTES or (format not in ("f32", "f64") and width % 2):
         raise ValueError(
             f"pages of {format!r} for heads of width {width} do not exist; take one of {', '.join(BYTES)} and, except "
             "for f32, an even width"
@@ -115,8 +116,11 @@ def page_bytes(format: str, width: int) -> int:
     return numbers * BYTES[format] + (4 * PAGE if format == "int8" else 0)
 
 
-def new_pool(pages: int, groups: int, width: int, format: str, *, k_scale: float = 1.0, v_scale: float = 1.0) -> Pool:
-    keys, values = (torch.empty(pages, groups, page_bytes(format, width), dtype=torch.uint8) for _ in range(2))
+def new_pool(
+    pages: int, groups: int, width: int, format: str, *, k_scale: float = 1.0, v_scale: float = 1.0, device=None
+) -> Pool:
+    size = pages, groups, page_bytes(format, width)
+    keys, values = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
     return Pool(format=format, width=width, keys=keys, values=values, k_scale=k_scale, v_scale=v_scale)
 
 

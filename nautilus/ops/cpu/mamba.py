@@ -55,19 +55,21 @@ def mamba_native(
     return run(sizes, inputs, tail, last)[0], tail, last.mT
 
 
-def slots_native(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> Tensor:
-    sizes, inputs = prepared((*tensors, tail_SRC, state_SHNP), reach_BT, groups, eps)
+def slots_native(*tensors: Tensor, groups: int, eps: float) -> Tensor:
+    *_, tail_SRC, state_SHNP, slot_B = tensors
+    sizes, inputs = prepared(tensors[:-1], None, groups, eps)
     return run(sizes, [*inputs[:-1], slot_B], tail_SRC, state_SHNP)[0]
 
 
-def slots_refuse(*tensors, groups, eps, tail_SRC, state_SHNP, slot_B, reach_BT=None) -> str | None:
+def slots_refuse(*tensors: Tensor, groups: int, eps: float) -> str | None:
+    *of_mamba, tail_SRC, state_SHNP, slot_B = tensors
     rows, pools = tensors[0].shape[0], (tail_SRC, state_SHNP)
     if slot_B.shape != (rows,) or slot_B.dtype != torch.int32 or len(tail_SRC) != len(state_SHNP):
         return f"slots of {slot_B.dtype} and shape {tuple(slot_B.shape)} do not fit {rows} rows"
     if tail_SRC.dtype != tensors[0].dtype or not all(t.is_contiguous() for t in (*pools, slot_B)):
         return "the pools are not contiguous, or the tails not of the activations' type"
     one = {"tail_BRC": tail_SRC[:1].expand(rows, -1, -1), "state_BHPN": state_SHNP.mT[:1].expand(rows, -1, -1, -1)}
-    return mamba_refuses(*tensors, groups=groups, eps=eps, reach_BT=reach_BT, **one)
+    return mamba_refuses(*of_mamba, groups=groups, eps=eps, **one)
 
 
 def mamba_refuses(

@@ -111,14 +111,15 @@ def quant_refuses(x: Tensor, matrix: Repacked) -> str | None:
     return refuses(x) if x.dtype == torch.bfloat16 else f"activations are {x.dtype}, not bfloat16"
 
 
-def linear_quant(x: Tensor, matrix: Repacked, *, squared_relu: bool = False) -> Tensor:
-    """x W^T, or the square of its positive part; bf16, without gradient. ValueError where the two do not fit."""
+def linear_quant(x: Tensor, matrix: Repacked, *, wide: bool = False, squared_relu: bool = False) -> Tensor:
+    """x W^T, or the square of its positive part; bf16 or, if `wide`, float32; without gradient. ValueError where the
+    two do not fit."""
     refusal = quant_refuses(x, matrix)
     if refusal is not None:
         raise ValueError(f"linear_quant: {refusal}")
     rows = x.contiguous()
-    y = rows.new_empty(*x.shape[:-1], matrix.outputs)
-    sizes = rows.numel() // matrix.inputs, False, squared_relu
+    y = rows.new_empty(*x.shape[:-1], matrix.outputs, dtype=torch.float32 if wide else x.dtype)
+    sizes = rows.numel() // matrix.inputs, wide, squared_relu
     call("nautilus_quant_linear", Linear(matrix.record, *sizes, pointer(rows), pointer(y)))
     return y
 

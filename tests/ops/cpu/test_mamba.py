@@ -237,7 +237,7 @@ def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width
         tails, states = torch.full((6, *t["tail_BRC"].shape[1:]), 3, dtype=dtype), torch.full((6, 4, 6, width), 5.0)
         for mixer in (slots_native, mamba_taken_out):
             tails[slot_B], states[slot_B] = t["tail_BRC"], t["state_BHPN"].mT
-            out = call(mixer, size)(*list(t.values())[:-2], tail_SRC=tails, state_SHNP=states, slot_B=slot_B)
+            out = mixer(*list(t.values())[:-2], tails, states, slot_B, groups=size[4], eps=EPS)
             assert torch.equal(out, want[0])
             assert torch.equal(tails[slot_B], want[1]) and torch.equal(states[slot_B].mT, want[2])
             assert (tails[[1, 3, 5]] == 3).all() and (states[[1, 3, 5]] == 5).all()
@@ -246,9 +246,8 @@ def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width
 def test_slots_that_do_not_fit_are_refused(built):
     t = inputs((2, 3, 4, 8, 2, 6, 4))
     pools = {"tail_SRC": torch.zeros(5, *t["tail_BRC"].shape[1:]), "state_SHNP": torch.zeros(5, 4, 6, 8)}
-    refuses = lambda **changed: slots_refuse(
-        *list(t.values())[:-2], groups=2, eps=EPS, **pools | {"slot_B": torch.zeros(2, dtype=torch.int32)} | changed
-    )
+    pools["slot_B"] = torch.zeros(2, dtype=torch.int32)
+    refuses = lambda **changed: slots_refuse(*list(t.values())[:-2], *(pools | changed).values(), groups=2, eps=EPS)
     assert refuses() is None
     assert "do not fit 2 rows" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
     assert "int64" in refuses(slot_B=torch.zeros(2, dtype=torch.int64))
