@@ -1,6 +1,7 @@
 """What a model is made of: its layers, parameters and memory. Nothing of its size is allocated, no weight is read.
 
-MODEL is a preset, a run, a checkpoint folder, or a hub id, of which only config.json is fetched.
+MODEL is a preset, a run, a checkpoint folder, or a hub id, of which only config.json is fetched. Of a quantised folder
+the number formats are shown too, by what the weights are for.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ BITS = {"FP32": 32.0, "BF16": 16.0, "FP8": 8.0, "NVFP4": 4.5}
 
 
 def main(settings: Settings) -> None:
-    facts = examine(settings.model, config_of(settings.model))
+    facts = examine(settings.model, config_of(settings.model)) | stored_formats(settings.model)
     if settings.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -121,6 +122,26 @@ def kinds_of(layers: tuple[Layer, ...], width: int, prefix: str = "") -> Iterato
         }
 
 
+def stored_formats(source: str) -> dict:
+    """How many weights of each role a quantised folder holds in which format, and their bytes; from headers alone."""
+    folder = Path(source if source in PRESETS else nautilus.checkpoint_of(source))
+    if source in PRESETS or not (folder / "config.json").is_file():
+        return {}
+    document = read_json(folder / "config.json")
+    if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        return {}
+    if not (folder / "hf_quant_config.json").exists() and not document.get("quantization_config"):
+        return {}
+    from nautilus.model.weights import contents  # and torch with it, which everything else here does without
+
+    rows: dict[tuple[str, str], list[int]] = {}
+    for role, kind, size in contents(folder, document).formats():
+        count = rows.setdefault((role, kind), [0, 0])
+        count[0], count[1] = count[0] + 1, count[1] + size
+    facts = [{"role": role, "format": kind, "count": n, "bytes": size} for (role, kind), (n, size) in rows.items()]
+    return {"formats": sorted(facts, key=lambda row: -row["bytes"])}
+
+
 ALWAYS_SHOWN = ("heads", "head_width", "groups", "state", "experts", "active", "hidden")
 
 
@@ -156,6 +177,13 @@ def show(facts: dict) -> None:
         kind = f"{len(row['where'])} x {row['letter']} {row['kind']}"
         layers.add_row(kind, indices(row["where"]), sizes, count_text(row["parameters"]), count_text(row["all"]))
     console.print(layers)
+    if "formats" in facts:
+        formats = Table("stored", "in", box=SIMPLE)
+        formats.add_column("tensors", justify="right")
+        formats.add_column("", justify="right")
+        for row in facts["formats"]:
+            formats.add_row(row["role"], row["format"], f"{row['count']:,}", bytes_text(row["bytes"]))
+        console.print(formats)
     totals = Table("total", box=SIMPLE)
     totals.add_column("", justify="right")
     for name, value in totals_of(facts):

@@ -35,7 +35,7 @@ OPENS = {
 - Version 5.23 clamps the Mamba step dt to at least `time_step_min` on prompts, though models are trained without a
   clamp. That key, elsewhere a hint for initialisation (0.001), is therefore 1e-30 in this config.json. For folders of
   other origin, set `layer.mixer.time_step_limit = (0.0, float("inf"))` on every Mamba layer after loading.
-- It refuses NVFP4 weights. The weights here are plain floating-point numbers.""",
+- {weights}""",
     "nemotron_h_puzzle": """\
 The layers differ in size. `transformers` has no class of its own for that; serving engines that know
 `NemotronHPuzzleForCausalLM` read this layout (prefix `model.`, sizes in `block_configs`). `transformers` also drops
@@ -48,7 +48,14 @@ engines cannot read it.""",
 }
 
 
-def model_card(config: Config, *, family: str, facts: dict[str, str]) -> str:
+WEIGHTS = {
+    False: "It refuses NVFP4 weights. The weights here are plain floating-point numbers.",
+    True: "It refuses NVFP4 weights and others that ModelOpt wrote. The weights here are under ModelOpt's names, as"
+    " `hf_quant_config.json` lists them; serving engines read those.",
+}
+
+
+def model_card(config: Config, *, family: str, facts: dict[str, str], quantised: bool = False) -> str:
     """Markdown: the sizes, then `facts` on file and training as they were passed in, then what opens the folder."""
     counts = weight_count(config)
     rows = {
@@ -60,7 +67,8 @@ def model_card(config: Config, *, family: str, facts: dict[str, str]) -> str:
         "config": f"`{family}`, fingerprint `{config.fingerprint}`",
     }
     library = "nautilus" if family == "nautilus" else "transformers"
-    return CARD.format(library=library, rows=table(rows | facts), opens=OPENS[family])
+    opens = OPENS[family].format(weights=WEIGHTS[quantised])
+    return CARD.format(library=library, rows=table(rows | facts), opens=opens)
 
 
 def table(rows: dict[str, str]) -> str:

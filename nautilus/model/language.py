@@ -18,13 +18,16 @@ from nautilus.model.attention import AttentionMixer
 from nautilus.model.initialise import initialise
 from nautilus.model.lanes import Lanes, MambaSlots
 from nautilus.model.linear import Linear as LinearMap
+from nautilus.model.linear import Matrix
 from nautilus.model.mamba import MambaMixer
 from nautilus.model.mlp import LinearMixer, MlpMixer
 from nautilus.model.moe import ExpertsMixer
 from nautilus.model.mtp import MtpBlock
 from nautilus.model.norm import RmsNorm
+from nautilus.model.quantised import Quantisation
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, advance, place
+from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
 from nautilus.ops.residual import add, embed
@@ -64,12 +67,8 @@ class Block(nn.Module):
         return add(hidden_BTD, mixed), state
 
 
-class Embedding(nn.Module):
+class Embedding(Matrix):
     """One row per word. Left unset, unlike PyTorch's, which would draw a billion normals for a large model."""
-
-    def __init__(self, vocab: int, width: int, *, device=None, dtype=None):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(vocab, width, device=device, dtype=dtype))
 
     def forward(self, tokens_BT: Tensor, dtype: torch.dtype) -> Tensor:
         return embed(tokens_BT, self.weight, dtype)
@@ -94,6 +93,7 @@ class Language(nn.Module):
     def __init__(self, config: Config, *, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()
         self.config, self.compute = config, dtype
+        self.quantised: Quantisation | None = None  # what `load_model` read of it
         where = {"device": device, "dtype": dtype}
         self.backbone = Backbone(config, **where)
         if not config.tied:
@@ -102,7 +102,7 @@ class Language(nn.Module):
             self.mtp = MtpBlock(config, build_mixer, **where)
 
     @property
-    def head_weight(self) -> Tensor:
+    def head_weight(self) -> Tensor | Packed:
         """The (V, D) matrix of the head: its own, or the embedding's when tied."""
         return self.backbone.embeddings.weight if self.config.tied else self.lm_head.weight
 

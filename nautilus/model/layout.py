@@ -185,3 +185,17 @@ def tensor_table(config: Config, layout: str = "legacy") -> dict[str, Shape]:
 def place_of(slot: Slot, places: dict[str, Tensor]) -> Tensor:
     whole = places[slot.parameter]
     return whole if slot.expert is None else whole[slot.expert]
+
+
+def role(name: str, config: Config) -> str:
+    """What a parameter is for: `backbone.layers.3.mixer.in_proj.weight` of a Mamba layer is `mamba.in_proj`."""
+    parts = name.removesuffix(".weight").split(".")
+    if "layers" not in parts:
+        return parts[-1]
+    at = parts.index("layers")
+    place, number, inner = parts[0], int(parts[at + 1]), parts[at + 2 :]
+    if inner[0] != "mixer":
+        return "mtp.join" if place == "mtp" and inner[0] != "norm" else "norm"
+    layer = (config.mtp if place == "mtp" else config.layers)[number]
+    kind = type(layer).__name__.lower()
+    return ".".join((["mtp"] if place == "mtp" else []) + [kind, *(part for part in inner[1:] if part != kind)])

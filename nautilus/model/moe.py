@@ -11,6 +11,7 @@ from nautilus.model.mlp import MlpMixer
 from nautilus.model.state import Span
 from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.experts import experts, route
+from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
 from nautilus.ops.residual import add
 
@@ -87,7 +88,7 @@ class Router(nn.Module):
 
 
 class ExpertWeights(nn.Module):
-    """All experts' matrices, stacked. Parameters only."""
+    """All experts' matrices: stacked parameters, or after `hold` one matrix each, in the few bits it is stored in."""
 
     def __init__(self, layer: Experts, width: int, *, device=None, dtype=None):
         super().__init__()
@@ -96,3 +97,17 @@ class ExpertWeights(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(layer.experts, width, layer.hidden, **place))
         gate = nn.Parameter(torch.empty(layer.experts, layer.hidden, width, **place)) if layer.gated else None
         self.register_parameter("gate_proj", gate)
+        self.input_scales: dict[str, tuple[Tensor | None, ...]] = {}
+
+    def hold(self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...]) -> None:
+        """name: up_proj, down_proj or gate_proj. An expert's matrix that was left as numbers may be among them."""
+        delattr(self, name)
+        setattr(self, name, matrices)
+        self.input_scales[name] = input_scales
+
+    def release(self, name: str, dtype: torch.dtype) -> None:
+        """Undo `hold`: a parameter with the numbers that the matrices stand for."""
+        numbers = torch.stack([dense(matrix, dtype) for matrix in getattr(self, name)])
+        delattr(self, name)
+        self.register_parameter(name, nn.Parameter(numbers))
+        del self.input_scales[name]

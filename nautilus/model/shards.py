@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import mmap
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,25 +25,62 @@ INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
+# A file may be larger than all memory, and hardly any page of it will be written to. Python has no name for this flag.
+NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
+# As safetensors spells types. There are others, which nothing here reads.
+TYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
+}
+
+
 class Stored(NamedTuple):
     """What the header of a file says of one tensor."""
 
     file: Path
-    dtype: str  # as safetensors spells it: BF16, F32, F8_E4M3, ...
+    dtype: str
     shape: tuple[int, ...]
+    begin: int  # of its bytes in the file
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        return self.end - self.begin
 
 
 def inventory(folder: Path) -> dict[str, Stored]:
     """Every tensor of the folder's safetensors files, from their headers alone."""
     found: dict[str, Stored] = {}
     for file in shard_files(folder):
-        with opened(file) as shard:
-            for name in shard.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
-                if name in found:
-                    raise UserError(f"{name} is in {found[name].file} and in {file}; remove one of the two files")
-                header = shard.get_slice(name)
-                found[name] = Stored(file, header.get_dtype(), tuple(header.get_shape()))
+        for name, where in entries(file):
+            if name in found:
+                raise UserError(f"{name} is in {found[name].file} and in {file}; remove one of the two files")
+            found[name] = where
     return found
+
+
+def entries(file: Path) -> Iterator[tuple[str, Stored]]:
+    """What a header lists. The library has checked it first: its length, its types, that offsets fit the file."""
+    with opened(file) as shard, open(file, "rb") as whole:
+        length = int.from_bytes(whole.read(8), "little")
+        header, total = json.loads(whole.read(length)), os.fstat(whole.fileno()).st_size
+        header.pop("__metadata__", None)
+        if header.keys() != set(shard.keys()):
+            raise UserError(f"{file} lists a tensor twice; copy or download it again")
+        for name, entry in header.items():
+            shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+            # The first two hold unless a key is there twice; an axis beyond this only where another one is empty.
+            size = math.prod(shape) * TYPES[entry["dtype"]].itemsize if entry["dtype"] in TYPES else end - begin
+            if size != end - begin or 8 + length + end > total or max(shape, default=0) >= 1 << 62:
+                raise UserError(f"{name} in {file} is said to be {entry}; copy or download it again")
+            yield name, Stored(file, entry["dtype"], shape, 8 + length + begin, 8 + length + end)
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -74,15 +115,36 @@ def opened(file: Path) -> Iterator:
         ) from bad
 
 
-def read_tensors(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors one by one, file after file. Each is mapped from the file, not copied."""
+def read_tensors(stored: dict[str, Stored], soon: Callable[[str], bool] = bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors one by one, file after file: the file's own memory, copied page by page where it is written to.
+
+    soon: which are about to be read as a whole, so that the disk can begin; by default all.
+    """
     by_file: dict[Path, list[str]] = {}
     for name, where in stored.items():
         by_file.setdefault(where.file, []).append(name)
     for file, names in by_file.items():
-        with opened(file) as shard:
-            for name in names:
-                yield name, shard.get_tensor(name)
+        memory = mapped(file)
+        for name in filter(soon, names):
+            begin = stored[name].begin // mmap.PAGESIZE * mmap.PAGESIZE
+            memory.madvise(mmap.MADV_WILLNEED, begin, stored[name].end - begin)
+        for name in names:
+            yield name, view_of(memory, stored[name])
+
+
+def mapped(file: Path) -> mmap.mmap:
+    with open(file, "rb") as whole:
+        flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
+        return mmap.mmap(whole.fileno(), 0, flags=flags, prot=access)
+
+
+def view_of(memory: mmap.mmap, where: Stored) -> Tensor:
+    dtype = TYPES[where.dtype]
+    if where.bytes == 0:
+        return torch.empty(where.shape, dtype=dtype)
+    flat = torch.frombuffer(memory, dtype=torch.uint8, count=where.bytes, offset=where.begin)
+    aligned = flat if flat.data_ptr() % dtype.itemsize == 0 else flat.clone()
+    return aligned.view(dtype).view(where.shape)
 
 
 def write_shards(folder: Path, sizes: dict[str, int], tensor: Callable[[str], Tensor], *, shard_bytes: float) -> None:

@@ -1,22 +1,28 @@
 """A model from a checkpoint folder.
 
-Reading is strict: a missing, unexpected or mis-shaped tensor, a NaN, a quantised file are errors that name what they
-are about, and no code that came with a checkpoint is ever run.
+Reading is strict: a missing, unexpected or mis-shaped tensor, a NaN, a quantised matrix that is not what the folder
+says are errors that name what they are about, and no code that came with a checkpoint is ever run.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nautilus.config import Config, Experts, pattern_of
 from nautilus.config.keys import short, token_ids
 from nautilus.config.released import read_config
+from nautilus.model.held import REPEATED, Held, Place, put, put_scale
 from nautilus.model.language import Language
-from nautilus.model.layout import STACKED, Slot, layout_of, name_map, place_of
+from nautilus.model.layout import STACKED, Slot, layout_of, name_map
+from nautilus.model.packed import Contents, clashes, faults, mixer_of, read_modules, record, sort_tensors
+from nautilus.model.quantised import INSTEAD, declarations
 from nautilus.model.shards import Stored, inventory, read_tensors
+from nautilus.ops.formats import Packed, dense
 from nautilus.presets import PRESETS
 from nautilus.runtime import UserError, hub_folder, read_json, repair
 
@@ -30,23 +36,34 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     """The model in a folder or of a hub id, in any layout of `layout.py`.
 
     dtype: of parameters and activations; None keeps every tensor as it is stored and computes in the embedding's dtype.
-    Besides the weights, memory holds one tensor at a time.
+    Matrices in few bits stay in them either way. On the CPU, tensors that keep their type and are not stacked are the
+    files' own memory, copied where they are written to: such a file may be replaced, but not changed in place, while
+    the model is in use.
     """
     folder = local_folder(source)
     document = read_json(folder / "config.json")
-    refuse_quantised(folder, document)
+    found = contents(folder, document)
+    refuse_faults(folder, "has quantised matrices that cannot be read", faults(found))
+    refuse_differences(folder, found.config, found.plain_slots, found.plain)
+    refuse_faults(folder, "does not hold what it says", clashes(found))
+    held, schemes, wrong = read_modules(found, device)
+    refuse_faults(folder, "has quantised matrices that cannot be read", wrong)
+    model = Language(found.config, device="meta", dtype=dtype or main_type(found))
+    if dtype is None:
+        keep_stored_types(model, found.plain_slots, found.plain)
+    fill(model, found, held, device)
+    model.quantised = record(found, schemes)
+    return model
+
+
+def contents(folder: Path, document: dict) -> Contents:
+    """What the folder's files hold, from their headers, and what its configs say. document: its config.json."""
+    declared = declarations(folder, document)
     config = with_stops(described(document, folder), folder)
     stored = {name: where for name, where in inventory(folder).items() if not derived(name)}
     layout = layout_of(document["model_type"], stored)
     refuse_many_experts(folder, config, layout, len(stored))
-    slots = name_map(config, layout)
-    refuse_differences(folder, config, slots, stored)
-    embedding = next(name for name, slot in slots.items() if slot.parameter == "backbone.embeddings.weight")
-    model = Language(config, device=device, dtype=dtype or READABLE[stored[embedding].dtype])
-    if dtype is None:
-        keep_stored_types(model, slots, stored)
-    fill(model, folder, slots, stored)
-    return model
+    return sort_tensors(folder, config, name_map(config, layout), declared, stored)
 
 
 def local_folder(source: str | Path) -> Path:
@@ -60,16 +77,6 @@ def local_folder(source: str | Path) -> Path:
             f"{str(source)!r} is a preset: sizes without weights. Train one with nautilus pretrain {source}"
         )
     return hub_folder(str(source), HUB_FILES)
-
-
-def refuse_quantised(folder: Path, document: dict) -> None:
-    declared = document.get("quantization_config") or document.get("quantization")
-    if declared or (folder / "hf_quant_config.json").exists():
-        where = "config.json" if declared else "hf_quant_config.json"
-        raise UserError(
-            f"{folder} is quantised, says its {where}; this release reads BF16, FP16 and FP32 weights only; "
-            f"load the BF16 checkpoint of the model"
-        )
 
 
 def described(document: dict, folder: Path) -> Config:
@@ -138,6 +145,18 @@ def listed(lines: list[str]) -> str:
     return "\n".join(f"  {line}" for line in lines[:SHOWN] + rest)
 
 
+def refuse_faults(folder: Path, what: str, lines: Iterable[str]) -> None:
+    if found := list(lines):
+        raise UserError(f"{folder} {what}: {len(found)} of them\n{listed(found)}\n{INSTEAD}, or copy it again")
+
+
+def main_type(found: Contents) -> torch.dtype:
+    """What to compute in: the embedding's type, or where that is in few bits the final norm's."""
+    names = {found.slots[name].parameter: name for name in found.plain}
+    name = names.get("backbone.embeddings.weight", names["backbone.norm_f.weight"])
+    return READABLE[found.plain[name].dtype]
+
+
 def keep_stored_types(model: Language, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:
     """Give each parameter the type that its tensors are stored in: some releases keep the router in float32."""
     widest: dict[str, torch.dtype] = {}
@@ -145,27 +164,65 @@ def keep_stored_types(model: Language, slots: dict[str, Slot], stored: dict[str,
         dtype, parameter = READABLE[stored[name].dtype], slots[name].parameter
         widest[parameter] = torch.promote_types(dtype, widest.get(parameter, dtype))
     for name, parameter in model.named_parameters():
-        if parameter.dtype != widest[name]:
-            parameter.data = torch.empty_like(parameter, dtype=widest[name])
+        if parameter.dtype != widest.get(name, parameter.dtype):
+            parameter.data = torch.empty(parameter.shape, dtype=widest[name], device=parameter.device)
 
 
-def fill(model: Language, folder: Path, slots: dict[str, Slot], stored: dict[str, Stored]) -> None:
-    """Copy every tensor to its place. NaN or infinite numbers are an error that names the tensors."""
-    places = model.state_dict()
-    broken, head = [], None
-    for name, tensor in read_tensors(stored):
-        if not torch.isfinite(tensor).all():
-            broken.append(f"{name} in {stored[name].file.name}")
+def fill(model: Language, found: Contents, held: dict[Place, Held], device) -> None:
+    """Give every place its tensor. NaN or infinite numbers are an error that names the tensors."""
+    places, mixed = model.state_dict(), {parameter for parameter, expert in held if expert is not None}
+    ready: dict[str, Tensor] = {}
+    broken, head = [], held.pop(REPEATED).matrix if found.config.tied and REPEATED in held else None
+    for name, tensor in read_tensors(found.plain):
+        slot, like = found.slots[name], places[found.slots[name].parameter]
+        if not finite(tensor):
+            broken.append(f"{name} in {found.plain[name].file.name}")
         if name == "lm_head.weight" and model.config.tied:
             head = tensor
+        elif slot.expert is None:
+            ready[slot.parameter] = tensor.to(device, like.dtype)
+        elif slot.parameter in mixed:
+            held[slot.parameter, slot.expert] = Held(tensor.to(device, like.dtype))
         else:
-            place_of(slots[name], places).copy_(tensor)
+            if slot.parameter not in ready:
+                ready[slot.parameter] = torch.empty(like.shape, dtype=like.dtype, device=device)
+            ready[slot.parameter][slot.expert].copy_(tensor)
+    refuse_broken(found.folder, broken)
+    put(model, held)
+    model.load_state_dict(ready, assign=True)
+    for mixer in model.experts_mixers().values():
+        mixer.load_E = torch.zeros(mixer.load_E.shape, device=device)
+    refuse_another_head(found.folder, model, head)
+    put_cache_scales(model, found)
+
+
+def put_cache_scales(model: Language, found: Contents) -> None:
+    for name, tensor in read_tensors(found.kv_scales):
+        try:
+            put_scale(model, mixer_of(name, found.slots) or "", name.rpartition(".")[2], tensor.float().item())
+        except ValueError as bad:
+            raise UserError(f"{name} in {found.kv_scales[name].file}: {bad}") from bad
+
+
+def finite(tensor: Tensor) -> bool:
+    """In one pass at the speed of memory: the smallest and the largest number tell of NaN too."""
+    return tensor.numel() == 0 or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
+
+
+def refuse_broken(folder: Path, broken: list[str]) -> None:
     if broken:
         raise UserError(
             f"{folder} has NaN or infinite numbers in {len(broken)} tensors\n{listed(broken)}\n"
             f"the training run that wrote them diverged, or the copy is damaged; use an earlier or a fresh copy"
         )
-    if head is not None and not torch.equal(head.to(model.head_weight), model.head_weight.detach()):
+
+
+def refuse_another_head(folder: Path, model: Language, head: Tensor | Packed | None) -> None:
+    if head is None:
+        return
+    own = model.head_weight
+    dtype = torch.float32 if isinstance(own, Packed) or isinstance(head, Packed) else own.dtype
+    if not torch.equal(dense(head, dtype).to(own.device), dense(own, dtype).detach()):
         raise UserError(
             f"{folder} says tie_word_embeddings=true, but its lm_head.weight differs from its embedding; "
             f"set tie_word_embeddings to false in its config.json"

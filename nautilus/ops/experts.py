@@ -11,9 +11,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.experts import experts_native, experts_refuse
+from nautilus.ops.cpu.quant import experts_packed, experts_packed_refuse
 from nautilus.ops.cpu.route import route_native, route_refuses
 from nautilus.ops.dispatch import Impl, choose
+from nautilus.ops.formats import Packed, dense
 from nautilus.ops.shapes import checked
+
+# Stacked, or one matrix for each expert: in few bits every one lies where its file has it.
+Matrices = Tensor | tuple[Tensor | Packed, ...]
 
 
 @checked
@@ -70,31 +75,27 @@ def experts(
     x_RX: Tensor,
     index_RK: Tensor,
     weight_RK: Tensor,
-    up_EFX: Tensor,
-    down_EXF: Tensor,
-    gate_EFX: Tensor | None = None,
+    up_EFX: Matrices,
+    down_EXF: Matrices,
+    gate_EFX: Matrices | None = None,
 ) -> Tensor:
     """sum over the K chosen experts of weight * down(activation(up x)); accumulated in float32, shape (R, X).
 
-    The matrices may be wider than x (float32 masters): they are rounded to x's dtype where they are used.
+    The matrices may be wider than x (float32 masters): they are rounded to x's dtype where they are used. Those of
+    chosen experts only are decoded where they are in few bits; the gradient then reaches x and the weights only.
     """
     tensors = x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX
     return choose("experts", EXPERTS_IMPLS, *tensors)(*tensors)
 
 
-def rounded(matrix: Tensor | None, x_RX: Tensor) -> Tensor | None:
-    return None if matrix is None else matrix.to(x_RX.dtype)
-
-
 def experts_reference(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """One expert after another over the tokens that chose it."""
-    up_EFX, down_EXF, gate_EFX = up_EFX.to(x_RX.dtype), down_EXF.to(x_RX.dtype), rounded(gate_EFX, x_RX)
     out = weight_RK.new_zeros(x_RX.shape)
-    for e in range(up_EFX.shape[0]):
+    for e in range(len(up_EFX)):
         token, slot = (index_RK == e).nonzero(as_tuple=True)
         x = x_RX[token]
-        gate = None if gate_EFX is None else x @ gate_EFX[e].T
-        y = activate(x @ up_EFX[e].T, gate) @ down_EXF[e].T
+        gate = None if gate_EFX is None else x @ dense(gate_EFX[e], x.dtype).T
+        y = activate(x @ dense(up_EFX[e], x.dtype).T, gate) @ dense(down_EXF[e], x.dtype).T
         out = out.index_add(0, token, y.to(out.dtype) * weight_RK[token, slot, None])
     return out.to(x_RX.dtype)
 
@@ -132,9 +133,24 @@ def sort_pairs(index_RK: Tensor, weight_RK: Tensor, experts: int, multiple: int)
 def experts_sorted(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """Pairs sorted by expert, one matmul per expert and matrix on contiguous rows."""
     multiple = 32 if x_RX.dtype == torch.bfloat16 and x_RX.device.type == "cpu" and len(x_RX) > 64 else 1
-    up_EFX, down_EXF, gate_EFX = up_EFX.to(x_RX.dtype), down_EXF.to(x_RX.dtype), rounded(gate_EFX, x_RX)
-    pairs = sort_pairs(index_RK, weight_RK, up_EFX.shape[0], multiple)
-    return SortedExperts.apply(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs)
+    pairs = sort_pairs(index_RK, weight_RK, len(up_EFX), multiple)
+    if any(isinstance(matrices, tuple) for matrices in (up_EFX, down_EXF, gate_EFX)):
+        return experts_decoded(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs)
+    matrices = (None if matrix is None else matrix.to(x_RX.dtype) for matrix in (up_EFX, down_EXF, gate_EFX))
+    return SortedExperts.apply(x_RX, weight_RK, *matrices, pairs)
+
+
+def experts_decoded(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs: Pairs) -> Tensor:
+    """The same products in the same order; one expert's matrix is decoded at a time."""
+
+    def product(rows: Tensor, matrices: Matrices) -> Tensor:
+        parts = [rows[span] @ dense(matrices[e], rows.dtype).T for e, span in spans(pairs.counts)]
+        return torch.cat(parts) if parts else rows.new_empty(0, matrices[0].shape[0])
+
+    x_ZX = x_RX[pairs.token_Z]
+    gate_ZF = None if gate_EFX is None else product(x_ZX, gate_EFX)
+    y_ZX = product(activate(product(x_ZX, up_EFX), gate_ZF), down_EXF)
+    return combine(y_ZX, pairs.place_RK, weight_RK).to(x_RX.dtype)
 
 
 def spans(counts: list[int]):
@@ -209,13 +225,24 @@ def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
     return out
 
 
+def native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
+    function = experts_packed if isinstance(up_EFX, tuple) else experts_native
+    return function(x_RX, index_RK, weight_RK, up_EFX, down_EXF)
+
+
+def native_refuses(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
+    few = isinstance(up_EFX, tuple) or isinstance(down_EXF, tuple)
+    refuse = experts_packed_refuse if few else experts_refuse
+    return refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX)
+
+
 ROUTE_IMPLS = (
     Impl("native", route_native, route_refuses),
     Impl("torch", route_torch),
     Impl("reference", route_torch),
 )
 EXPERTS_IMPLS = (
-    Impl("native", experts_native, experts_refuse),
+    Impl("native", native, native_refuses),
     Impl("torch", experts_sorted),
     Impl("reference", experts_reference),
 )

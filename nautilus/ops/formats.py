@@ -18,6 +18,7 @@ codes of float8 decode to NaN; code 8 of E2M1 is -0. How numbers become codes is
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
@@ -70,10 +71,11 @@ def require(holds: bool, asked: str, clash: str, remedy: str) -> None:
 
 
 def known(name: str) -> Format:
+    if name in FORMATS:
+        return FORMATS[name]
     near = difflib.get_close_matches(name, FORMATS, n=3, cutoff=0.4)
     hint = f"did you mean {' or '.join(near)}?" if near else f"choose one of {', '.join(FORMATS)}"
-    require(name in FORMATS, "number format", f"there is none called {name!r}", hint)
-    return FORMATS[name]
+    raise ValueError(f"number format: there is none called {name!r}; {hint}")
 
 
 def pack(codes: Tensor) -> Tensor:
@@ -127,7 +129,7 @@ class Packed:
             require(self.format == "int4", name, "zero points are given", "only int4 has them; leave them out")
             expect(name, "zero", self.zero, torch.uint8, {tuple(self.scale.shape)})
         for part, scale in (("scale", self.scale), ("tensor_scale", self.tensor_scale)):
-            bad = 0 if scale is None else int(unusable(scale).sum())
+            bad = 0 if scale is None or usable(scale) else int(unusable(scale).sum())
             remedy = "the file is damaged, or was written by another format's rules; quantise the weight again"
             require(bad == 0, name, f"{bad} of its {part} numbers are negative, NaN or infinite", remedy)
 
@@ -146,6 +148,16 @@ class Packed:
         if self.tensor_scale is not None:
             values.mul_(self.tensor_scale.reshape(*self.shape[:-2], *matrix, 1))
         return values.flatten(-2)[..., : self.shape[-1]].to(dtype)
+
+    def rows(self, index: Tensor) -> Packed:
+        """Some rows of one matrix, in any order."""
+        scale = self.scale if self.tile == "tensor" else self.scale[index]
+        zero, shape = None if self.zero is None else self.zero[index], (len(index), *self.shape[1:])
+        return dataclasses.replace(self, shape=shape, codes=self.codes[index], scale=scale, zero=zero)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
 
     @property
     def tile(self) -> str:
@@ -169,12 +181,28 @@ def expect(name: str, part: str, tensor: Tensor | None, dtype: torch.dtype, shap
     require(fits, name, f"its {part} is {found}", remedy)
 
 
+def usable(scale: Tensor) -> bool:
+    """Whether `unusable` would find none, at the speed of memory: a large model has billions of scales."""
+    if scale.numel() == 0:
+        return True
+    if scale.dtype != torch.float32:
+        return int(scale.view(torch.uint8).max()) < (255 if scale.dtype == torch.uint8 else 127)
+    # Negative numbers, -0 included, are the negative integers; infinity and NaN the largest.
+    low, high = torch.aminmax(scale.contiguous().view(torch.int32))
+    return 0 <= int(low) and int(high) < 0x7F800000
+
+
 def unusable(scale: Tensor) -> Tensor:
     """Which scales are negative, NaN or infinite, whatever they are stored in. -0 counts as negative."""
     if scale.dtype == torch.float32:
         return ~scale.isfinite() | scale.signbit()
     # E8M0 has one NaN and no sign; E4M3 has NaN at 127, and all that has a sign above.
     return scale.view(torch.uint8) >= (255 if scale.dtype == torch.uint8 else 127)
+
+
+def dense(matrix: Tensor | Packed, dtype: torch.dtype) -> Tensor:
+    """The numbers of a matrix, however it is held."""
+    return matrix.decode(dtype) if isinstance(matrix, Packed) else matrix.to(dtype)
 
 
 # ----- as two families of checkpoints name them ----------------------------------------------------------------------

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
+from nautilus.ops.formats import Packed
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
 
@@ -23,8 +24,10 @@ def rows_for(elements: int, vocabulary: int) -> int:
 
 
 @checked
-def token_logprob(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
+def token_logprob(hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tensor) -> Tensor:
     """log softmax(hidden @ weight^T)[target], shape (R,). The backward computes the logits a second time."""
+    if isinstance(weight_VD, Packed):
+        weight_VD = weight_VD.decode(hidden_RD.dtype)
     return choose("token_logprob", LOGPROB_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R)
 
 
@@ -38,7 +41,7 @@ def token_logprob_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor
 
 
 @checked
-def weighted_nll(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_R: Tensor) -> Tensor:
+def weighted_nll(hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tensor, weight_R: Tensor) -> Tensor:
     """-sum_r weight_r log p(target_r), a scalar. Rows of weight 0 cost nothing.
 
     The gradient is taken while the logits are at hand, so each logit is computed once; use `token_logprob` where the
@@ -46,6 +49,8 @@ def weighted_nll(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_
     """
     if weight_R.requires_grad:
         raise ValueError("weighted_nll was given weights that want a gradient; use token_logprob and weigh its result")
+    if isinstance(weight_VD, Packed):
+        weight_VD = weight_VD.decode(hidden_RD.dtype)
     return choose("weighted_nll", NLL_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R, weight_R)
 
 

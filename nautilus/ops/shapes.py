@@ -22,9 +22,11 @@ def checked(function: Callable) -> Callable:
             letters = re.search(r"_([A-Z]+)$", name)
             if letters is None or value is None:
                 continue
-            if value.ndim != len(letters[1]):
-                raise ValueError(f"{function.__name__}: {name} has shape {tuple(value.shape)}")
-            for letter, size in zip(letters[1], value.shape, strict=True):
+            # A tuple stands for matrices of one shape that are not stacked.
+            shape = (len(value), *value[0].shape) if isinstance(value, tuple) else tuple(value.shape)
+            if len(shape) != len(letters[1]):
+                raise ValueError(f"{function.__name__}: {name} has shape {shape}")
+            for letter, size in zip(letters[1], shape, strict=True):
                 first, expected = sizes.setdefault(letter, (name, size))
                 if size != expected:
                     raise ValueError(f"{function.__name__}: {letter} is {expected} in {first} but {size} in {name}")

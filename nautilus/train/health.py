@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nautilus.config import Config
 from nautilus.data.batch import Batch
+from nautilus.model.layout import role
 from nautilus.train.balance import max_violation
 
 
@@ -32,20 +33,6 @@ def gradient_health(model: nn.Module, config: Config) -> dict[str, float]:
         out[f"grad_norm.{group}"] = torch.nn.utils.get_total_norm(gradients).item()
         out[f"zero_grad.{group}"] = zeros / sum(g.numel() for g in gradients)
     return out
-
-
-def role(name: str, config: Config) -> str:
-    """What a parameter is for: `backbone.layers.3.mixer.in_proj.weight` of a Mamba layer is `mamba.in_proj`."""
-    parts = name.removesuffix(".weight").split(".")
-    if "layers" not in parts:
-        return parts[-1]
-    at = parts.index("layers")
-    place, number, inner = parts[0], int(parts[at + 1]), parts[at + 2 :]
-    if inner[0] != "mixer":
-        return "mtp.join" if place == "mtp" and inner[0] != "norm" else "norm"
-    layer = (config.mtp if place == "mtp" else config.layers)[number]
-    kind = type(layer).__name__.lower()
-    return ".".join((["mtp"] if place == "mtp" else []) + [kind, *(part for part in inner[1:] if part != kind)])
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from nautilus.config import to_dict, weight_count
 from nautilus.data.batch import Batch
+from nautilus.model.held import refuse_training
 from nautilus.model.language import Language
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
@@ -67,6 +68,7 @@ def fit(
     checkpoints: save there, continue from what is there, and stop cleanly (SystemExit) on SIGINT and SIGTERM.
     over_ranks: adds a tensor up over ranks, as the gradients must be. log: is handed each step's metrics.
     """
+    refuse_training(model)
     job = Job(
         model=model,
         objective=objective if isinstance(objective, Objective) else Objective(objective),

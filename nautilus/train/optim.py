@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from nautilus.model.held import refuse_training
+
 SHAPES: dict[str, Callable[[float], float]] = {
     "minus_sqrt": lambda x: 1 - math.sqrt(x),
     "linear": lambda x: 1 - x,
@@ -88,6 +90,7 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
 
 def adamw(model: nn.Module, optim: OptimConfig) -> torch.optim.AdamW:
     """AdamW over the parameters that are trained: no weight decay on one-dimensional parameters and biases."""
+    refuse_training(model)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     if not trained:
         raise ValueError("adamw was asked to train a model whose parameters are all frozen; unfreeze some of them")

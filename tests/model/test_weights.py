@@ -490,21 +490,20 @@ def test_a_config_of_another_size_names_the_tensors(copy):
         load_model(copy)
 
 
-def test_quantised_checkpoints_are_refused_before_any_weight_is_read(copy):
-    (copy / "model.safetensors").unlink()
-    (copy / "hf_quant_config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"quantised, says its hf_quant_config\.json; .* BF16, FP16 and FP32"):
-        load_model(copy)
-    (copy / "hf_quant_config.json").unlink()
-    edit(copy, quantization_config={"quant_method": "modelopt"})
-    with pytest.raises(UserError, match=r"quantised, says its config\.json"):
-        load_model(copy)
-
-
 def test_undeclared_quantised_tensors_are_refused_by_name(copy):
+    name = "backbone.layers.0.mixer.in_proj"
+    codes = lambda tensors: tensors[f"{name}.weight"].to(torch.float8_e4m3fn)
+    rewrite(copy, lambda tensors: tensors.update({f"{name}.weight": codes(tensors)}))
+    with pytest.raises(
+        UserError, match=rf"{name} in model\.safetensors: its weight is F8_E4M3, and its weight_scale is"
+    ):
+        load_model(copy)
+
+
+def test_tensors_of_types_that_no_weight_has_are_refused_by_name(copy):
     name = "backbone.layers.0.mixer.in_proj.weight"
-    rewrite(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
-    with pytest.raises(UserError, match=rf"type: {name} is F8_E4M3; only BF16, F32, F16"):
+    rewrite(copy, lambda tensors: tensors.update({name: tensors[name].to(torch.int16)}))
+    with pytest.raises(UserError, match=rf"type: {name} is I16; only BF16, F32, F16"):
         load_model(copy)
 
 

@@ -371,6 +371,19 @@ EXPORT int nautilus_quant_experts(const QuantExperts* e, int threads) {
   return 0;
 }
 
+EXPORT int nautilus_read_all(ReadAll* r, int threads) {
+  run_pieces(
+      threads < READ_THREADS ? threads : READ_THREADS, blocks(r->count, READ_BLOCK),
+      [](void* context, int64_t block, int thread) {
+        auto* read = static_cast<ReadAll*>(context);
+        int64_t end = (block + 1) * READ_BLOCK < read->count ? (block + 1) * READ_BLOCK : read->count, sum = 0;
+        for (int64_t i = block * READ_BLOCK; i < end; i++) sum += read->memory[i];
+        read->sum[thread] += sum;
+      },
+      r);
+  return 0;
+}
+
 // Calls that were recorded, one after the other. `failed` is the first that did not return 0.
 EXPORT int nautilus_replay(Replay* r, int threads) {
   for (r->failed = 0; r->failed < r->count; r->failed++) {

@@ -204,6 +204,14 @@ struct Route {
   float* weight;        // (tokens, active)
 };
 
+// Reads memory, to see how fast that goes; `sum` is of no use but that it cannot be left out.
+struct ReadAll {
+  const int64_t* memory;
+  int64_t count;
+  int64_t sum[64];  // of the threads
+};
+enum { READ_BLOCK = 1 << 17, READ_THREADS = 64 };
+
 struct ReplayEntry {
   int (*function)(const void* arguments, int threads);
   const void* arguments;

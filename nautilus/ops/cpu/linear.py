@@ -1,26 +1,16 @@
-"""y = x W^T as one native call on a packed matrix.
-
-A matrix is packed at every use, which costs little beside many rows. Who uses the same matrices again and again without
-changing them, as generation does, says so: inside `packed_once()` each is packed once.
-"""
+"""y = x W^T as one native call on a packed matrix."""
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import ctypes
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, native, pointer, refuses
-
-# (address, shape and strides of a matrix, dtype of the activations) → the matrix, so that its address stays its own,
-# and its packed form
-Packs = dict[tuple, tuple[Tensor, Tensor]]
-_packs: contextvars.ContextVar[Packs | None] = contextvars.ContextVar("packs", default=None)
+from nautilus.ops.cpu.memory import roomy
+from nautilus.ops.cpu.packs import packed_form
 
 
 class Pack(ctypes.Structure):
@@ -44,7 +34,9 @@ def linear_native(
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
         y = Native.apply(x.to(torch.float32) if exact else x, weight_OI, wide)
         return y.relu().square() if squared_relu else y  # type: ignore[union-attr]
-    packed = packed_form(weight_OI, torch.float32 if exact else x.dtype)
+    dtype = torch.float32 if exact else x.dtype
+    key = weight_OI.data_ptr(), weight_OI.shape, weight_OI.stride(), dtype
+    packed = packed_form(key, weight_OI, lambda kept: pack(weight_OI, dtype, kept=kept))
     return forward(x, packed, len(weight_OI), exact, wide, squared_relu)
 
 
@@ -56,34 +48,15 @@ def linear_refuses(x: Tensor, weight_OI: Tensor, *, exact=False, wide=False, squ
     return refuses(x, weight_OI)
 
 
-@contextlib.contextmanager
-def packed_once(packs: Packs) -> Iterator[None]:
-    """Matrices that are used inside are packed once and kept in `packs`; they must not change as long as it is used."""
-    before = _packs.set(packs)
-    try:
-        yield
-    finally:
-        _packs.reset(before)
-
-
-def packed_form(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    packs = _packs.get()
-    if packs is None:
-        return pack(weight_OI, dtype)
-    key = weight_OI.data_ptr(), weight_OI.shape, weight_OI.stride(), dtype
-    if key not in packs:
-        packs[key] = weight_OI, pack(weight_OI, dtype)
-    return packs[key][1]
-
-
-def pack(weight_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """The matrix laid out for activations of this dtype, as bytes."""
+def pack(weight_OI: Tensor, dtype: torch.dtype, *, kept: bool = False) -> Tensor:
+    """The matrix laid out for activations of this dtype, as bytes, which are `kept` for many uses or not."""
     functions = native().functions
     assert functions is not None
     outputs, inputs = weight_OI.shape
     weight = weight_OI.detach().contiguous()
     sizes = inputs, outputs, dtype == torch.bfloat16, weight.dtype == torch.bfloat16
-    packed = torch.empty(functions.nautilus_linear_packed_size(ctypes.byref(Pack(*sizes))), dtype=torch.uint8)
+    size = functions.nautilus_linear_packed_size(ctypes.byref(Pack(*sizes)))
+    packed = (roomy if kept else torch.empty)(size, dtype=torch.uint8)
     call("nautilus_linear_pack", Pack(*sizes, pointer(weight), pointer(packed)))
     return packed
 

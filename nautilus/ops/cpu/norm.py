@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, pointer, refuses
+from nautilus.ops.formats import Packed
 
 BLOCK = 128  # NORM_BLOCK of kernels.h
 
@@ -61,7 +62,9 @@ def embed_native(index: Tensor, table_VD: Tensor, dtype: torch.dtype) -> Tensor:
     return y
 
 
-def embed_refuses(index: Tensor, table_VD: Tensor, dtype: torch.dtype) -> str | None:
+def embed_refuses(index: Tensor, table_VD: Tensor | Packed, dtype: torch.dtype) -> str | None:
+    if isinstance(table_VD, Packed):
+        return f"the table is in {table_VD.format}"
     if torch.is_grad_enabled() and table_VD.requires_grad:
         return "a gradient is asked for"
     if index.dtype != torch.int64 or dtype not in (torch.float32, torch.bfloat16):

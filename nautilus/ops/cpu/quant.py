@@ -18,6 +18,8 @@ from torch import Tensor
 from nautilus.ops.cpu.experts import Forward as Pairs
 from nautilus.ops.cpu.experts import Sizes, index_refuses
 from nautilus.ops.cpu.library import call, native, pointer, refuses
+from nautilus.ops.cpu.memory import roomy
+from nautilus.ops.cpu.packs import packed_form
 from nautilus.ops.formats import Packed, columns
 
 NUMBERS = {"nvfp4": 0, "mxfp4": 1, "int4": 2, "int8": 3, "fp8_e4m3": 4}  # QuantFormat of kernels.h
@@ -74,6 +76,11 @@ def repack_refuses(matrices: Sequence[Packed]) -> str | None:
     return native().reason if native().functions is None else None
 
 
+def repacked_form(matrices: Packed | tuple[Packed, ...]) -> Repacked:
+    """Repacked once where that is said; see `packs.py`."""
+    return packed_form(("repacked", id(matrices)), matrices, lambda kept: repacked(matrices))
+
+
 def repacked(matrices: Packed | Sequence[Packed]) -> Repacked:
     """From the released layout, one matrix or the matrices of all experts. ValueError where `repack_refuses`."""
     matrices = [matrices] if isinstance(matrices, Packed) else matrices
@@ -88,9 +95,8 @@ def repacked(matrices: Packed | Sequence[Packed]) -> Repacked:
     scales = ctypes.c_int64()
     codes = functions.nautilus_quant_sizes(ctypes.byref(Matrix(1, *sizes)), ctypes.byref(scales))
     kind = torch.uint8 if first.format in ("nvfp4", "mxfp4") else torch.float32
-    to_codes = torch.empty(len(matrices), codes, dtype=torch.uint8)
-    to_scale = torch.empty(len(matrices), scales.value, dtype=kind)
-    to_zero = None if first.zero is None else torch.empty(len(matrices), scales.value, dtype=torch.int32)
+    to_codes, to_scale = roomy(len(matrices), codes), roomy(len(matrices), scales.value, dtype=kind)
+    to_zero = None if first.zero is None else roomy(len(matrices), scales.value, dtype=torch.int32)
     for i, matrix in enumerate(matrices):
         to = Matrix(1, *sizes, *map(pointer, (to_codes[i], to_scale[i], None if to_zero is None else to_zero[i])))
         scale = matrix.scale if matrix.tile != "tensor" else matrix.scale.expand(outputs)
@@ -124,6 +130,19 @@ def linear_quant(x: Tensor, matrix: Repacked, *, wide: bool = False, squared_rel
     return y
 
 
+def linear_packed(x: Tensor, weight_OI: Packed, *, exact=False, wide=False, squared_relu=False) -> Tensor:
+    """See `ops/linear.py`."""
+    return linear_quant(x, repacked_form(weight_OI), wide=wide, squared_relu=squared_relu)
+
+
+def linear_packed_refuses(x: Tensor, weight_OI: Packed, *, exact=False, wide=False, squared_relu=False) -> str | None:
+    if exact or (torch.is_grad_enabled() and x.requires_grad):
+        return f"a product with {weight_OI.format} has no gradient and rounds its activations"
+    if x.shape[-1:] != weight_OI.shape[1:] or x.dtype != torch.bfloat16:
+        return f"a matrix of shape {weight_OI.shape} cannot take {x.shape[-1]} inputs in {x.dtype}"
+    return repack_refuses([weight_OI]) or refuses(x)
+
+
 def experts_quant_refuse(x_RX, index_RK, weight_RK, up: Repacked, down: Repacked) -> str | None:
     (rows, width), hidden = x_RX.shape, up.outputs
     shapes = (up.inputs, down.inputs, down.outputs, down.count)
@@ -143,3 +162,32 @@ def experts_quant(x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor, up: Repacke
     pairs = Pairs(sizes, *map(pointer, (x_RX, index_RK, weight_RK, None, None, out)))
     call("nautilus_quant_experts", Experts(pairs, up.record, down.record))
     return out
+
+
+def experts_packed(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
+    """See `ops/experts.py`."""
+    return experts_quant(x_RX, index_RK, weight_RK, repacked_form(up_EFX), repacked_form(down_EXF))
+
+
+def experts_packed_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
+    if gate_EFX is not None or not (isinstance(up_EFX, tuple) and isinstance(down_EXF, tuple)):
+        return "the experts are gated, or one of their matrices is in few bits and the other is not"
+    kinds = kind_refuses(up_EFX) or kind_refuses(down_EXF)
+    if kinds is not None:
+        return kinds
+    if (torch.is_grad_enabled() and x_RX.requires_grad) or x_RX.dtype != torch.bfloat16:
+        return f"experts in {up_EFX[0].format} have no gradient and take bf16, not {x_RX.dtype}"
+    (hidden, width), down = up_EFX[0].shape, down_EXF[0].shape
+    if (width, hidden) != down or x_RX.shape[1] != width or len(up_EFX) != len(down_EXF):
+        return "the shapes of its matrices do not fit together"
+    return index_refuses(len(x_RX), index_RK, weight_RK) or refuses(x_RX, weight_RK)
+
+
+def kind_refuses(matrices: tuple) -> str | None:
+    """Whether the matrices of all experts go together; looked at once where they are packed once."""
+
+    def why(kept: bool) -> str | None:
+        some = sum(not isinstance(matrix, Packed) for matrix in matrices)
+        return f"{some} of {len(matrices)} matrices are not in few bits" if some else repack_refuses(matrices)
+
+    return packed_form(("kinds", id(matrices)), matrices, why)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from nautilus.ops.cpu.linear import linear_native, linear_refuses, packed_once
+from nautilus.ops.cpu.linear import linear_native, linear_refuses
+from nautilus.ops.cpu.packs import packed_once
 from nautilus.ops.linear import linear_torch
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from nautilus.ops.cpu.linear import packed_once
+from nautilus.ops.cpu.packs import packed_once
 from nautilus.ops.cpu.tape import CannotRecord, record
 from nautilus.ops.linear import linear
 from nautilus.ops.norm import rms_norm
