@@ -16,6 +16,7 @@ from torch import Tensor
 from nautilus.config import Attention, Config, Mamba
 from nautilus.ops.pages import Pool, Rows, new_pool
 from nautilus.ops.ssd import wide
+from nautilus.ops.state_format import EXACT, StateFormat, Stored, decode, encode
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,7 +31,35 @@ class MambaSlots:
         self.ssm_SHNP[slot].zero_()
 
 
-Memory = tuple[MambaSlots | Pool | None, ...]  # an entry for each layer; None for layers that remember nothing
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RestingSlots:
+    """As MambaSlots, with the states in a format of fewer bits while they rest."""
+
+    tail_SRC: Tensor
+    ssm: Stored
+    format: StateFormat
+    layer: int
+
+    def clear(self, slot: int) -> None:
+        self.tail_SRC[slot].zero_()
+        for part in self.ssm.tensors:
+            part[slot].zero_()
+
+    def wake(self, slot_B: Tensor) -> MambaSlots:
+        """The states of some slots in full precision, numbered anew."""
+        ssm = decode(self.ssm.rows(slot_B)).mT.contiguous()
+        return MambaSlots(tail_SRC=self.tail_SRC[slot_B], ssm_SHNP=ssm)
+
+    def rest(self, slot_B: Tensor, awake: MambaSlots, position_B: Tensor) -> None:
+        """Put them back after the token at `position_B`."""
+        stored = encode(awake.ssm_SHNP.mT, self.format, layer=self.layer, position_B=position_B)
+        for mine, part in zip((self.tail_SRC, *self.ssm.tensors), (awake.tail_SRC, *stored.tensors), strict=True):
+            mine[slot_B] = part
+
+
+Memory = tuple[
+    MambaSlots | RestingSlots | Pool | None, ...
+]  # an entry for each layer; None for layers that remember nothing
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,17 +80,20 @@ class Lanes:
 
 def new_memory(
     config: Config, *, slots: int, pages: int, dtype: torch.dtype, cache: str = "", device=None,
-    scales: dict[int, tuple[float, float]] | None = None,
+    scales: dict[int, tuple[float, float]] | None = None, state: StateFormat = EXACT,
 ) -> Memory:  # fmt: skip
     """Room for so many states and pages of every layer. `cache` is the format of keys and values: bf16, fp8, int8, f32,
-    or as the activations when empty; `scales` the k and v scale of a layer, for fp8."""
+    or as the activations when empty; `scales` the k and v scale of a layer, for fp8; `state` how states rest."""
     cache = cache or {torch.bfloat16: "bf16", torch.float64: "f64"}.get(dtype, "f32")
 
-    def room(index: int, layer) -> MambaSlots | Pool | None:
+    def room(index: int, layer) -> MambaSlots | RestingSlots | Pool | None:
         if isinstance(layer, Mamba):
-            state = torch.zeros(slots, layer.heads, layer.state, layer.head_width, dtype=wide(dtype), device=device)
+            ssm = torch.zeros(slots, layer.heads, layer.state, layer.head_width, dtype=wide(dtype), device=device)
             tail = torch.zeros(slots, layer.taps - 1, layer.conv_width, dtype=dtype, device=device)
-            return MambaSlots(tail_SRC=tail, ssm_SHNP=state)
+            if state.lossless:
+                return MambaSlots(tail_SRC=tail, ssm_SHNP=ssm)
+            resting = encode(ssm.mT, state, layer=index, position_B=torch.zeros(1, dtype=torch.int64, device=device))
+            return RestingSlots(tail_SRC=tail, ssm=resting, format=state, layer=index)
         if isinstance(layer, Attention):
             k_scale, v_scale = (scales or {}).get(index, (1.0, 1.0))
             return new_pool(

@@ -7,6 +7,7 @@ D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing
 from nautilus.model.attention import AttentionMixer
 from nautilus.model.initialise import initialise
-from nautilus.model.lanes import Lanes, MambaSlots
+from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots
 from nautilus.model.linear import Linear as LinearMap
 from nautilus.model.linear import Matrix
 from nautilus.model.mamba import MambaMixer
@@ -26,11 +27,13 @@ from nautilus.model.mtp import MtpBlock
 from nautilus.model.norm import RmsNorm
 from nautilus.model.quantised import Quantisation
 from nautilus.model.save import save_model
-from nautilus.model.state import Cache, MambaState, Span, State, advance, place
+from nautilus.model.state import Cache, MambaState, Span, State, StoredMamba, advance, place
 from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
 from nautilus.ops.residual import add, embed
+from nautilus.ops.ssd import wide
+from nautilus.ops.state_format import EXACT, StateFormat
 
 Tap = Callable[[int, Tensor], None]
 
@@ -65,6 +68,19 @@ class Block(nn.Module):
             return hidden_BTD, None
         mixed, state = self.mixer(self.norm(hidden_BTD), span, state)
         return add(hidden_BTD, mixed), state
+
+    def remembering(self, hidden_BTD: Tensor, span: Span, past):
+        """The block's call where the past may be stored in a format that it is not computed in."""
+        if isinstance(past, StoredMamba):
+            return self(hidden_BTD, span, past.opened(wide(hidden_BTD.dtype)))
+        if not isinstance(past, RestingSlots) or span.lanes is None:
+            return self(hidden_BTD, span, past)
+        slot_B = span.lanes.slot_B.long()
+        lanes = replace(span.lanes, slot_B=torch.arange(len(slot_B), dtype=torch.int32, device=slot_B.device))
+        awake = past.wake(slot_B)
+        hidden_BTD, _ = self(hidden_BTD, replace(span, lanes=lanes), awake)
+        past.rest(slot_B, awake, lanes.rows.length - 1)
+        return hidden_BTD, past
 
 
 class Embedding(Matrix):
@@ -121,7 +137,7 @@ class Language(nn.Module):
     @overload
     def hidden(
         self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: State | None = None,
-        document_BT: Tensor | None = None, taps: Sequence[Tap] = (),
+        document_BT: Tensor | None = None, taps: Sequence[Tap] = (), state_format: StateFormat = EXACT,
     ) -> tuple[Tensor, State]: ...  # fmt: skip
 
     def hidden(
@@ -132,12 +148,15 @@ class Language(nn.Module):
         state: State | Lanes | None = None,
         document_BT: Tensor | None = None,
         taps: Sequence[Tap] = (),
+        state_format: StateFormat = EXACT,
     ) -> tuple[Tensor, State | Lanes]:
         """Hidden states after the final norm, and the state to continue from.
 
         Give tokens or embeddings. Neighbouring tokens with equal `document_BT` numbers see each other, across calls
         too; a change of number starts afresh. Left padding is a document of its own before the text's. Each tap is
-        called as tap(layer index, residual_BTD) after each layer. A State passed in stays valid; Lanes change in place.
+        called as tap(layer index, residual_BTD) after each layer. A State passed in stays valid, whatever format it
+        was stored in; `state_format` is how the recurrent part of the one handed back is stored, once, after the last
+        token. Lanes change in place, in the format that their memory has.
         """
         if (tokens_BT is None) == (embeds_BTD is None):
             raise ValueError("hidden() takes either tokens_BT or embeds_BTD, and exactly one of the two")
@@ -148,7 +167,9 @@ class Language(nn.Module):
         span = place(state, document_BT, batch, time, x.device)
         remembered = []
         for index, block in enumerate(self.backbone.layers):
-            x, kept = block(x, span, None if state is None else state.layers[index])
+            x, kept = block.remembering(x, span, None if state is None else state.layers[index])
+            if isinstance(kept, MambaState) and not state_format.lossless:
+                kept = kept.stored(state_format, layer=index, span=span)
             remembered.append(kept)
             for tap in taps:
                 tap(index, x)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nautilus.model.lanes import Lanes
+from nautilus.ops.state_format import StateFormat, Stored, decode, encode
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,32 @@ class MambaState:
     def rows(self, index: Tensor) -> MambaState:
         return MambaState(self.tail_BRC[index], self.ssm_BHPN[index])
 
+    def stored(self, format: StateFormat, *, layer: int, span: Span) -> StoredMamba:
+        last_B = span.rotary_BT[:, -1]
+        return StoredMamba(self.tail_BRC, encode(self.ssm_BHPN, format, layer=layer, position_B=last_B))
+
+
+@dataclass(frozen=True)
+class StoredMamba:
+    """A MambaState at rest, its state in a StateFormat."""
+
+    tail_BRC: Tensor
+    ssm: Stored
+
+    def rows(self, index: Tensor) -> StoredMamba:
+        return StoredMamba(self.tail_BRC[index], self.ssm.rows(index))
+
+    def opened(self, dtype: torch.dtype) -> MambaState:
+        return MambaState(self.tail_BRC, decode(self.ssm).to(dtype))
+
 
 @dataclass(frozen=True)
 class State:
-    """`layers` holds one entry per layer: a Cache, a MambaState, or None for layers that remember nothing."""
+    """`layers` holds one entry per layer: a Cache, a MambaState, or None for layers that remember nothing. Where a
+    StateFormat was asked for, a StoredMamba stands for each MambaState."""
 
     length: int
-    layers: tuple[Cache | MambaState | None, ...]
+    layers: tuple[Cache | MambaState | StoredMamba | None, ...]
     first_B: Tensor | None = None
     document_B: Tensor | None = None
 

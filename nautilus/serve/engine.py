@@ -22,6 +22,7 @@ from nautilus.data.tokenizer import TextStream, Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
+from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
 from nautilus.serve.memory import Berth, Berths, point
@@ -100,6 +101,9 @@ class Engine:
     requests that run together; chunk: most tokens of a prompt that are read at a time; cache: the format of keys and
     values (bf16, fp8, int8, f32; as the activations when empty). `rows` and `chunk` bound memory and do not change
     results beyond rounding; on native kernels they change no bit.
+
+    state: how recurrent states are stored between tokens, a name of `ops/state_format.py`; state_seed: of the random
+    bits of formats that round stochastically. A state is rounded once after the prompt, then after every token.
     """
 
     def __init__(
@@ -111,6 +115,8 @@ class Engine:
         rows: int = 32,
         chunk: int = 512,
         cache: str = "",
+        state: str = "fp32",
+        state_seed: int = 0,
     ):
         positions = model.config.positions
         self.max_tokens = positions if max_tokens is None else max_tokens
@@ -122,7 +128,8 @@ class Engine:
         if rows < 1 or chunk < 1:
             raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be at least 1")
         self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
-        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache)
+        stored = StateFormat(name=state, seed=state_seed)
+        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache, state=stored)
         self.packs: Packs = {}
         self.steps: dict[int, Step] = {}
 
@@ -232,13 +239,14 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int], berth: Berth) -> Tensor:
         """The logits (1, V) after these tokens, which the berth then holds."""
-        lanes = self.berths.lanes(1)
+        lanes = self.berths.waking(berth)
         with self.computing():
             for low in range(0, len(tokens), self.chunk):
                 part_BT = torch.tensor([tokens[low : low + self.chunk]], device=self.berths.device)
                 point(lanes, [berth], part_BT.shape[1])
                 hidden_BTD, _ = self.model.hidden(part_BT, state=lanes)
                 berth.length += part_BT.shape[1]
+            self.berths.rest(berth, lanes)
             return self.model.head(hidden_BTD[:, -1:])[:, 0]
 
     @torch.inference_mode()
@@ -248,6 +256,7 @@ class Engine:
         if len(active) not in self.steps:
             self.steps[len(active)] = Step(self, len(active))
         step = self.steps[len(active)]
+        step.lanes.slot_B.copy_(torch.tensor([berth.slot for berth in berths]))
         point(step.lanes, berths, 1)
         step.tokens_BT.copy_(torch.tensor([request.tokens[-1:] for request, _ in active]))
         logits_BV = step.run()

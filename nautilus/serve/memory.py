@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from nautilus.model.lanes import Lanes, MambaSlots, bytes_per_token, new_memory
+from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory
 from nautilus.model.language import Language
 from nautilus.ops.pages import PAGE, Rows
+from nautilus.ops.state_format import EXACT, StateFormat
 
 SHARE = 0.25  # of the machine's memory that keys and values may take
 
@@ -31,7 +32,7 @@ class Berth:
 class Berths:
     """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each."""
 
-    def __init__(self, model: Language, *, rows: int, max_tokens: int, cache: str = ""):
+    def __init__(self, model: Language, *, rows: int, max_tokens: int, cache: str = "", state: StateFormat = EXACT):
         config, device = model.config, model.head_weight.device
         pages = pages_for(max_tokens)
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
@@ -39,7 +40,14 @@ class Berths:
         self.most = pages
         count = max(pages, min(rows * pages, affordable))
         self.layers = new_memory(
-            config, slots=rows, pages=count, dtype=model.compute, cache=cache, device=device, scales=model.cache_scales
+            config,
+            slots=rows,
+            pages=count,
+            dtype=model.compute,
+            cache=cache,
+            device=device,
+            scales=model.cache_scales,
+            state=state,
         )
         self.device, self.slots, self.pages = device, list(range(rows)), list(range(count))
 
@@ -50,7 +58,7 @@ class Berths:
             return None
         berth = Berth(slot=self.slots.pop(), pages=[self.pages.pop() for _ in range(need)])
         for layer in self.layers:
-            if isinstance(layer, MambaSlots):
+            if isinstance(layer, MambaSlots | RestingSlots):
                 layer.clear(berth.slot)
         return berth
 
@@ -58,8 +66,22 @@ class Berths:
         self.slots.append(berth.slot)
         self.pages += berth.pages
 
+    def waking(self, berth: Berth) -> Lanes:
+        """For the calls that read one prompt: between them its states are not rounded, however they rest later."""
+        slot_B = torch.tensor([berth.slot], device=self.device)
+        layers = tuple(part.wake(slot_B) if isinstance(part, RestingSlots) else part for part in self.layers)
+        awake = any(isinstance(part, RestingSlots) for part in self.layers)
+        return replace(self.lanes(1), layers=layers, slot_B=torch.zeros_like(slot_B.int()) if awake else slot_B.int())
+
+    def rest(self, berth: Berth, lanes: Lanes) -> None:
+        """After the last of them."""
+        slot_B, last_B = (torch.tensor([number], device=self.device) for number in (berth.slot, berth.length - 1))
+        for part, awake in zip(self.layers, lanes.layers, strict=True):
+            if isinstance(part, RestingSlots) and isinstance(awake, MambaSlots):
+                part.rest(slot_B, awake, last_B)
+
     def lanes(self, rows: int) -> Lanes:
-        """For calls of so many rows, to be filled by `point`."""
+        """For calls of so many rows, to be told their slots, and the rest by `point`."""
         ints = lambda *shape: torch.zeros(*shape, dtype=torch.int32, device=self.device)  # noqa: E731
         return Lanes(
             layers=self.layers,
@@ -69,9 +91,8 @@ class Berths:
 
 
 def point(lanes: Lanes, berths: Sequence[Berth], time: int) -> None:
-    """Let a call of `time` new tokens for each row work on these berths."""
+    """Let a call of `time` new tokens for each row work on these berths; which slots it uses has been said."""
     ints = lambda values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
-    lanes.slot_B.copy_(ints([berth.slot for berth in berths]))
     lanes.rows.begin.copy_(ints(range(0, time * len(berths) + 1, time)))
     lanes.rows.length.copy_(ints([berth.length + time for berth in berths]))
     for row, berth in enumerate(berths):

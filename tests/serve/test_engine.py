@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from tokenizers.processors import TemplateProcessing
 
+from nautilus.config import Config, Experts, Mamba, lay
 from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
 from nautilus.serve import Engine, Sampling
 
@@ -231,6 +233,52 @@ def test_a_bad_limit_is_refused_with_its_name_and_its_value(limits):
 def test_a_list_of_samplings_must_fit_the_prompts():
     with pytest.raises(ValueError, match="2 prompts .* 1 samplings"):
         Engine(MODEL, TOKENIZER).generate([[1], [2]], [GREEDY])
+
+
+# ----- the state between tokens ---------------------------------------------------------------------------------------
+
+
+def sharp_mamba():
+    """Layers whose rows have the same bits alone and in any batch, in float32."""
+    layers = lay("MEM", Mamba(heads=4, head_width=12, state=6, groups=2), Experts(experts=6, active=2, hidden=10))
+    model = Language(Config(vocab=VOCAB, width=20, layers=layers, eos=())).initialise(3)
+    model.head_weight.data *= 12
+    return model.eval()
+
+
+NATIVE = sharp_mamba()
+
+
+@pytest.mark.skipif(native().functions is None, reason="torch adds in another order in another batch")
+@settings(max_examples=15, deadline=None)
+@given(
+    prompts=prompts, chunk=st.integers(1, 30), state=st.sampled_from(["fp16_sr", "int8_sr", "int8_ef", "fp8"]),
+    sampling=samplings,
+)  # fmt: skip
+def test_a_stored_state_gives_the_same_log_probs_in_any_batch_and_in_any_chunks(prompts, chunk, state, sampling):
+    """Bit for bit: rounding does not feel the other rows, nor where the prompt was cut."""
+    together = Engine(NATIVE, UNENDING, chunk=chunk, state=state, state_seed=3).generate(prompts, sampling)
+    for prompt, completion in zip(prompts, together, strict=True):
+        assert Engine(NATIVE, UNENDING, state=state, state_seed=3).generate([prompt], sampling) == [completion]
+
+
+def test_the_format_and_the_seed_of_the_state_are_felt_and_fp32_is_what_there_was():
+    ways = {"plain": {}, "fp32": {"state": "fp32", "state_seed": 9}, "half": {"state": "fp16_sr"}}
+    ways |= {"other seed": {"state": "fp16_sr", "state_seed": 1}, "int8": {"state": "int8"}}
+    ways["int8, other seed"] = {"state": "int8", "state_seed": 1}
+    found = {}
+    for name, how in ways.items():
+        found[name] = Engine(NATIVE, UNENDING, **how).generate([[1, 5, 7]], Sampling(max_tokens=30))[0].logprobs
+    assert found["plain"] == found["fp32"] and found["int8"] == found["int8, other seed"]
+    assert len({*found.values()}) == 4
+    assert found["half"][0] == found["plain"][0], "the first token comes from the prompt, which is read unrounded"
+
+
+def test_an_unknown_state_format_is_refused_with_a_suggestion():
+    with pytest.raises(ValueError, match=r"called 'fp16-sr'; did you mean fp16_sr"):
+        Engine(MODEL, TOKENIZER, state="fp16-sr")
+    with pytest.raises(ValueError, match=r"seed is -1; choose"):
+        Engine(MODEL, TOKENIZER, state="fp16_sr", state_seed=-1)
 
 
 MESSAGES = [{"role": "user", "content": "a b"}]

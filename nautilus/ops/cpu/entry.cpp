@@ -108,7 +108,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 11; }
+EXPORT int nautilus_interface() { return 12; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -133,8 +133,10 @@ EXPORT int nautilus_choose(int index) {
 
 EXPORT void nautilus_borrow_team(void* parallel, void* thread_number) { borrow_team(parallel, thread_number); }
 
-// 0, or 1 when there is no memory for scratch.
+// 0, 1 when there is no memory for scratch, or 2 for a slot that does not exist.
 EXPORT int nautilus_mamba_forward(const MambaForward* f, int threads) {
+  for (int64_t row = 0; f->slot && row < f->sizes.rows; row++)
+    if (f->slot[row] < 0 || f->slot[row] >= f->slots) return 2;
   return share_out(
       [](void* context, int64_t item, int thread) {
         auto* call = static_cast<Call*>(context);

@@ -31,6 +31,7 @@ struct MambaForward {
   float* last_state;           // (B, H, N, P)
   float* y;                    // (B, T, I): the scan's output, kept for the backward
   float* borders;              // (B, chunks, H, N, P): the state before each chunk, kept for the backward
+  int64_t slots;               // how many there are
 };
 
 // What the backward reads beside the forward's record, and the gradients it writes. Those of parameters are apart for

@@ -31,7 +31,7 @@ class Sizes(ctypes.Structure):
 
 
 class Forward(ctypes.Structure):
-    _fields_ = [("sizes", Sizes), *((name, ctypes.c_void_p) for name in FORWARD)]
+    _fields_ = [("sizes", Sizes), *((name, ctypes.c_void_p) for name in FORWARD), ("slots", ctypes.c_int64)]
 
 
 class Backward(ctypes.Structure):
@@ -122,7 +122,7 @@ def run(
     output = new(s.rows, s.time, s.heads * s.head_width)
     y = torch.empty_like(output, dtype=torch.float32) if keep else None
     borders = last.new_empty(s.rows, -(-s.time // CHUNK), *last.shape[1:]) if keep else None
-    call("nautilus_mamba_forward", Forward(sizes, *map(pointer, (*inputs, output, tail, last, y, borders))))
+    call("nautilus_mamba_forward", Forward(sizes, *map(pointer, (*inputs, output, tail, last, y, borders)), len(last)))
     return output, y, borders
 
 

@@ -249,6 +249,10 @@ def test_slots_that_do_not_fit_are_refused(built):
     pools["slot_B"] = torch.zeros(2, dtype=torch.int32)
     refuses = lambda **changed: slots_refuse(*list(t.values())[:-2], *(pools | changed).values(), groups=2, eps=EPS)
     assert refuses() is None
+    for strange in (5, -1):
+        with pytest.raises(IndexError):
+            wrong = torch.tensor([0, strange], dtype=torch.int32)
+            slots_native(*list(t.values())[:-2], *list(pools.values())[:2], wrong, groups=2, eps=EPS)
     assert "do not fit 2 rows" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
     assert "int64" in refuses(slot_B=torch.zeros(2, dtype=torch.int64))
     assert "tails" in refuses(tail_SRC=pools["tail_SRC"].bfloat16())
