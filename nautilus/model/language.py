@@ -167,6 +167,7 @@ class Language(nn.Module):
         span = place(state, document_BT, batch, time, x.device)
         remembered = []
         for index, block in enumerate(self.backbone.layers):
+            assert isinstance(block, Block)
             x, kept = block.remembering(x, span, None if state is None else state.layers[index])
             if isinstance(kept, MambaState) and not state_format.lossless:
                 kept = kept.stored(state_format, layer=index, span=span)

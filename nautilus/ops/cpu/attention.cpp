@@ -14,9 +14,12 @@
 //     values  [16 / 2][P][2 tokens]             or a vector of channels by two tokens
 //
 // Floats lie in the same order, not in twos. FP8 (E4M3) and int8 are laid out as bf16, one byte each; int8 has the
-// tokens' scales, 16 floats, behind its codes. Every code is a bf16 number, so a page of bytes becomes one of bf16 without
-// any rounding, once for all queries and heads of a piece of work. Softmax weights are rounded to bf16 for the second
-// product; those of int8 values after they were multiplied by the token's scale.
+// tokens' scales, 16 floats, behind its codes. Every code is a bf16 number, so a page of bytes becomes one of bf16
+// without any rounding, once for all queries and heads of a piece of work. Softmax weights are rounded to bf16 for the
+// second product; those of int8 values after they were multiplied by the token's scale.
+//
+// A page is cleared when its first token is written. Behind a row's last token there may be others, rejected ones for
+// example: they are not seen, but they must be finite, for a weight of 0 times NaN is NaN.
 #include <float.h>
 
 #include <type_traits>
@@ -143,7 +146,17 @@ int kv_check(const KvWrite* f) {
     fit = pages_fit(f->at, row, position(f->at, row, f->at.begin[row]));
   return fit ? 0 : 2;
 }
-int64_t kv_scratch(const KvWrite* f) { return 2 * padded(f->at.width) * static_cast<int64_t>(sizeof(float)); }
+
+// One token's numbers of a group, as floats and as codes.
+struct Token {
+  float *x, *codes;
+  Scratch pieces;
+  Token(const KvPages& at, void* scratch) : pieces{static_cast<char*>(scratch)} {
+    x = pieces.take<float>(at.width);
+    codes = pieces.take<float>(at.width);
+  }
+};
+int64_t kv_scratch(const KvWrite* f) { return Token(f->at, nullptr).pieces.bytes; }
 
 // One token's numbers into its place among those of a page.
 template <class Code>
@@ -176,33 +189,31 @@ float encode(const float* x, void* codes, int64_t width, int64_t format, float s
 }
 
 template <class T>
-void write(const KvWrite& f, int64_t row, int64_t group, Scratch scratch) {
+void write(const KvWrite& f, int64_t row, int64_t group, Token w) {
   const KvPages& at = f.at;
-  float *x = scratch.take<float>(padded(at.width)), *codes = scratch.take<float>(padded(at.width));
   for (int64_t token = at.begin[row]; token < at.begin[row + 1]; token++) {
     int64_t there = position(at, row, token), slot = there % PAGE, number = (token * at.groups + group) * at.width;
     auto put = [&](const void* from, uint8_t* pool, float scale, auto place) {
       uint8_t* to = page(at, pool, row, group, there / PAGE);
-      // What an earlier owner left in a page must not reach anyone: a weight of 0 times NaN is NaN.
       if (slot == 0) memset(to, 0, page_bytes(at));
-      copy(x, static_cast<const T*>(from) + number, at.width);
-      scale = encode(x, codes, at.width, at.format, scale);
+      copy(w.x, static_cast<const T*>(from) + number, at.width);
+      scale = encode(w.x, w.codes, at.width, at.format, scale);
       if (at.format == KV_INT8) token_scales(at, to)[slot] = scale;
       if (at.format == KV_F32)
-        place(to, codes, at.width, slot);
+        place(to, w.codes, at.width, slot);
       else if (at.format == KV_BF16)
-        place(to, reinterpret_cast<bf16*>(codes), at.width, slot);
+        place(to, reinterpret_cast<bf16*>(w.codes), at.width, slot);
       else
-        place(to, reinterpret_cast<uint8_t*>(codes), at.width, slot);
+        place(to, reinterpret_cast<uint8_t*>(w.codes), at.width, slot);
     };
     put(f.k, at.keys, f.k_scale, [](auto... given) { place_key(given...); });
     put(f.v, at.values, f.v_scale, [](auto... given) { place_value(given...); });
   }
 }
 void kv_write(const KvWrite* f, int64_t item, void* scratch) {
-  Scratch pieces{static_cast<char*>(scratch)};
-  f->bf16 ? write<bf16>(*f, item / f->at.groups, item % f->at.groups, pieces)
-          : write<float>(*f, item / f->at.groups, item % f->at.groups, pieces);
+  Token w(f->at, scratch);
+  f->bf16 ? write<bf16>(*f, item / f->at.groups, item % f->at.groups, w)
+          : write<float>(*f, item / f->at.groups, item % f->at.groups, w);
 }
 
 // ----- attention -----------------------------------------------------------------------------------------------------
@@ -270,7 +281,7 @@ struct Work {
   }
 };
 
-// go(rows) with a number of at most MOST that the compiler knows.
+// go(some), where `some` is rows but at most MOST, and known to the compiler.
 template <int MOST, class Go>
 void with_count(int64_t rows, Go go) {
   if constexpr (MOST > 1)
@@ -305,12 +316,12 @@ struct Block {
     rows = heads * smaller_of(at.begin[row + 1] - token, queries_together(f));
   }
 
-  int64_t number(int64_t m) const { return ((token + m / heads) * f.heads + head + m % heads) * width; }
+  int64_t offset(int64_t m) const { return ((token + m / heads) * f.heads + head + m % heads) * width; }
 
   void forward() {
     int64_t low = at.length[row], end = position(at, row, token + rows / heads);
     for (int64_t m = 0; m < rows; m++) {
-      memcpy(w.q + m * width, static_cast<const T*>(f.q) + number(m), width * sizeof(T));
+      memcpy(w.q + m * width, static_cast<const T*>(f.q) + offset(m), width * sizeof(T));
       low = smaller_of(low, lowest(f, row, token + m / heads));
       w.top[m] = -FLT_MAX;
     }
@@ -318,9 +329,9 @@ struct Block {
     memset(w.out, 0, rows * wide * sizeof(float));
     for (int64_t tile = low / TILE * TILE; tile < end; tile += TILE) {
       open(tile, low, end);
-      for (int64_t m = 0; m < rows; m += TILE_ROWS) with_count<TILE_ROWS>(rows - m, [&](auto some) { score<some()>(m); });
+      each_row_tile([&](int64_t m, auto some) { score<some()>(m); });
       for (int64_t m = 0; m < rows; m += heads) soften(tile, m);
-      for (int64_t m = 0; m < rows; m += TILE_ROWS) with_count<TILE_ROWS>(rows - m, [&](auto some) { weigh<some()>(m); });
+      each_row_tile([&](int64_t m, auto some) { weigh<some()>(m); });
     }
     for (int64_t m = 0; m < rows; m++) finish(m);
   }
@@ -349,8 +360,13 @@ struct Block {
     return decoded;
   }
 
-  // Pages lie anywhere, so no hardware guesses the next one. The tiles of rows take turns, step by step, in asking for the
-  // place of the next tile that they are at in this one: all at once would be more than a core can have under way.
+  template <class Go>
+  void each_row_tile(Go go) {
+    for (int64_t m = 0; m < rows; m += TILE_ROWS) with_count<TILE_ROWS>(rows - m, [&](auto some) { go(m, some); });
+  }
+
+  // Pages lie anywhere, so no hardware guesses the next one. The tiles of rows take turns, step by step, in asking for
+  // the place of the next tile that they are at in this one: all at once would be more than a core can have under way.
   int64_t row_tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
   void fetch(const uint8_t* page, int64_t number) const { __builtin_prefetch(page + number * bytes); }
 
@@ -454,7 +470,7 @@ struct Block {
 
   void finish(int64_t m) {
     F factor = set(f.v_scale / sum_lanes(load(w.sum + m * W)));
-    T* out = static_cast<T*>(f.out) + number(m);
+    T* out = static_cast<T*>(f.out) + offset(m);
     for (int64_t c = 0; c < width; c += W) store(out + c, load(w.out + m * wide + c) * factor, width - c);
   }
 };

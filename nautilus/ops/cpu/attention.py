@@ -7,6 +7,7 @@ verify, thousands of a prompt. Letters: N such tokens, B rows, L pages of a row,
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nautilus.ops.cpu.library import call, pointer, refuses
+from nautilus.ops.cpu.memory import roomy
 
 PAGE = 16  # KV_PAGE of kernels.h
 # Of a number, in the order of KV_F32 ... of kernels.h; f64 is for PyTorch alone.
@@ -107,7 +109,7 @@ def usable(tensor: Tensor) -> bool:
 
 def page_bytes(format: str, width: int) -> int:
     """Of one page of one group; keys and values take as much each."""
-    if format not in BYTES or (format not in ("f32", "f64") and width % 2):
+    if format not in BYTES or width < 1 or (format not in ("f32", "f64") and width % 2):
         raise ValueError(
             f"pages of {format!r} for heads of width {width} do not exist; take one of {', '.join(BYTES)} and, except "
             "for f32, an even width"
@@ -120,7 +122,9 @@ def new_pool(
     pages: int, groups: int, width: int, format: str, *, k_scale: float = 1.0, v_scale: float = 1.0, device=None
 ) -> Pool:
     size = pages, groups, page_bytes(format, width)
-    keys, values = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
+    here = device is None or torch.device(device).type == "cpu"
+    room = roomy if here else functools.partial(torch.empty, device=device)
+    keys, values = (room(*size, dtype=torch.uint8) for _ in range(2))
     return Pool(format=format, width=width, keys=keys, values=values, k_scale=k_scale, v_scale=v_scale)
 
 
@@ -151,7 +155,7 @@ def attention_paged(
     """
     tokens, heads, width = q_NHP.shape
     wanted = torch.float32 if pool.format == "f32" else torch.bfloat16
-    if width != pool.width or heads % pool.groups or q_NHP.dtype != wanted:
+    if width != pool.width or heads < 1 or heads % pool.groups or q_NHP.dtype != wanted:
         raise ValueError(
             f"{heads} heads of width {width} in {q_NHP.dtype} cannot attend to {pool.groups} groups of width "
             f"{pool.width} in {pool.format}; they must be {wanted}, as wide, and a multiple of the groups"
@@ -223,7 +227,9 @@ def misplaced(pool: Pool, rows: Rows, tokens: int, first: Tensor | None, window:
     for b, positions in enumerate(length):
         new, room = begin[b + 1] - begin[b], PAGE * len(table[b])
         if not new <= positions <= room:
-            return f"row {b} has {new} new tokens, {positions} positions and pages for {room}; they must not fall"
+            return (
+                f"row {b} has {new} new tokens, {positions} positions and pages for {room}; none may be above the next"
+            )
         low = positions
         for t, at in enumerate(range(positions - new, positions), begin[b]):
             document = 0 if first is None else int(first[t])

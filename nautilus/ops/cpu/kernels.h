@@ -222,9 +222,9 @@ struct Replay {
   int64_t count, failed;
 };
 
-// Keys and values of one attention layer in pages of KV_PAGE tokens, and where the new tokens of a call lie in them. The
-// tokens of B rows follow each other: those of row r are begin[r] .. begin[r + 1] - 1 and stand at its last positions.
-// What a page looks like is said in attention.cpp. Positions are worked on in tiles of KV_TILE.
+// Keys and values of one attention layer in pages of KV_PAGE tokens, and where the new tokens of a call lie in them.
+// The tokens of B rows follow each other: those of row r are begin[r] .. begin[r + 1] - 1 and stand at its last
+// positions. What a page looks like is said in attention.cpp. Positions are worked on in tiles of KV_TILE.
 enum { KV_PAGE = 16, KV_TILE = 64 };
 enum { KV_F32, KV_BF16, KV_FP8, KV_INT8 };
 
