@@ -269,6 +269,32 @@ def test_info_reads_folders_runs_and_files(tmp_path):
         assert to_dict(info.config_of(str(source)))["layers"] == to_dict(config)["layers"]
 
 
+def test_info_shows_the_formats_of_a_quantised_folder_by_role(tmp_path, capsys):
+    from nautilus.model.held import Held, put
+    from nautilus.model.language import Language
+    from nautilus.ops.encode import encode
+    from nautilus.presets import shrink
+
+    model = Language(shrink(preset("nano"))).initialise(0)
+    up = model.backbone.layers[1].mixer.experts.up_proj.detach()
+    put(model, {("backbone.layers.1.mixer.experts.up_proj", e): Held(encode(up[e], "nvfp4")) for e in range(8)})
+    model.save(tmp_path / "plain", precision="bf16")
+    model.save(tmp_path / "quantised")
+    assert main(["info", str(tmp_path / "plain"), "--json"]) == 0
+    assert "formats" not in json.loads(capsys.readouterr().out)
+    assert main(["info", str(tmp_path / "quantised"), "--json"]) == 0
+    rows = {(row["role"], row["format"]): row for row in json.loads(capsys.readouterr().out)["formats"]}
+    size = 8 * (24 * 48 // 2 + 24 * 3 + 4)  # codes, a scale for 16 of them, and one for each matrix
+    assert rows["experts.up_proj", "W4A16_NVFP4"] == {
+        "role": "experts.up_proj", "format": "W4A16_NVFP4", "count": 8, "bytes": size
+    }  # fmt: skip
+    assert rows["experts.up_proj", "F32"]["count"] == 8 * 2  # of the other two layers
+    files = sum(row["bytes"] for row in rows.values())
+    assert abs(files - (tmp_path / "quantised" / "model.safetensors").stat().st_size) < 40_000
+    assert main(["info", str(tmp_path / "quantised")]) == 0
+    assert "W4A16_NVFP4" in capsys.readouterr().out
+
+
 def test_info_explains_what_it_cannot_read(tmp_path, capsys):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")

@@ -177,18 +177,19 @@ def show(facts: dict) -> None:
         kind = f"{len(row['where'])} x {row['letter']} {row['kind']}"
         layers.add_row(kind, indices(row["where"]), sizes, count_text(row["parameters"]), count_text(row["all"]))
     console.print(layers)
-    if "formats" in facts:
-        formats = Table("stored", "in", box=SIMPLE)
-        formats.add_column("tensors", justify="right")
-        formats.add_column("", justify="right")
-        for row in facts["formats"]:
-            formats.add_row(row["role"], row["format"], f"{row['count']:,}", bytes_text(row["bytes"]))
-        console.print(formats)
-    totals = Table("total", box=SIMPLE)
-    totals.add_column("", justify="right")
-    for name, value in totals_of(facts):
-        totals.add_row(name, value)
-    console.print(totals)
+    for title, rows in (("stored", formats_of(facts)), ("total", totals_of(facts))):
+        if rows := [*rows]:
+            table = Table(title, box=SIMPLE)
+            for _ in rows[0][1:]:
+                table.add_column("", justify="right")
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
+
+
+def formats_of(facts: dict) -> Iterator[tuple[str, ...]]:
+    for row in facts.get("formats", ()):
+        yield row["role"], row["format"], f"{row['count']:,}", bytes_text(row["bytes"])
 
 
 def totals_of(facts: dict) -> Iterator[tuple[str, str]]:

@@ -99,11 +99,13 @@ class ExpertWeights(nn.Module):
         self.register_parameter("gate_proj", gate)
         self.input_scales: dict[str, tuple[Tensor | None, ...]] = {}
 
-    def hold(self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...]) -> None:
+    def hold(
+        self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...] = ()
+    ) -> None:
         """name: up_proj, down_proj or gate_proj. An expert's matrix that was left as numbers may be among them."""
         delattr(self, name)
         setattr(self, name, matrices)
-        self.input_scales[name] = input_scales
+        self.input_scales[name] = input_scales or (None,) * len(matrices)
 
     def release(self, name: str, dtype: torch.dtype) -> None:
         """Undo `hold`: a parameter with the numbers that the matrices stand for."""

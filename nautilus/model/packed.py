@@ -118,7 +118,7 @@ def faults(found: Contents) -> Iterator[str]:
 
 
 def fault_of(parts: Mapping[str, Stored], slot: Slot, kind: str) -> str | None:
-    if strange := [part for part in parts if part in STRANGE]:
+    if strange := [part for part in STRANGE if part in parts]:
         return f"{strange[0]} cannot be read: {STRANGE[strange[0]]}"
     name = "weight_packed" if "weight_packed" in parts else "weight"
     if name not in parts or ("weight" in parts and name != "weight"):

@@ -43,17 +43,19 @@ def save_model(
     slots = written_slots(model.config, WRITTEN.get(family, family))
     held, places = held_by(model), model.state_dict()
     main = chosen_type(precision, places.get("backbone.embeddings.weight", places["backbone.norm_f.weight"]).dtype)
-    held_in = [] if precision else formats_of(held)
-    stored = stored_as_they_are(model, slots, held) if held_in else {}
+    formats = [] if precision else formats_of(held)
+    stored = stored_as_they_are(model, slots, held) if formats else {}
     tensor, sizes = exporter(model, slots, held, stored, main if precision else None)
-    facts = {"precision": ", ".join([*held_in, short_name(main)]), "bytes": f"{sum(sizes.values()):,}"} | (facts or {})
+    told = {"precision": ", ".join([*formats, short_name(main)]), "bytes": f"{sum(sizes.values()):,}"}
+    card = model_card(model.config, family=family, facts=told | (facts or {}), quantised=bool(formats))
+    documents = {
+        "config.json": document | {"dtype": str(main).removeprefix("torch.")},
+        "generation_config.json": generation_settings(model.config),
+    } | ({OWN_FILE: describe(quantisation_of(model, slots, held))} if formats else {})
     with atomic_folder(folder) as fresh:
-        write_json(fresh / "config.json", document | {"dtype": str(main).removeprefix("torch.")})
-        write_json(fresh / "generation_config.json", generation_settings(model.config))
-        if held_in:
-            write_json(fresh / OWN_FILE, describe(quantisation_of(model, slots, held)))
+        for name, content in documents.items():
+            write_json(fresh / name, content)
         write_shards(fresh, sizes, tensor, shard_bytes=shard_bytes)
-        card = model_card(model.config, family=family, facts=facts, quantised=bool(held_in))
         (fresh / "README.md").write_text(card)
         if tokenizer is not None:
             tokenizer.save(fresh)

@@ -125,9 +125,10 @@ def read_tensors(stored: dict[str, Stored], soon: Callable[[str], bool] = bool) 
         by_file.setdefault(where.file, []).append(name)
     for file, names in by_file.items():
         memory = mapped(file)
-        for name in filter(soon, names):
-            begin = stored[name].begin // mmap.PAGESIZE * mmap.PAGESIZE
-            memory.madvise(mmap.MADV_WILLNEED, begin, stored[name].end - begin)
+        for where in (stored[name] for name in names if soon(name)):
+            begin = where.begin // mmap.PAGESIZE * mmap.PAGESIZE
+            if where.bytes > mmap.PAGESIZE:
+                memory.madvise(mmap.MADV_WILLNEED, begin, where.end - begin)
         for name in names:
             yield name, view_of(memory, stored[name])
 

@@ -192,6 +192,7 @@ def fill(model: Language, found: Contents, held: dict[Place, Held], device) -> N
     model.load_state_dict(ready, assign=True)
     for mixer in model.experts_mixers().values():
         mixer.load_E = torch.zeros(mixer.load_E.shape, device=device)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
     refuse_another_head(found.folder, model, head)
     put_cache_scales(model, found)
 

@@ -144,8 +144,14 @@ def experts_decoded(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, pairs: Pairs) -
     """The same products in the same order; one expert's matrix is decoded at a time."""
 
     def product(rows: Tensor, matrices: Matrices) -> Tensor:
-        parts = [rows[span] @ dense(matrices[e], rows.dtype).T for e, span in spans(pairs.counts)]
-        return torch.cat(parts) if parts else rows.new_empty(0, matrices[0].shape[0])
+        outputs = matrices[0].shape[0]
+        decoded = ((span, dense(matrices[e], rows.dtype).T) for e, span in spans(pairs.counts))
+        if torch.is_grad_enabled() and rows.requires_grad:
+            return torch.cat([rows.new_empty(0, outputs), *(rows[span] @ matrix for span, matrix in decoded)])
+        out = rows.new_empty(len(rows), outputs)
+        for span, matrix in decoded:
+            torch.mm(rows[span], matrix, out=out[span])
+        return out
 
     x_ZX = x_RX[pairs.token_Z]
     gate_ZF = None if gate_EFX is None else product(x_ZX, gate_EFX)

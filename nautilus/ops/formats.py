@@ -147,7 +147,7 @@ class Packed:
         values.mul_(scale.unsqueeze(-1))
         if self.tensor_scale is not None:
             values.mul_(self.tensor_scale.reshape(*self.shape[:-2], *matrix, 1))
-        return values.flatten(-2)[..., : self.shape[-1]].to(dtype)
+        return values.flatten(-2)[..., : self.shape[-1]].to(dtype).contiguous()
 
     def rows(self, index: Tensor) -> Packed:
         """Some rows of one matrix, in any order."""

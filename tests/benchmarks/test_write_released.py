@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import pathlib
+import types
 
 import pytest
 import torch
@@ -86,10 +87,11 @@ def test_memory_is_bounded_by_pieces():
     assert written.PIECE * 8 < 1 << 30
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="needs .* GB, .* are free"):
-        written.write(preset("ultra"), "bf16", tmp_path / "ultra")
-    assert list((tmp_path / "ultra").iterdir()) == []
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(written.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1 << 28))
+    with pytest.raises(UserError, match=r"nano needs 0\.0 GB, 0\.3 GB are free; choose another folder"):
+        written.write(toy("nano_nvfp4"), "nano_nvfp4", tmp_path / "nano")
+    assert list((tmp_path / "nano").iterdir()) == []
 
 
 def test_files_are_as_many_as_asked_and_of_nearly_the_same_size():

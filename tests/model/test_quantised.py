@@ -22,6 +22,7 @@ from nautilus.model.language import Language
 from nautilus.model.layout import name_map, role
 from nautilus.model.quantised import ALGORITHMS, declarations
 from nautilus.model.save import save_model
+from nautilus.model.shards import inventory, read_tensors
 from nautilus.model.weights import load_model
 from nautilus.ops.encode import encode
 from nautilus.ops.formats import Packed, pack, to_modelopt
@@ -425,6 +426,24 @@ def test_what_is_not_excluded_must_be_quantised(copy):
     assert "  and " in str(caught.value) and "does not hold what it says" in str(caught.value)
 
 
+@pytest.mark.parametrize("odd", ["backbone.embeddings", "mtp.layers.1.mixer.fc1_latent_proj"])
+def test_what_no_description_names_may_be_plain_or_what_the_rest_is_and_nothing_else(odd, copy):
+    kept = [m for m in matrices(copy, *EVERY) if m.startswith("mtp.")]
+    quantise(copy, modelopt, "nvfp4", exclude=kept)
+    declare(copy, "NVFP4")
+    load_model(copy)
+    weight = load_file(copy / MODEL)[f"{odd}.weight"]
+    for format, right in (("fp8_e4m3", False), ("nvfp4", True)):
+        parts = {f"{odd}.{part}": tensor for part, tensor in modelopt(encode(weight, format)).items()}
+        rewrite(copy, lambda tensors, parts=parts: tensors.update(parts))
+        with (
+            contextlib.nullcontext()
+            if right
+            else pytest.raises(UserError, match=f"{odd}: .* says NVFP4, the file holds")
+        ):
+            load_model(copy)
+
+
 def test_a_scale_for_each_row_is_not_what_fp8_says(copy):
     quantise(copy, modelopt, "fp8_e4m3", tile="row")
     declare(copy, "FP8")
@@ -644,7 +663,7 @@ def test_a_damaged_matrix_is_refused_with_its_name_and_file(case, copy):
         load_model(copy)
 
 
-@pytest.mark.parametrize("shape", [[166, 31], [166], [166, 64], [0, 0], [-1, 32], [2**62, 32]])
+@pytest.mark.parametrize("shape", [[166, 31], [166, 30], [166], [166, 64], [0, 0], [-1, 32], [2**62, 32]])
 def test_an_int4_matrix_of_another_shape_than_it_says_is_refused(shape, copy):
     quantise(copy, compressed_int4, "int4", roles=("mamba.in_proj",))
     rewrite(copy, lambda tensors: tensors.update({f"{IN_PROJ}.weight_shape": torch.tensor(shape)}))
@@ -769,13 +788,8 @@ def test_any_type_and_shape_of_a_part_is_a_clear_error_or_right(name, data, mixe
     module = data.draw(st.sampled_from([IN_PROJ, UP, "backbone.norm_f"]))
     entries = {key: (value, body[slice(*value["data_offsets"])]) for key, value in header.items() if key[0] != "_"}
     entries[f"{module}.{name}"] = {"dtype": kind, "shape": shape}, bytes(size)
-    text, parts, offset = {}, [], 0
-    for key, (value, part) in entries.items():
-        text[key] = value | {"data_offsets": [offset, offset + len(part)]}
-        offset += len(part)
-        parts.append(part)
-    packed = json.dumps(text).encode()
-    (tmp_path / "damaged" / MODEL).write_bytes(struct.pack("<Q", len(packed)) + packed + b"".join(parts))
+    listed = [(key, value["dtype"], value["shape"], part) for key, (value, part) in entries.items()]
+    write_header(tmp_path / "damaged" / MODEL, listed)
     with contextlib.suppress(UserError):
         logits(load_model(tmp_path / "damaged"))
 
@@ -890,6 +904,72 @@ def test_matrices_and_numbers_stay_in_their_file(mixed):
     assert lies_in(model.backbone.embeddings.weight, file) and lies_in(model.lm_head.weight, file)
     assert not lies_in(model.backbone.layers[1].mixer.experts.down_proj, file)  # a stack of several tensors
     assert not lies_in(load_model(mixed[0], dtype=torch.float32).lm_head.weight, file)
+
+
+def write_header(file, entries) -> None:
+    """A file of these (name, type, shape, bytes), one after the other, without any padding."""
+    header, offset = {}, 0
+    for name, kind, shape, data in entries:
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [offset, offset + len(data)]}
+        offset += len(data)
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for *_, data in entries))
+
+
+def test_numbers_at_odd_places_of_a_file_are_copied(tmp_path):
+    write_header(tmp_path / MODEL, [("a", "U8", [3], b"abc"), ("b", "F32", [2], struct.pack("<2f", 1.5, -2.0))])
+    read = dict(read_tensors(inventory(tmp_path)))
+    assert read["a"].tolist() == [97, 98, 99] and read["b"].tolist() == [1.5, -2.0]
+    assert lies_in(read["a"], tmp_path / MODEL)
+    assert read["b"].data_ptr() % 4 == 0 and not lies_in(read["b"], tmp_path / MODEL)
+
+
+@pytest.mark.parametrize("shape", [[2**63, 0], [0, 2**64 - 1], [2**62, 0, 1]])
+def test_an_axis_longer_than_any_memory_is_refused_though_another_is_empty(shape, tmp_path):
+    write_header(tmp_path / MODEL, [("a", "F32", shape, b"")])
+    with pytest.raises(UserError, match=r"a in .*model\.safetensors is said to be"):
+        inventory(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**9, 2**63, 2**64 - 1])
+def test_a_header_of_absurd_length_is_refused(length, mixed, tmp_path):
+    shutil.copytree(mixed[0], tmp_path / "damaged")
+    data = (mixed[0] / MODEL).read_bytes()
+    (tmp_path / "damaged" / MODEL).write_bytes(struct.pack("<Q", length) + data[8:])
+    with pytest.raises(UserError, match=r"model\.safetensors .* is no complete safetensors file"):
+        load_model(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("offsets", [[0, 2656], [2656, 5312], [2**64 - 1, 2**64 - 1], [2656, 0], [-1, 2655]])
+def test_offsets_that_overlap_or_overflow_are_refused(offsets, mixed, tmp_path):
+    shutil.copytree(mixed[0], tmp_path / "damaged")
+    data = (mixed[0] / MODEL).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    header[f"{IN_PROJ}.weight"]["data_offsets"] = offsets
+    text = json.dumps(header).encode()
+    (tmp_path / "damaged" / MODEL).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with pytest.raises(UserError, match=r"model\.safetensors .* is no complete safetensors file"):
+        load_model(tmp_path / "damaged")
+
+
+def test_a_tensor_that_a_header_lists_twice_is_refused_or_read_as_one(mixed, tmp_path):
+    shutil.copytree(mixed[0], tmp_path / "damaged")
+    data = (mixed[0] / MODEL).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    text = data[8 : 8 + length].rstrip()
+    first = text.index(b'"backbone')
+    entry = text[first : text.index(b"}", first) + 1]
+    text = text[:-1] + b"," + entry + b"}"
+    (tmp_path / "damaged" / MODEL).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+    with contextlib.suppress(UserError):
+        assert torch.equal(logits(load_model(tmp_path / "damaged")), mixed[1])
+
+
+def test_an_empty_tensor_has_no_memory_to_share(tmp_path):
+    write_header(tmp_path / MODEL, [("a", "F32", [3, 0], b""), ("b", "BF16", [1], b"ab")])
+    assert dict(read_tensors(inventory(tmp_path)))["a"].shape == (3, 0)
 
 
 def test_what_is_written_to_a_loaded_model_stays_out_of_the_file(plain):

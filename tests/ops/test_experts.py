@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from nautilus.ops.encode import encode
 from nautilus.ops.experts import experts, experts_reference, experts_sorted, route
+from nautilus.ops.formats import Packed
 
 WIDTH, HIDDEN = 5, 7
 
@@ -238,3 +240,82 @@ def test_the_chosen_form_is_the_sorted_one_unless_another_is_forced(monkeypatch)
     assert torch.equal(experts(**t), experts_sorted(**t))
     monkeypatch.setenv("NAUTILUS_OPS", "reference")
     assert torch.equal(experts(**t), experts_reference(**t))
+
+
+# ----- matrices in few bits ------------------------------------------------------------------------------------------
+
+
+def in_few_bits(t, format):
+    """The same call with matrices in few bits, one for each expert, and with the numbers that they stand for."""
+    names = [name for name in ("up_EFX", "down_EXF", "gate_EFX") if t[name] is not None]
+    packed = {name: tuple(encode(torch.nn.functional.pad(m, (0, 1)), format) for m in t[name]) for name in names}
+    return packed, {name: torch.stack([m.decode(t["x_RX"].dtype) for m in packed[name]]) for name in names}
+
+
+def even(tokens, count, active, *, gated, dtype):
+    """Inputs whose widths are even, as two codes in a byte need them: a column more than elsewhere here."""
+    t = inputs(tokens, count, active, gated=gated, dtype=dtype)
+    t["x_RX"] = torch.nn.functional.pad(t["x_RX"], (0, 1), value=0.5)
+    for name, rows in (("up_EFX", HIDDEN + 1), ("down_EXF", WIDTH + 1), ("gate_EFX", HIDDEN + 1)):
+        if t[name] is not None:
+            t[name] = torch.nn.functional.pad(t[name], (0, 0, 0, rows - t[name].shape[1]), value=0.25)
+    return t
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8_e4m3", "int8"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 70])  # from 65 on bf16 is padded
+def test_matrices_in_few_bits_give_the_very_numbers_of_their_values(tokens, dtype, gated, format, monkeypatch):
+    t = even(tokens, 6, 2, gated=gated, dtype=dtype)
+    packed, numbers = in_few_bits(t, format)
+    for name in ("torch", "reference"):
+        monkeypatch.setenv("NAUTILUS_OPS", name)
+        assert torch.equal(experts(**t | packed), experts(**t | numbers)), name
+    monkeypatch.delenv("NAUTILUS_OPS")
+    assert experts(**t | packed).isfinite().all()
+
+
+def test_only_chosen_experts_are_decoded(monkeypatch):
+    t = even(3, 6, 2, gated=False, dtype=torch.float32)
+    packed, _ = in_few_bits(t, "nvfp4")
+    decoded, decode = [], Packed.decode
+    monkeypatch.setattr(Packed, "decode", lambda self, dtype: decoded.append(self) or decode(self, dtype))
+    monkeypatch.setenv("NAUTILUS_OPS", "torch")
+    experts(**t | packed)
+    chosen = t["index_RK"].unique().tolist()
+    assert 0 < len(chosen) < 6
+    assert {id(m) for m in decoded} == {id(packed[name][e]) for name in packed for e in chosen}
+    assert len(decoded) == 2 * len(chosen)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_reach_tokens_and_weights_through_matrices_in_few_bits(gated, monkeypatch, close):
+    monkeypatch.setenv("NAUTILUS_OPS", "torch")
+    t = even(9, 6, 2, gated=gated, dtype=torch.float32)
+    packed, numbers = in_few_bits(t, "fp8_e4m3")
+    found = []
+    for matrices in (packed, numbers):
+        leaves = [t[name].clone().requires_grad_() for name in ("x_RX", "weight_RK")]
+        out = experts(**t | matrices | dict(zip(("x_RX", "weight_RK"), leaves, strict=True)))
+        found.append(torch.autograd.grad(out.square().sum(), leaves))
+    for name, got, want in zip(("dx", "dweight"), *found, strict=True):
+        close(name, got, want, 1e-5)
+
+
+def test_a_stack_may_be_numbers_where_the_other_is_in_few_bits(monkeypatch):
+    monkeypatch.setenv("NAUTILUS_OPS", "torch")
+    t = even(9, 6, 2, gated=False, dtype=torch.float32)
+    packed, numbers = in_few_bits(t, "nvfp4")
+    want = experts(**t | numbers)
+    for name in packed:
+        assert torch.equal(experts(**t | numbers | {name: packed[name]}), want)
+    some = tuple(numbers["up_EFX"][e] if e % 2 else packed["up_EFX"][e] for e in range(6))
+    assert torch.equal(experts(**t | packed | {"up_EFX": some}), want)
+
+
+def test_no_tokens_need_no_experts():
+    t = even(2, 6, 2, gated=False, dtype=torch.float32)
+    packed, _ = in_few_bits(t, "nvfp4")
+    none = {name: t[name][:0] for name in ("x_RX", "index_RK", "weight_RK")}
+    assert experts(**t | packed | none).shape == (0, WIDTH + 1)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nautilus.ops.encode import encode
 from nautilus.ops.formats import (
     FORMATS,
     Packed,
@@ -17,6 +18,8 @@ from nautilus.ops.formats import (
     scale_shape,
     to_modelopt,
     unpack,
+    unusable,
+    usable,
 )
 
 FP8 = torch.float8_e4m3fn
@@ -337,3 +340,31 @@ def test_tensors_that_cannot_be_read_are_refused(reader, tensors, message):
 def test_int4_has_no_model_optimizer_form():
     with pytest.raises(ValueError, match="packed along the other axis"):
         to_modelopt(stored("int4", (4, 64), "1x32", 0))
+
+
+# ----- rows, and the quick look at scales ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("tile", [0, -1])
+def test_rows_of_a_matrix_are_rows_of_its_numbers(name, tile):
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
+    packed = encode(x, name, tile=FORMATS[name].tiles[tile])
+    index = torch.tensor([3, 0, 3, 8])
+    assert torch.equal(packed.rows(index).decode(), packed.decode()[index])
+    zeros = encode(x, "int4", rule="zero_point")
+    assert torch.equal(zeros.rows(index).decode(), zeros.decode()[index])
+
+
+@given(data=st.binary(min_size=4, max_size=64), kind=st.sampled_from([torch.uint8, FP8, torch.float32]))
+def test_the_quick_look_finds_whatever_the_slow_one_finds(data, kind):
+    scale = torch.frombuffer(bytearray(data[: len(data) // 4 * 4]), dtype=torch.uint8).view(kind)
+    assert usable(scale) == (not unusable(scale).any())
+
+
+@pytest.mark.parametrize("value", [-0.0, -1e-45, math.inf, -math.inf, math.nan, -math.nan])
+def test_every_float_that_is_no_scale_is_found_among_many(value):
+    scale = torch.ones(100, 3)
+    assert usable(scale) and usable(torch.empty(0)) and usable(torch.tensor([0.0, 3e38]))
+    scale[57, 1] = value
+    assert not usable(scale) and not usable(scale[57:, 1])

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nautilus.ops import loss
+from nautilus.ops.encode import encode
 from nautilus.ops.loss import (
     token_logprob,
     token_logprob_chunked,
@@ -203,3 +204,13 @@ def test_float32_masters_get_float32_gradients_from_bf16_hidden(pushed):
         (out,), grads = pushed(function, t)
         assert out.dtype == torch.float32
         assert grads["weight_VD"].dtype == torch.float32 and grads["hidden_RD"].dtype == torch.bfloat16
+
+
+def test_the_matrix_may_be_in_few_bits():
+    t = inputs(40, weights=True, dtype=torch.float32)
+    packed = encode(t["weight_VD"], "fp8_e4m3")
+    weights = t.pop("weight_R").float()
+    numbers = t | {"weight_VD": packed.decode()}
+    assert torch.equal(token_logprob(**t | {"weight_VD": packed}), token_logprob(**numbers))
+    found = weighted_nll(**t | {"weight_VD": packed}, weight_R=weights)
+    assert torch.equal(found, weighted_nll(**numbers, weight_R=weights))

@@ -34,6 +34,14 @@ def test_shapes_that_agree_pass_and_the_result_is_the_functions_own(watched):
     assert watched.__name__ == "join" and watched.__doc__ == "Multiply."
 
 
+def test_a_tuple_counts_as_matrices_of_one_shape(watched):
+    three = (torch.zeros(3, 4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"join: D is 4 in x_BTD but 6 in weight_DV"):
+        watched(three, torch.zeros(6, 5))
+    with pytest.raises(ValueError, match=r"join: x_BTD has shape \(2, 4\)"):
+        watched((torch.zeros(4), torch.zeros(4)), W)
+
+
 def test_a_letter_with_two_sizes_is_an_error_that_names_both_tensors(watched):
     with pytest.raises(ValueError, match="join: D is 4 in x_BTD but 6 in weight_DV"):
         watched(X, torch.zeros(6, 5))
