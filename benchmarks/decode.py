@@ -3,10 +3,11 @@
     python benchmarks/decode.py                       # nano slice, about 15 minutes on two cores; prints the table
     python benchmarks/decode.py --shape super
 
-All linear matrices are in NVFP4; llama.cpp runs files of the same shapes in NVFP4, Q4_0 and its other 4-bit types,
-`transformers` in bf16. Every contestant has random weights, a process of its own, and takes turns with the others. The
-roofline is the time to read what a step needs (weights of the experts that were chosen, states, keys and values) at the
-memory bandwidth that is measured in the same turn. `--record FILE` appends the rows to a file. Needs the `bench` extra.
+All linear matrices are in NVFP4; llama.cpp runs files of the same shapes in Q4_0, NVFP4 or its other 4-bit types (those
+after the first take part in plain decoding only), `transformers` in bf16. Every contestant has random weights, a
+process of its own, and takes turns with the others. The roofline is the time to read what a step needs (weights of the
+experts that were chosen, states, keys and values) at the memory bandwidth that is measured in the same turn. `--record
+FILE` appends the rows to a file. Needs the `bench` extra.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 WORK = ("decode", "decode at 8K", "8 sequences", "prefill 512", "prefill 4096")
 STEPS = 48
+EXPERTS = "eager"  # of transformers; its "grouped_mm" and "batched_mm" are no faster here
 
 
 # ----- one contestant, in its own process ----------------------------------------------------------------------------
@@ -98,6 +100,7 @@ class Peer:
         with torch.device("meta"):
             self.model = NemotronHForCausalLM(NemotronHConfig(**document))
         self.model.to_empty(device="cpu").eval()
+        self.model.set_experts_implementation(EXPERTS)
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             flat = tensor.data.view(-1)
             part = torch.randn(min(flat.numel(), 1 << 20)).mul_(0.02).to(flat.dtype)
@@ -175,7 +178,7 @@ def bytes_of_step(engine, active, context: int) -> int:
         id(m) for mixer in model.experts_mixers().values() for m in (mixer.experts.up_proj, mixer.experts.down_proj)
     }
     share = chosen_share(engine, active)
-    for key, (matrix, packed) in engine.packs.items():
+    for matrix, packed in engine.packs.values():
         if isinstance(packed, Repacked):
             size = packed.codes.numel() + packed.scale.numel() * packed.scale.element_size()
             total += int(size * share) if id(matrix) in experts else size
@@ -256,15 +259,15 @@ class Turn:
 def llama(tools, gguf: Path, work: str) -> float:
     from peers import llama_cpp
 
-    one = {"threads": 2, "repeats": 1}
+    one = {"threads": 2, "repeats": 1}  # flash attention makes long work no faster here
     match work:
         case "decode":
             return llama_cpp.decode(tools, gguf, tokens=STEPS, **one).best
         case "decode at 8K":
-            return llama_cpp.decode(tools, gguf, tokens=STEPS, context=8192, **one).best
+            return llama_cpp.decode(tools, gguf, tokens=STEPS, context=8192, flash=("off",), **one).best
         case "8 sequences":
             return llama_cpp.batched(tools, gguf, tokens=STEPS, **one).best
-    return llama_cpp.prefill(tools, gguf, tokens=int(work.split()[1]), **one).best
+    return llama_cpp.prefill(tools, gguf, tokens=int(work.split()[1]), flash=("off",), **one).best
 
 
 def main() -> None:
@@ -281,7 +284,6 @@ def main() -> None:
         worker(asked.worker, asked.shape)
         return
     rows = compete(asked)
-    show(rows)
     if asked.record:
         record(asked, rows)
 
@@ -300,15 +302,19 @@ def compete(asked) -> dict[str, dict[str, list]]:
         for turn in range(asked.turns):
             speed = workers["ours"].ask("bandwidth")["bandwidth"]
             for name, contestant in workers.items():
+                if name == "transformers" and work == "decode at 8K":
+                    continue  # reading the 8,192 tokens takes it 17 GB
                 answer = contestant.ask(work)
                 row.setdefault(name, []).append(answer["tokens_per_second"])
                 if "bytes" in answer:
                     row.setdefault("roofline", []).append(answer["bytes"] / speed / answer["seconds"])
                     row.setdefault("megabytes", []).append(answer["bytes"] / 1e6)
                     row.setdefault("GB/s", []).append(speed / 1e9)
-            for name, file in files.items():
+            # Only the first format takes part in all: reading 8,192 tokens takes the others minutes.
+            for name, file in list(files.items())[: None if work == "decode" else 1]:
                 row.setdefault(f"llama.cpp {name}", []).append(llama(tools, file, work))
             print(f"{work}: turn {turn + 1} of {asked.turns}", file=sys.stderr, flush=True)
+        show({work: row})
     return rows
 
 
@@ -332,11 +338,11 @@ def show(rows: dict[str, dict[str, list]]) -> None:
 
 
 def record(asked, rows: dict) -> None:
-    import platform
+    from train_step import machine
 
     row = {
         "command": " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
-        "machine": f"{platform.processor() or platform.machine()}, {platform.system()}",
+        "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,
     }

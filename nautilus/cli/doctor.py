@@ -100,19 +100,25 @@ def read(path: str) -> str:
     return Path(path).read_text(errors="replace") if Path(path).exists() else ""
 
 
-def speed(size: int, seconds: float) -> dict[str, float]:
-    """Matrix products in GFLOP/s and a copy larger than the caches in GB/s, the best of what fits into `seconds`."""
+def speed(size: int, seconds: float) -> dict[str, float | None]:
+    """Matrix products in GFLOP/s, reading and copying of more than the caches hold in GB/s, the best of what fits into
+    `seconds`. Reading is what bounds decoding; it is measured by a native kernel."""
     import torch
+
+    from nautilus.ops.cpu.library import native
+    from nautilus.ops.cpu.memory import read_speed, roomy
 
     generator = torch.Generator().manual_seed(0)
     a_XY, b_XY = (torch.randn(size, size, generator=generator) for _ in range(2))
     half_a_XY, half_b_XY = a_XY.bfloat16(), b_XY.bfloat16()
-    source = torch.zeros(1 << 26, dtype=torch.uint8)
+    source = roomy(1 << 28).fill_(1)
+    read = None if native().functions is None else 1.0
     target = torch.ones_like(source)
     work = 2e-9 * size**3
     return {
         "matmul_float32_gflops": round(work / best(lambda: a_XY @ b_XY, seconds), 1),
         "matmul_bfloat16_gflops": round(work / best(lambda: half_a_XY @ half_b_XY, seconds), 1),
+        "memory_read_gb_per_s": read and round(1e-9 * source.numel() / best(lambda: read_speed(source), seconds), 1),
         # A copy reads and writes each byte.
         "memory_gb_per_s": round(2e-9 * source.numel() / best(lambda: target.copy_(source), seconds), 1),
     }
@@ -170,11 +176,16 @@ def sections(facts: dict) -> dict[str, list[tuple[str, str]]]:
         "speed": [
             ("float32 matrix product", f"{facts['speed']['matmul_float32_gflops']:,.0f} GFLOP/s"),
             ("bfloat16 matrix product", f"{facts['speed']['matmul_bfloat16_gflops']:,.0f} GFLOP/s"),
+            ("memory, reading", reading(facts["speed"]["memory_read_gb_per_s"])),
             ("memory, copying", f"{facts['speed']['memory_gb_per_s']:,.1f} GB/s"),
         ],
         "faster paths": list(facts["faster_paths"].items()),
         "extras": list(extra_lines(facts["extras"])),
     }
+
+
+def reading(speed: float | None) -> str:
+    return "not measured: that takes a native kernel" if speed is None else f"{speed:,.1f} GB/s, the bound of decoding"
 
 
 def extra_lines(extras: dict[str, list[str]]) -> Iterator[tuple[str, str]]:

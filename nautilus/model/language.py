@@ -129,6 +129,15 @@ class Language(nn.Module):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return self.backbone.embeddings(tokens_BT, self.compute)
 
+    def entering(self, tokens_BT: Tensor | None, embeds_BTD: Tensor | None) -> Tensor:
+        """What enters the first layer."""
+        if (tokens_BT is None) == (embeds_BTD is None):
+            raise ValueError("hidden() takes either tokens_BT or embeds_BTD, and exactly one of the two")
+        x = embeds_BTD.to(self.compute) if tokens_BT is None else self.embed(tokens_BT)  # type: ignore[union-attr]
+        if x.shape[1] == 0:
+            raise ValueError(f"hidden() was given {x.shape[0]} rows of 0 tokens; it needs at least one")
+        return x
+
     @overload
     def hidden(
         self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: Lanes
@@ -158,14 +167,8 @@ class Language(nn.Module):
         was stored in; `state_format` is how the recurrent part of the one handed back is stored, once, after the last
         token. Lanes change in place, in the format that their memory has.
         """
-        if (tokens_BT is None) == (embeds_BTD is None):
-            raise ValueError("hidden() takes either tokens_BT or embeds_BTD, and exactly one of the two")
-        x = embeds_BTD.to(self.compute) if tokens_BT is None else self.embed(tokens_BT)  # type: ignore[union-attr]
-        batch, time, _ = x.shape
-        if time == 0:
-            raise ValueError(f"hidden() was given {batch} rows of 0 tokens; it needs at least one")
-        span = place(state, document_BT, batch, time, x.device)
-        remembered = []
+        x = self.entering(tokens_BT, embeds_BTD)
+        span, remembered = place(state, document_BT, *x.shape[:2], x.device), []
         for index, block in enumerate(self.backbone.layers):
             assert isinstance(block, Block)
             x, kept = block.remembering(x, span, None if state is None else state.layers[index])

@@ -18,9 +18,8 @@ from nautilus.ops.cpu.library import call, pointer, refuses
 from nautilus.ops.cpu.memory import roomy
 
 PAGE = 16  # KV_PAGE of kernels.h
-# Of a number, in the order of KV_F32 ... of kernels.h; f64 is for PyTorch alone.
-BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1, "f64": 8}
-FORMATS = tuple(BYTES)
+FORMATS = ("f32", "bf16", "fp8", "int8")  # in the order of KV_F32 ... of kernels.h
+BYTES = {"f32": 4, "bf16": 2, "fp8": 1, "int8": 1, "f64": 8}  # of a number; f64 is for PyTorch alone
 
 
 class KvPages(ctypes.Structure):

@@ -265,7 +265,8 @@ EXPORT int64_t nautilus_quant_sizes(const QuantMatrix* w, int64_t* scales) {
 }
 
 EXPORT int nautilus_quant_pack(const QuantPack* p, int threads) {
-  return share_out_plainly(kernels.quant_pack, p, blocks(p->to.outputs, QUANT_ROWS), threads);
+  int64_t panels = blocks(p->to.outputs, QUANT_COLUMNS) * (QUANT_COLUMNS / QUANT_ROWS);
+  return share_out_plainly(kernels.quant_pack, p, panels, threads);
 }
 
 namespace {

@@ -10,10 +10,11 @@
 //
 // FP8: every E4M3 number is a bf16 number. A part of W is decoded where the cache is near and multiplied as gemm.h does.
 //
-// Repacked weights put sixteen rows beside each other. Four bits: a group is 256 bytes; byte 64 j + 4 r + i (j = 0..3; row
-// r; i = 0..3) holds input 8 j + i in its low half and 8 j + 4 + i in its high half. Eight bits: 512 bytes; byte 64 j + 4 r +
-// i holds input 4 j + i. FP8: byte 64 j + 16 (r / 4) + 8 h + 2 (r % 4) + i holds input 4 j + 2 h + i, so that interleaving
-// with the second byte of each number leaves pairs of inputs in the order of the rows.
+// Repacked weights put sixteen rows, a panel, beside each other. Four bits: a unit of 32 inputs is 256 bytes; byte 64 j + 4 r
+// + i (j = 0..3; row r; i = 0..3) holds input 8 j + i in its low half and 8 j + 4 + i in its high half. Eight bits: 512 bytes;
+// byte 64 j + 4 r + i holds input 4 j + i. FP8: a unit of four inputs is 64 bytes; byte 16 (r / 4) + 8 h + 2 (r % 4) + i holds
+// input 2 h + i, so that interleaving with the second byte of each number leaves pairs of inputs in the order of the rows.
+// The units of four panels follow each other, so that a work item reads its 64 rows as one stream; so do their scales.
 #include "gemm.h"
 #include "kernels.h"
 
@@ -24,46 +25,42 @@ constexpr int ROWS = QUANT_ROWS, VECTORS = ROWS / W, PANELS = QUANT_COLUMNS / RO
 constexpr int64_t GROUP = QUANT_GROUP;
 
 int64_t groups(int64_t inputs) { return (inputs + GROUP - 1) / GROUP; }
-int64_t panel_count(int64_t outputs) { return (outputs + ROWS - 1) / ROWS; }
+int64_t block_count(int64_t outputs) { return (outputs + QUANT_COLUMNS - 1) / QUANT_COLUMNS; }
 
 // One panel of a matrix.
 struct Panel {
   const uint8_t* codes;
   const void* scale;
   const int32_t* zero;
-  int64_t per;  // groups of activations to a scale
+  int shift;  // log2 of the groups of activations to a scale
 };
 
-// What distinguishes the formats: bits of a code, scales of a row within a group, bytes of a scale, the code of 0.
+// What distinguishes the formats: bits of a code, scales of a row within a group, the code of 0; what the scales of
+// activations are multiplied by, and what puts the sums right in the end.
 template <int FORMAT>
 struct Kind;
 template <>
 struct Kind<QUANT_NVFP4> {
   static constexpr int BITS = 4, SCALES = 2, ZERO = 12;
-  static constexpr float FACTOR = 0.5f / E4M3_UNIT;
+  // Scales may come in a unit so small that products with those of activations would leave the range of floats.
+  static constexpr float LIFT = E4M3_UNIT < 1 ? 0x1p100f : 1.0f, FACTOR = 0.5f / (E4M3_UNIT * LIFT);
   static F scale(const Panel& p, int64_t g, int which, int row) {
-    return load_e4m3(static_cast<const uint8_t*>(p.scale) + (g * 2 + which) * ROWS + row);
+    return load_e4m3(static_cast<const uint8_t*>(p.scale) + (g * 2 + which) * QUANT_COLUMNS + row);
   }
 };
 template <>
 struct Kind<QUANT_MXFP4> {
   static constexpr int BITS = 4, SCALES = 1, ZERO = 12;
-  static constexpr float FACTOR = 0.5f;
+  static constexpr float LIFT = 1.0f, FACTOR = 0.5f;
   static F scale(const Panel& p, int64_t g, int, int row) {
-    float power[W];  // 2^(byte - 127): the byte is the exponent of a float, 0 a subnormal
-    const uint8_t* bytes = static_cast<const uint8_t*>(p.scale) + g * ROWS + row;
-    for (int i = 0; i < W; i++) {
-      uint32_t bits = bytes[i] ? static_cast<uint32_t>(bytes[i]) << 23 : 1u << 22;
-      memcpy(power + i, &bits, 4);
-    }
-    return load(power);
+    return load_e8m0(static_cast<const uint8_t*>(p.scale) + g * QUANT_COLUMNS + row);
   }
 };
 struct FloatScale {
   static constexpr int SCALES = 1;
-  static constexpr float FACTOR = 1.0f;
+  static constexpr float LIFT = 1.0f, FACTOR = 1.0f;
   static F scale(const Panel& p, int64_t g, int, int row) {
-    return load(static_cast<const float*>(p.scale) + g / p.per * ROWS + row);
+    return load(static_cast<const float*>(p.scale) + (g >> p.shift) * QUANT_COLUMNS + row);
   }
 };
 template <>
@@ -88,68 +85,77 @@ void with_kind(int64_t format, With with) {
 
 // ----- repacking -----------------------------------------------------------------------------------------------------
 
-// Sizes of one matrix: bytes of codes, scales and zero points of a panel.
+// What the packing of a matrix comes to: inputs and bytes of a unit, units of a row, scales of a row.
 struct Sizes {
-  int64_t codes, scales;
+  int64_t inputs, unit, units, scales;
   explicit Sizes(const QuantMatrix& w) {
-    int64_t n = groups(w.inputs);
-    bool narrow = w.format != QUANT_INT8 && w.format != QUANT_FP8;
-    codes = w.format == QUANT_FP8 ? (w.inputs + 3) / 4 * 64 : n * (narrow ? 256 : 512);
-    scales = ROWS * (w.format == QUANT_NVFP4   ? 2 * n
-                     : w.format == QUANT_MXFP4 ? n
-                     : w.format == QUANT_FP8   ? 1
-                                               : (w.inputs + w.group - 1) / w.group);
+    inputs = w.format == QUANT_FP8 ? 4 : GROUP;
+    unit = w.format == QUANT_FP8 ? 64 : w.format == QUANT_INT8 ? 512 : 256;
+    units = (w.inputs + inputs - 1) / inputs;
+    scales = w.format == QUANT_NVFP4   ? 2 * units
+             : w.format == QUANT_MXFP4 ? units
+             : w.format == QUANT_FP8   ? 1
+                                       : (w.inputs + w.group - 1) / w.group;
   }
+  // Bytes of codes, and scales, of 64 rows.
+  int64_t block() const { return units * PANELS * unit; }
+  int64_t block_scales() const { return scales * QUANT_COLUMNS; }
 };
 int64_t scale_bytes(const QuantMatrix& w) { return w.format == QUANT_NVFP4 || w.format == QUANT_MXFP4 ? 1 : 4; }
 
-void pack_codes(const QuantPack* p, int64_t panel, uint8_t* to) {
+void pack_codes(const QuantPack* p, int64_t panel, uint8_t* block) {
   const QuantMatrix& w = p->to;
+  Sizes sizes(w);
   bool narrow = w.format != QUANT_INT8 && w.format != QUANT_FP8;
-  memset(to, w.format == QUANT_INT4 ? 0x88 : 0, Sizes(w).codes);
-  for (int64_t r = 0; r < ROWS && panel * ROWS + r < w.outputs; r++) {
-    int64_t row = (panel * ROWS + r) * w.inputs;
-    for (int64_t k = 0; k < w.inputs; k++)
-      if (narrow) {
-        uint8_t code = p->codes[(row + k) / 2] >> (k % 2 * 4) & 15;
-        uint8_t* at = to + k / 8 * 64 + r * 4 + k % 4;
-        *at = k % 8 < 4 ? (*at & 0xF0) | code : (*at & 0x0F) | code << 4;
-      } else if (w.format == QUANT_INT8) {
-        to[k / 4 * 64 + r * 4 + k % 4] = p->codes[row + k];
-      } else {
-        to[k / 4 * 64 + r / 4 * 16 + k % 4 / 2 * 8 + r % 4 * 2 + k % 2] = p->codes[row + k];
-      }
+  for (int64_t u = 0; u < sizes.units; u++) {
+    uint8_t* to = block + (u * PANELS + panel % PANELS) * sizes.unit;
+    memset(to, w.format == QUANT_INT4 ? 0x88 : 0, sizes.unit);
+    for (int64_t r = 0; r < ROWS && panel * ROWS + r < w.outputs; r++) {
+      int64_t row = (panel * ROWS + r) * w.inputs + u * sizes.inputs, left = w.inputs - u * sizes.inputs;
+      for (int64_t k = 0; k < sizes.inputs && k < left; k++)
+        if (narrow) {
+          uint8_t code = p->codes[(row + k) / 2] >> (k % 2 * 4) & 15;
+          uint8_t* at = to + k / 8 * 64 + r * 4 + k % 4;
+          *at = k % 8 < 4 ? (*at & 0xF0) | code : (*at & 0x0F) | code << 4;
+        } else if (w.format == QUANT_INT8) {
+          to[k / 4 * 64 + r * 4 + k % 4] = p->codes[row + k];
+        } else {
+          to[r / 4 * 16 + k / 2 * 8 + r % 4 * 2 + k % 2] = p->codes[row + k];
+        }
+    }
   }
 }
 
-// (outputs, per row) to (scale, row of the panel); rows past the last have zeros.
+// (outputs, stored) to (scale, row of the block); what lies outside has zeros.
 template <class To, class From>
-void pack_scales(To* to, const From* from, int64_t panel, int64_t outputs, int64_t stored, int64_t padded) {
-  for (int64_t s = 0; s < padded; s++)
+void pack_scales(To* to, const From* from, int64_t panel, int64_t outputs, int64_t stored, int64_t scales) {
+  for (int64_t s = 0; s < scales; s++)
     for (int64_t r = 0; r < ROWS; r++) {
       int64_t n = panel * ROWS + r;
-      to[s * ROWS + r] = n < outputs && s < stored ? static_cast<To>(from[n * stored + s]) : To();
+      to[s * QUANT_COLUMNS + n % QUANT_COLUMNS] = n < outputs && s < stored ? static_cast<To>(from[n * stored + s]) : To();
     }
 }
 
+// A panel of the matrix, or one that only fills up the last block.
 void quant_pack(const QuantPack* p, int64_t panel) {
   const QuantMatrix& w = p->to;
   Sizes sizes(w);
-  int64_t padded = sizes.scales / ROWS, at = panel * sizes.scales;
-  pack_codes(p, panel, const_cast<uint8_t*>(w.codes) + panel * sizes.codes);
+  int64_t block = panel / PANELS, at = block * sizes.block_scales();
+  pack_codes(p, panel, const_cast<uint8_t*>(w.codes) + block * sizes.block());
   if (scale_bytes(w) == 1)
     pack_scales(static_cast<uint8_t*>(const_cast<void*>(w.scale)) + at, static_cast<const uint8_t*>(p->scale), panel,
-                w.outputs, w.format == QUANT_NVFP4 ? (w.inputs + 15) / 16 : padded, padded);
+                w.outputs, w.format == QUANT_NVFP4 ? (w.inputs + 15) / 16 : sizes.scales, sizes.scales);
   else
     pack_scales(static_cast<float*>(const_cast<void*>(w.scale)) + at, static_cast<const float*>(p->scale), panel,
-                w.outputs, padded, padded);
-  if (w.zero) pack_scales(const_cast<int32_t*>(w.zero) + at, p->zero, panel, w.outputs, padded, padded);
+                w.outputs, sizes.scales, sizes.scales);
+  if (w.zero)
+    pack_scales(const_cast<int32_t*>(w.zero) + at, p->zero, panel, w.outputs, sizes.scales, sizes.scales);
 }
 
 // ----- activations ---------------------------------------------------------------------------------------------------
 
 template <class X>
-void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero) {
+void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero, float lift) {
   int64_t n = groups(f->inputs);
   const X* x = static_cast<const X*>(f->x) + row * f->inputs;
   int8_t* q = f->q + row * n * GROUP;
@@ -164,7 +170,7 @@ void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero) {
     store(lane, most);
     for (float v : lane) top = v > top ? v : top;
     F inverse = set(top > 0.0f ? 127.0f / top : 0.0f);
-    f->scale[row * n + g] = top / 127.0f;
+    f->scale[row * n + g] = top / 127.0f * lift;
     F sum[2] = {set(0.0f), set(0.0f)};
     UNROLL for (int i = 0; i < GROUP / W; i++) {
       F whole = round_whole(wide[i] * inverse);
@@ -179,7 +185,7 @@ void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero) {
 void quant_rows(const QuantRows* f, int64_t row) {
   with_kind(f->format, [&](auto kind) {
     using K = decltype(kind);
-    f->bf16 ? quantise<bf16>(f, row, K::SCALES, K::ZERO) : quantise<float>(f, row, K::SCALES, K::ZERO);
+    f->bf16 ? quantise<bf16>(f, row, K::SCALES, K::ZERO, K::LIFT) : quantise<float>(f, row, K::SCALES, K::ZERO, K::LIFT);
   });
 }
 
@@ -187,6 +193,9 @@ void quant_rows(const QuantRows* f, int64_t row) {
 
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+constexpr int64_t AHEAD = 4096;  // bytes that are on their way from memory
+constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
   const int8_t* q;
@@ -203,8 +212,8 @@ void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
   UNROLL for (int j = 0; j < M * V * VECTORS; j++) acc[j] = set(0.0f);
   for (int64_t g = 0; g < n; g++)
     UNROLL for (int v = 0; v < V; v++) {
-      const uint8_t* codes = panels[v].codes + g * BYTES;
-      UNROLL for (int line = 0; line < BYTES; line += 64) __builtin_prefetch(codes + 4096 + line);
+      const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
+      UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(codes + AHEAD + line);
       UNROLL for (int i = 0; i < VECTORS; i++) {
         F group[M];
         UNROLL for (int s = 0; s < K::SCALES; s++) {
@@ -222,7 +231,7 @@ void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
           UNROLL for (int m = 0; m < M; m++) {
             Ints sum = set_int(x[m].sum[g * K::SCALES + s]);
             if (K::ZERO == 8 && panels[v].zero)  // the sum was made for a code of 0 that is 8
-              sum = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + g / panels[v].per * ROWS + i * W);
+              sum = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + (g >> panels[v].shift) * QUANT_COLUMNS + i * W);
             UNROLL for (int j = 0; j < QUADS; j++) {
               Bytes four = four_bytes(x[m].q + g * GROUP + (s * QUADS + j) * 4);
               sum = K::BITS == 8 ? dot_signed(sum, w[j], four) : dot(sum, w[j], four);
@@ -250,16 +259,18 @@ struct Item {
   Item(const QuantForward* forward, int64_t item) : f(forward) {
     const QuantMatrix& w = f->w;
     Sizes sizes(w);
-    int64_t blocks = (w.outputs + QUANT_COLUMNS - 1) / QUANT_COLUMNS;
+    int64_t blocks = block_count(w.outputs), block = item % blocks;
     span = f->spans[item / blocks];
-    column = item % blocks * QUANT_COLUMNS;
+    column = block * QUANT_COLUMNS;
     columns = w.outputs - column < QUANT_COLUMNS ? w.outputs - column : QUANT_COLUMNS;
-    some = static_cast<int>(panel_count(columns));
-    int64_t first = span.matrix * panel_count(w.outputs) + column / ROWS;
-    for (int v = 0; v < some; v++)
-      panel[v] = {w.codes + (first + v) * sizes.codes,
-                  static_cast<const char*>(w.scale) + (first + v) * sizes.scales * scale_bytes(w),
-                  w.zero ? w.zero + (first + v) * sizes.scales : nullptr, w.group / GROUP};
+    some = static_cast<int>((columns + ROWS - 1) / ROWS);
+    int shift = w.group >= w.inputs ? 62 : __builtin_ctzll(static_cast<uint64_t>(w.group / GROUP));
+    block += span.matrix * blocks;
+    for (int v = 0; v < some; v++) {
+      int64_t scale = block * sizes.block_scales() + v * ROWS;
+      panel[v] = {w.codes + block * sizes.block() + v * sizes.unit,
+                  static_cast<const char*>(w.scale) + scale * scale_bytes(w), w.zero ? w.zero + scale : nullptr, shift};
+    }
   }
   int64_t source(int64_t row) const { return f->source ? f->source[row] / f->per_source : row; }
 
@@ -287,10 +298,12 @@ void rows(const Item& item, int64_t row) {
   }
   F factor = set(item.tensor_scale() * K::FACTOR);
   alignas(64) float y[M * QUANT_COLUMNS];
-  // One row: several panels hide each other's latency. Many rows: one panel at a time leaves registers for them.
-  if (M == 1 && item.some == PANELS) {
-    tile<K, M, M == 1 ? PANELS : 1>(x, item.panel, n, y);
-    return item.put(row, 0, y, item.columns, factor);
+  // Few rows: four panels at once read memory as one stream. Many rows: one panel at a time leaves registers for them.
+  constexpr bool STREAM = M * VECTORS <= MOST_STREAMED;
+  if (STREAM && item.some == PANELS) {
+    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, n, y);
+    for (int m = 0; m < M; m++) item.put(row + m, 0, y + m * QUANT_COLUMNS, item.columns, factor);
+    return;
   }
   for (int v = 0; v < item.some; v++) {
     tile<K, M, 1>(x, item.panel + v, n, y);
@@ -372,8 +385,8 @@ void fp8(const Item& item) {
     int64_t count = inputs - k < 2 * FP8_STEPS ? (inputs - k) / 2 : FP8_STEPS;
     for (int v = 0; v < item.some; v++)
       for (int64_t step = 0; step < count; step += 2) {
-        const uint8_t* codes = item.panel[v].codes + (k / 4 + step / 2) * 64;
-        __builtin_prefetch(codes + 2048);
+        const uint8_t* codes = item.panel[v].codes + (k / 4 + step / 2) * PANELS * 64;
+        prefetch_far(codes + AHEAD);
         decode_two_steps(codes, part, step, v * ROWS);
       }
     for (int64_t n = 0; n < item.columns; n += PANEL) {
@@ -403,8 +416,8 @@ void quant_forward(const QuantForward* f, int64_t number) {
 }  // namespace
 
 void NAUTILUS_FILL(quant)(Kernels* k) {
-  k->quant_codes = [](const QuantMatrix* w) { return panel_count(w->outputs) * Sizes(*w).codes; };
-  k->quant_scales = [](const QuantMatrix* w) { return panel_count(w->outputs) * Sizes(*w).scales; };
+  k->quant_codes = [](const QuantMatrix* w) { return block_count(w->outputs) * Sizes(*w).block(); };
+  k->quant_scales = [](const QuantMatrix* w) { return block_count(w->outputs) * Sizes(*w).block_scales(); };
   k->quant_pack = quant_pack;
   k->quant_rows = quant_rows;
   k->quant_forward = quant_forward;

@@ -340,18 +340,19 @@ inline void store_bytes(int8_t* p, F whole) {
 }
 #endif
 
-// W numbers in E4M3 without sign, times E4M3_UNIT: where half precision can be read, moving the bits is all there is to do.
+// W numbers in E4M3 without sign, times E4M3_UNIT: its bits, moved, are those of a float with another bias; numbers below
+// 2^-6 become subnormal floats, which count as what they are.
 #if defined(__AVX512F__)
-constexpr float E4M3_UNIT = 1.0f / 256;
+constexpr float E4M3_UNIT = 0x1p-120f;
 inline F load_e4m3(const uint8_t* p) {
-  __m128i code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtph_ps(_mm256_slli_epi16(_mm256_cvtepu8_epi16(code), 7))};
+  __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(code, 20))};
 }
-#elif defined(__F16C__)
-constexpr float E4M3_UNIT = 1.0f / 256;
+#elif defined(__AVX2__)
+constexpr float E4M3_UNIT = 0x1p-120f;
 inline F load_e4m3(const uint8_t* p) {
-  __m128i code = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtph_ps(_mm_slli_epi16(_mm_cvtepu8_epi16(code), 7))};
+  __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(code, 20))};
 }
 #else
 constexpr float E4M3_UNIT = 1.0f;
@@ -364,6 +365,31 @@ inline F load_e4m3(const uint8_t* p) {
   return load(r);
 }
 #endif
+
+// W powers of two in E8M0: the byte is the exponent of a float, 0 a subnormal one.
+#if defined(__AVX512F__)
+inline F load_e8m0(const uint8_t* p) {
+  __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 23);
+  return {_mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22)))};
+}
+#elif defined(__AVX2__)
+inline F load_e8m0(const uint8_t* p) {
+  __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23);
+  return {_mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22)))};
+}
+#else
+inline F load_e8m0(const uint8_t* p) {
+  float power[W];
+  for (int i = 0; i < W; i++) {
+    uint32_t bits = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 1u << 22;
+    memcpy(power + i, &bits, 4);
+  }
+  return load(power);
+}
+#endif
+
+// Into the second cache: what is read once, far behind, would only push other things out of the first.
+inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // At most the first `count` numbers, zeros after them; stores touch no more than that. Masks were no faster, and this form
 // serves every level.

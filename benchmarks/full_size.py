@@ -1,0 +1,95 @@
+"""A released checkpoint at its full size: opened, and decoded from, with the memory that takes.
+
+    python benchmarks/write_released.py nano nano_nvfp4 /some/folder       # 19.3 GB of random weights, in minutes
+    python benchmarks/full_size.py /some/folder --record records/full_size.jsonl
+
+Prints the time to open and to the first token, tokens a second, the share of the roofline (see decode.py) and the peak
+of memory: what is anonymous, and what is mapped from the files and can be dropped at any time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+STEPS = 16
+
+
+def memory_gb(name: str) -> float:
+    """VmHWM, RssAnon or RssFile of this process."""
+    found = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return int(found[1]) / 1e6 if found else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--record", type=Path)
+    asked = parser.parse_args()
+    row = measure(asked.folder, asked.turns)
+    for name, value in row.items():
+        print(f"{name:28} {value}")
+    if asked.record:
+        with asked.record.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def measure(folder: Path, turns: int) -> dict:
+    import torch
+    from decode import Fed, bandwidth, bytes_of_step, timed
+    from train_step import machine
+
+    from nautilus.model.weights import load_model
+    from nautilus.serve import Engine
+
+    began = time.perf_counter()
+    model = load_model(folder).requires_grad_(False).eval()
+    opened = time.perf_counter() - began
+
+    class NoTokenizer:
+        stop = ()
+
+    class Source:
+        def tokens(self, count: int) -> list[int]:
+            return torch.randint(model.config.vocab, (count,)).tolist()
+
+    engine, source = Engine(model, NoTokenizer(), max_tokens=512, rows=1), Source()  # type: ignore[arg-type]
+    berth = engine.berths.take(500)
+    engine.prefill(source.tokens(4), berth)
+    first = time.perf_counter() - began
+    active = [(Fed(source), berth)]  # type: ignore[arg-type]
+    for _ in range(3):
+        engine.step(active)
+    speeds, bounds = [], []
+    for _ in range(turns):
+        speed, seconds = bandwidth(), timed(lambda: [engine.step(active) for _ in range(STEPS)])
+        speeds.append(STEPS / seconds)
+        bounds.append(speed)
+    read = bytes_of_step(engine, active, 16)
+    shares = [tokens * read / bound for tokens, bound in zip(speeds, bounds, strict=True)]
+    return {
+        "command": " ".join(["python", "benchmarks/full_size.py", "FOLDER", *sys.argv[2:]]),
+        "machine": machine(),
+        "date": time.strftime("%Y-%m-%d"),
+        "files_gb": round(sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 1e9, 2),
+        "opened_seconds": round(opened, 1),
+        "first_token_seconds": round(first, 1),
+        "gb_read_per_token": round(read / 1e9, 3),
+        "tokens_per_second": [round(speed, 2) for speed in speeds],
+        "bandwidth_gb_per_s": [round(bound / 1e9, 1) for bound in bounds],
+        "share_of_roofline": round(statistics.median(shares), 3),
+        "anonymous_gb": round(memory_gb("RssAnon"), 2),
+        "mapped_gb": round(memory_gb("RssFile"), 2),
+    }
+
+
+if __name__ == "__main__":
+    main()
