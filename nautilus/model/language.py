@@ -168,7 +168,7 @@ class Language(nn.Module):
         token. Lanes change in place, in the format that their memory has.
         """
         x = self.entering(tokens_BT, embeds_BTD)
-        span, remembered = place(state, document_BT, *x.shape[:2], x.device), []
+        span, remembered = place(state, document_BT, x.shape[0], x.shape[1], x.device), []
         for index, block in enumerate(self.backbone.layers):
             assert isinstance(block, Block)
             x, kept = block.remembering(x, span, None if state is None else state.layers[index])
