@@ -28,7 +28,8 @@ def roomy(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE or sys.platform != "linux":
         return torch.empty(shape, dtype=dtype)
-    block = mmap.mmap(-1, size + HUGE)  # freed with the last tensor that looks into it
+    # Private: shared memory has large pages only where the system was told so. Freed with the last tensor in it.
+    block = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE
     return torch.frombuffer(block, dtype=torch.uint8, offset=begin, count=size).view(dtype).view(shape)
