@@ -42,8 +42,8 @@ struct Kind;
 template <>
 struct Kind<QUANT_NVFP4> {
   static constexpr int BITS = 4, SCALES = 2, ZERO = 12;
-  // Scales may come in a unit so small that products with those of activations would leave the range of floats.
-  static constexpr float LIFT = E4M3_UNIT < 1 ? 0x1p100f : 1.0f, FACTOR = 0.5f / (E4M3_UNIT * LIFT);
+  // Scales come in a unit so small that products with those of activations would leave the range of floats.
+  static constexpr float LIFT = 0x1p100f, FACTOR = 0.5f / (E4M3_UNIT * LIFT);
   static F scale(const Panel& p, int64_t g, int which, int row) {
     return load_e4m3(static_cast<const uint8_t*>(p.scale) + (g * 2 + which) * QUANT_COLUMNS + row);
   }

@@ -340,53 +340,37 @@ inline void store_bytes(int8_t* p, F whole) {
 }
 #endif
 
-// W numbers in E4M3 without sign, times E4M3_UNIT: its bits, moved, are those of a float with another bias; numbers below
-// 2^-6 become subnormal floats, which count as what they are.
+// W bytes, moved left by SHIFT, as the bits of floats; at least LEAST.
 #if defined(__AVX512F__)
-constexpr float E4M3_UNIT = 0x1p-120f;
-inline F load_e4m3(const uint8_t* p) {
-  __m512i code = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  return {_mm512_castsi512_ps(_mm512_slli_epi32(code, 20))};
+template <int SHIFT, int32_t LEAST>
+inline F bytes_as_floats(const uint8_t* p) {
+  __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), SHIFT);
+  return {_mm512_castsi512_ps(LEAST ? _mm512_max_epi32(bits, _mm512_set1_epi32(LEAST)) : bits)};
 }
 #elif defined(__AVX2__)
-constexpr float E4M3_UNIT = 0x1p-120f;
-inline F load_e4m3(const uint8_t* p) {
-  __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  return {_mm256_castsi256_ps(_mm256_slli_epi32(code, 20))};
+template <int SHIFT, int32_t LEAST>
+inline F bytes_as_floats(const uint8_t* p) {
+  __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), SHIFT);
+  return {_mm256_castsi256_ps(LEAST ? _mm256_max_epi32(bits, _mm256_set1_epi32(LEAST)) : bits)};
 }
 #else
-constexpr float E4M3_UNIT = 1.0f;
-inline F load_e4m3(const uint8_t* p) {
+template <int SHIFT, int32_t LEAST>
+inline F bytes_as_floats(const uint8_t* p) {
   float r[W];
   for (int i = 0; i < W; i++) {
-    int e = p[i] >> 3, m = p[i] & 7;  // 2^(e - 7) (1 + m / 8), below 2^-6 m 2^-9
-    r[i] = e ? ldexpf(static_cast<float>(8 + m), e - 10) : ldexpf(static_cast<float>(m), -9);
+    int32_t bits = static_cast<int32_t>(p[i]) << SHIFT;
+    if (bits < LEAST) bits = LEAST;
+    memcpy(r + i, &bits, 4);
   }
   return load(r);
 }
 #endif
-
-// W powers of two in E8M0: the byte is the exponent of a float, 0 a subnormal one.
-#if defined(__AVX512F__)
-inline F load_e8m0(const uint8_t* p) {
-  __m512i bits = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 23);
-  return {_mm512_castsi512_ps(_mm512_max_epi32(bits, _mm512_set1_epi32(1 << 22)))};
-}
-#elif defined(__AVX2__)
-inline F load_e8m0(const uint8_t* p) {
-  __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23);
-  return {_mm256_castsi256_ps(_mm256_max_epi32(bits, _mm256_set1_epi32(1 << 22)))};
-}
-#else
-inline F load_e8m0(const uint8_t* p) {
-  float power[W];
-  for (int i = 0; i < W; i++) {
-    uint32_t bits = p[i] ? static_cast<uint32_t>(p[i]) << 23 : 1u << 22;
-    memcpy(power + i, &bits, 4);
-  }
-  return load(power);
-}
-#endif
+// E4M3 without sign, times E4M3_UNIT: a float with another bias. Numbers below 2^-6 become subnormal floats, which count as
+// what they are.
+constexpr float E4M3_UNIT = 0x1p-120f;
+inline F load_e4m3(const uint8_t* p) { return bytes_as_floats<20, 0>(p); }
+// Powers of two in E8M0: the byte is the exponent of a float, 0 a subnormal one.
+inline F load_e8m0(const uint8_t* p) { return bytes_as_floats<23, 1 << 22>(p); }
 
 // Into the second cache: what is read once, far behind, would only push other things out of the first.
 inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
