@@ -171,6 +171,7 @@ def random_nvfp4(rows: int, columns: int):
 
 def bytes_of_step(engine, active, context: int) -> int:
     """What a step must read, and write of the states: matrices once, those of experts where a row chose them."""
+    from nautilus.model.lanes import MambaSlots
     from nautilus.ops.cpu.quant import Repacked
 
     model, total = engine.model, 0
@@ -187,7 +188,7 @@ def bytes_of_step(engine, active, context: int) -> int:
     for layer in engine.berths.layers:
         if layer is None:
             continue
-        if hasattr(layer, "ssm_SHNP"):
+        if isinstance(layer, MambaSlots):
             total += 2 * len(active) * (layer.ssm_SHNP[0].numel() * 4 + layer.tail_SRC[0].numel() * 2)
         else:
             total += len(active) * context * (layer.keys[0].numel() + layer.values[0].numel()) // 16

@@ -150,7 +150,8 @@ class Line:
     """`7.2/19.3 GB  1.1 GB/s  11 s left` on standard error: in place on a terminal, else every ten seconds."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.kept, self.begin, self.said = total, 0, 0, time.monotonic(), 0.0
+        self.total, self.done, self.kept, self.begin = total, 0, 0, time.monotonic()
+        self.said = self.begin  # a rate needs some time to be one
 
     def __call__(self, size: int) -> None:
         self.done += size
