@@ -35,13 +35,13 @@ struct Panel {
   int shift;  // log2 of the groups of activations to a scale
 };
 
-// What distinguishes the formats: bits of a code, scales of a row within a group, the code of 0; what the scales of
-// activations are multiplied by, and what puts the sums right in the end.
+// What distinguishes the formats: bits of a code, scales of a row within a group, bytes of a scale, the code of 0; what the
+// scales of activations are multiplied by, and what puts the sums right in the end.
 template <int FORMAT>
 struct Kind;
 template <>
 struct Kind<QUANT_NVFP4> {
-  static constexpr int BITS = 4, SCALES = 2, ZERO = 12;
+  static constexpr int BITS = 4, SCALES = 2, SCALE_BYTES = 1, ZERO = 12;
   // Scales come in a unit so small that products with those of activations would leave the range of floats.
   static constexpr float LIFT = 0x1p100f, FACTOR = 0.5f / (E4M3_UNIT * LIFT);
   static F scale(const Panel& p, int64_t g, int which, int row) {
@@ -50,14 +50,14 @@ struct Kind<QUANT_NVFP4> {
 };
 template <>
 struct Kind<QUANT_MXFP4> {
-  static constexpr int BITS = 4, SCALES = 1, ZERO = 12;
+  static constexpr int BITS = 4, SCALES = 1, SCALE_BYTES = 1, ZERO = 12;
   static constexpr float LIFT = 1.0f, FACTOR = 0.5f;
   static F scale(const Panel& p, int64_t g, int, int row) {
     return load_e8m0(static_cast<const uint8_t*>(p.scale) + g * QUANT_COLUMNS + row);
   }
 };
 struct FloatScale {
-  static constexpr int SCALES = 1;
+  static constexpr int SCALES = 1, SCALE_BYTES = 4;
   static constexpr float LIFT = 1.0f, FACTOR = 1.0f;
   static F scale(const Panel& p, int64_t g, int, int row) {
     return load(static_cast<const float*>(p.scale) + (g >> p.shift) * QUANT_COLUMNS + row);
@@ -194,7 +194,7 @@ void quant_rows(const QuantRows* f, int64_t row) {
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-constexpr int64_t AHEAD = 4096;  // bytes that are on their way from memory
+constexpr int64_t AHEAD = 8192;  // bytes of codes that are on their way from memory, with their scales
 constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
@@ -203,6 +203,18 @@ struct Row {
   const int32_t* sum;
 };
 
+// Lines of the block that are wanted some groups later. Always inline: gcc takes a function of prefetches alone for one that
+// does nothing, and leaves out its calls.
+template <class K, int V>
+__attribute__((always_inline)) inline void fetch(const Panel* panels, int64_t g) {
+  constexpr int64_t BYTES = GROUP * ROWS * K::BITS / 8, GROUPS = AHEAD / (PANELS * BYTES);
+  constexpr int64_t SCALES = K::SCALES * QUANT_COLUMNS * K::SCALE_BYTES;
+  g += GROUPS;
+  UNROLL for (int line = 0; line < V * BYTES; line += 64) prefetch_far(panels[0].codes + g * PANELS * BYTES + line);
+  const char* scale = static_cast<const char*>(panels[0].scale) + (g >> panels[0].shift) * SCALES;
+  UNROLL for (int line = 0; line < SCALES; line += 64) prefetch_far(scale + line);
+}
+
 // M rows of activations with V panels of sixteen rows of W: y[m][v][row].
 template <class K, int M, int V>
 void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
@@ -210,10 +222,10 @@ void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
   const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
   F acc[M * V * VECTORS];
   UNROLL for (int j = 0; j < M * V * VECTORS; j++) acc[j] = set(0.0f);
-  for (int64_t g = 0; g < n; g++)
+  for (int64_t g = 0; g < n; g++) {
+    fetch<K, V>(panels, g);
     UNROLL for (int v = 0; v < V; v++) {
       const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
-      UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(codes + AHEAD + line);
       UNROLL for (int i = 0; i < VECTORS; i++) {
         F group[M];
         UNROLL for (int s = 0; s < K::SCALES; s++) {
@@ -245,6 +257,7 @@ void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
         }
       }
     }
+  }
   UNROLL for (int j = 0; j < M * V * VECTORS; j++) store(y + j * W, acc[j]);
 }
 

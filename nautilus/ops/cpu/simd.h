@@ -373,7 +373,7 @@ inline F load_e4m3(const uint8_t* p) { return bytes_as_floats<20, 0>(p); }
 inline F load_e8m0(const uint8_t* p) { return bytes_as_floats<23, 1 << 22>(p); }
 
 // Into the second cache: what is read once, far behind, would only push other things out of the first.
-inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
+__attribute__((always_inline)) inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // At most the first `count` numbers, zeros after them; stores touch no more than that. Masks were no faster, and this form
 // serves every level.
