@@ -3,8 +3,8 @@
     python benchmarks/write_released.py nano nano_nvfp4 /some/folder       # 19.3 GB of random weights, in minutes
     python benchmarks/full_size.py /some/folder --record records/full_size.jsonl
 
-Prints the time to open and to the first token, tokens a second, the share of the roofline (see decode.py) and the peak
-of memory: what is anonymous, and what is mapped from the files and can be dropped at any time.
+Prints the time to open and to the first token, tokens a second, the share of the roofline (as `nautilus bench speed`
+does) and the peak of memory: what is anonymous, and what is mapped from the files and can be dropped at any time.
 """
 
 from __future__ import annotations
@@ -43,38 +43,20 @@ def main() -> None:
 
 
 def measure(folder: Path, turns: int) -> dict:
-    import torch
-    from decode import Fed, bandwidth, bytes_of_step, timed
     from train_step import machine
 
+    from nautilus.eval.speed import Meter, Work
     from nautilus.model.weights import load_model
-    from nautilus.serve import Engine
 
     began = time.perf_counter()
     model = load_model(folder).requires_grad_(False).eval()
     opened = time.perf_counter() - began
-
-    class NoTokenizer:
-        stop = ()
-
-    class Source:
-        def tokens(self, count: int) -> list[int]:
-            return torch.randint(model.config.vocab, (count,)).tolist()
-
-    engine, source = Engine(model, NoTokenizer(), max_tokens=512, rows=1), Source()  # type: ignore[arg-type]
-    berth = engine.berths.take(500)
-    engine.prefill(source.tokens(4), berth)
-    first = time.perf_counter() - began
-    active = [(Fed(source), berth)]  # type: ignore[arg-type]
-    for _ in range(3):
-        engine.step(active)
-    speeds, bounds = [], []
-    for _ in range(turns):
-        speed, seconds = bandwidth(), timed(lambda: [engine.step(active) for _ in range(STEPS)])
-        speeds.append(STEPS / seconds)
-        bounds.append(speed)
-    read = bytes_of_step(engine, active, 16)
-    shares = [tokens * read / bound for tokens, bound in zip(speeds, bounds, strict=True)]
+    prompt, answer = Work(prompt=4), Work(prompt=16, steps=STEPS)
+    meter = Meter(model, [prompt, answer])
+    with meter.ready(prompt):
+        first = time.perf_counter() - began
+    with meter.ready(answer) as ready:
+        timings, read = [ready.turn() for _ in range(turns)], ready.bytes
     return {
         "command": " ".join(["python", "benchmarks/full_size.py", "FOLDER", *sys.argv[2:]]),
         "machine": machine(),
@@ -83,9 +65,9 @@ def measure(folder: Path, turns: int) -> dict:
         "opened_seconds": round(opened, 1),
         "first_token_seconds": round(first, 1),
         "gb_read_per_token": round(read / 1e9, 3),
-        "tokens_per_second": [round(speed, 2) for speed in speeds],
-        "bandwidth_gb_per_s": [round(bound / 1e9, 1) for bound in bounds],
-        "share_of_roofline": round(statistics.median(shares), 3),
+        "tokens_per_second": [round(turn.tokens_per_s, 2) for turn in timings],
+        "bandwidth_gb_per_s": [round((turn.bandwidth or 0) / 1e9, 1) for turn in timings],
+        "share_of_roofline": round(statistics.median(turn.share or 0 for turn in timings), 3),
         "anonymous_gb": round(memory_gb("RssAnon"), 2),
         "mapped_gb": round(memory_gb("RssFile"), 2),
     }

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import nautilus
-from nautilus.cli import command, doctor, info, main
+from nautilus.cli import bench, command, doctor, info, main
 from nautilus.cli.command import COMMANDS, Command
 from nautilus.cli.settings import assignments, pasteable, resolve
 from nautilus.config import Config, to_dict
@@ -429,3 +429,106 @@ def test_the_best_time_is_the_shortest_of_at_least_three(monkeypatch):
 
 def test_the_explanation_of_an_error_without_words_is_its_kind():
     assert command.explain(ValueError()).startswith("ValueError")
+
+
+# ----- bench ---------------------------------------------------------------------------------------------------------
+
+QUICK = "context=16,40 sequences=2 prefill=20 steps=3 repeats=2".split()
+
+
+def test_a_command_of_two_words_is_found_and_suggested(capsys):
+    for words in (["bench", "speed", "--help"], ["bench", "speed", "toy", "--help"]):
+        assert main(words) == 0
+        assert capsys.readouterr().out.startswith("nautilus bench speed [MODEL] setting=value")
+    for words in (["bench"], ["bench", "sped"], ["bench", "--help"]):
+        assert main(words) == 2
+        assert capsys.readouterr().err == "nautilus: no command 'bench'; did you mean 'bench speed'?\n"
+
+
+def test_bench_speed_measures_a_preset_with_random_weights(tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    words = ["super", "shrink=true", "format=nvfp4", "where=true", "json=true", f"metrics={rows}", *QUICK]
+    assert main(["bench", "speed", *words]) == 0
+    out, err = capsys.readouterr()
+    facts = json.loads(out)
+    assert (facts["model"], facts["weights"]) == ("super", "random, in nvfp4")
+    assert facts["pattern"] == preset("super").pattern[:8] and facts["vocab"] == 97
+    names = ["decode after 16", "decode after 40", "2 sequences after 16", "prefill 20"]
+    assert [work["work"] for work in facts["works"]] == names
+    assert [work["bytes_per_step"] is None for work in facts["works"]] == [False, False, False, True]
+    for work in facts["works"]:
+        speed = work["tokens_per_s"]
+        assert 0 < speed["low"] <= speed["median"] <= speed["high"] and len(speed["all"]) == 2
+        measured = facts["native"]["on"] and work["steps"] > 0
+        assert (work["share_of_roofline"] is not None) == (work["bandwidth_gb_per_s"] is not None) == measured
+        assert bool(work.get("where")) == measured
+    lines = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [*range(8)]
+    assert [line["work"] for line in lines] == [name for name in names for _ in range(2)]
+    assert "making random weights in nvfp4" in err and "8/8  tokens_per_s" in err
+
+
+def test_bench_speed_prints_tables(capsys):
+    assert main(["bench", "speed", "toy", "shrink=true", "where=true", *QUICK]) == 0
+    text = capsys.readouterr().out
+    assert "toy: 8 layers MEM*EMEM, width 48" in text or "toy: 7 layers MEM*EME, width 48" in text
+    for word in ("decode after 40", "2 sequences after 16", "prefill 20", "tokens/s", "range"):
+        assert word in text
+    if native().functions is not None:
+        assert "GB/s" in text and "Mamba in_proj" in text and "outside the kernels" in text and " %" in text
+        assert "\u2026" not in text  # nothing is cut off in 80 columns
+
+
+def test_bench_speed_opens_a_run_and_a_checkpoint(tmp_path, capsys):
+    from nautilus.model.language import Language
+    from nautilus.presets import shrink
+
+    run = Run.create(tmp_path / "run", {})
+    Language(shrink(preset("nano"))).initialise(0).save(run.model)
+    for source in (run.folder, run.model):
+        assert main(["bench", "speed", str(source), "json=true", *QUICK]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["weights"] == "as they are stored" and facts["works"][0]["tokens_per_s"]["median"] > 0
+    assert main(["bench", "speed", str(run.folder), "format=nvfp4"]) == 2
+    assert "has weights of its own; leave them out, or give a preset" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        ("ultra format=nvfp4", "vocabulary 131,072) with random weights in nvfp4 was asked for; it takes 6"),
+        ("nano layers=MEX", "has 'X' at position 2"),
+        ("toy shrink=true format=nvfp5", "choose one of bf16, f32, "),
+        ("supre", "did you mean 'super'?"),
+        ("toy context=0", "must be at least 1"),
+        ("toy context= sequences= prefill=", "no work to time was asked for"),
+        ("toy state=fp17", "there is none called 'fp17'; did you mean"),
+        ("toy cache=fp9", "pages of 'fp9' for heads of width 16 do not exist; take one of f32, bf16"),
+        (f"toy metrics={__file__}", "that file is there; give a new name"),
+        ("llama_3_1_8b layers=* vocab=99 context=131073", "131,105 positions; the model has 131,072"),
+    ],
+)
+def test_bench_speed_refuses_what_cannot_be(capsys, monkeypatch, words, message):
+    monkeypatch.setattr("nautilus.eval.random_model.free_bytes", lambda: int(24e9))
+    begin = time.monotonic()
+    assert main(["bench", "speed", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and len(error.splitlines()) == 1 and time.monotonic() - begin < 5
+
+
+@pytest.mark.slow
+def test_bench_speed_without_native_kernels_says_what_it_cannot_tell():
+    script = f"from nautilus.cli import main; main(['bench', 'speed', 'toy', 'shrink=true', 'where=true', *{QUICK}])"
+    environment = os.environ | {"NAUTILUS_NATIVE": "off"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=True)
+    assert "decode after 16" in done.stdout and "GB/s" not in done.stdout
+    assert "no roofline, no time by part: they take native kernels, which are off: NAUTILUS_NATIVE=off" in done.stdout
+
+
+def test_a_model_faster_than_memory_and_one_that_is_not_replayed_are_remarked_upon():
+    facts = {"native": {"on": True, "reason": "level x"}, "works": [{"share_of_roofline": {"median": 1.2}}]}
+    assert "above 100 %" in "".join(bench.remarks(facts))
+    facts["works"] = [{"share_of_roofline": None, "where": []}, {"share_of_roofline": {"median": 0.9}}]
+    assert [*bench.remarks(facts)] == [
+        "no time by part: a step of this model is not replayed, since PyTorch computes some of it"
+    ]

@@ -92,7 +92,7 @@ def unpack(cache: Path, source: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     archive = cache / f"{source.name}.tar.gz"
     if not archive.is_file():
-        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", ":all:", "--dest", cache]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python", "--dest", cache]
         follow([*pip, f"llama-cpp-python=={VERSION}"], "downloading llama.cpp", cache / "build.log")
     with atomic_folder(source) as folder, tarfile.open(archive) as package:
         for member in package:

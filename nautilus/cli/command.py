@@ -32,6 +32,7 @@ COMMANDS = {
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
+    "bench speed": Command("nautilus.cli.bench", "how fast a model decodes here, beside what memory allows"),
 }
 
 USAGE = """\
@@ -93,11 +94,7 @@ def run(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"nautilus {nautilus.__version__}")
         return 0
-    name, rest = words[0].replace("-", "_"), words[1:]
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"have {', '.join(COMMANDS)}"
-        raise UserError(f"no command {words[0]!r}; {hint}")
+    name, rest = named(words)
     module = importlib.import_module(COMMANDS[name].module)
     if "--help" in rest or "-h" in rest:
         print(command_help(name, module), end="")
@@ -107,6 +104,17 @@ def run(words: list[str]) -> int:
         print("\n".join(pasteable(settings)))
         return 0
     return module.main(settings) or 0
+
+
+def named(words: list[str]) -> tuple[str, list[str]]:
+    """The command that the first words name, and the words after it."""
+    for count in (2, 1):
+        name = " ".join(words[:count]).replace("-", "_")
+        if name in COMMANDS:
+            return name, words[count:]
+    near = difflib.get_close_matches(words[0].replace("-", "_"), COMMANDS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"have {', '.join(COMMANDS)}"
+    raise UserError(f"no command {words[0]!r}; {hint}")
 
 
 def command_help(name: str, module: ModuleType) -> str:

@@ -39,10 +39,10 @@ class ExpertsMixer(nn.Module):
         self.register_buffer("load_E", torch.zeros(layer.experts, device=device), persistent=False)
         self.balances: list[tuple[Tensor, Tensor]] | None = None
 
-    def forward(self, hidden_BTD: Tensor, span: Span, state: None) -> tuple[Tensor, None]:
+    def choose(self, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each token's experts index_RK, their weights weight_RK, and all scores score_RE."""
         layer = self.layer
-        hidden_RD = hidden_BTD.flatten(0, 1)
-        index_RK, weight_RK, score_RE = route(
+        return route(
             self.gate(hidden_RD),
             self.gate.bias,
             layer.active,
@@ -52,6 +52,10 @@ class ExpertsMixer(nn.Module):
             expert_groups=layer.expert_groups,
             active_groups=layer.active_groups,
         )
+
+    def forward(self, hidden_BTD: Tensor, span: Span, state: None) -> tuple[Tensor, None]:
+        layer, hidden_RD = self.layer, hidden_BTD.flatten(0, 1)
+        index_RK, weight_RK, score_RE = self.choose(hidden_RD)
         if self.training:
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
