@@ -28,7 +28,8 @@ AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16", 
 LEVELS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
-KERNELS = ("attention", "experts", "linear", "mamba", "norm", "quant", "route")  # compiled once for each level
+# Compiled once for each level.
+KERNELS = ("activation", "attention", "experts", "linear", "mamba", "norm", "quant", "rotary", "route")
 ONCE = ("entry", "pool")
 
 

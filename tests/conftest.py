@@ -66,6 +66,25 @@ def level(request):
     library.functions.nautilus_choose(names.index(library.level))
 
 
+@pytest.fixture(scope="session")
+def in_few_bits():
+    """in_few_bits(model, format): the model with every matrix encoded but the embedding's and the routers'."""
+    from nautilus.model.linear import Linear
+    from nautilus.model.moe import ExpertWeights
+    from nautilus.ops.encode import encode
+
+    def quantise(model, format):
+        for module in model.modules():
+            if isinstance(module, Linear):
+                module.hold(encode(module.weight, format))
+            elif isinstance(module, ExpertWeights):
+                for name, stack in list(module.named_parameters()):
+                    module.hold(name, tuple(encode(matrix, format) for matrix in stack))
+        return model.requires_grad_(False)
+
+    return quantise
+
+
 @pytest.fixture
 def check_golden(request):
     """check_golden(name, values, rel=...) compares a curve with tests/golden/<name>.txt, or records it on request."""

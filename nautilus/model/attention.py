@@ -32,6 +32,9 @@ class AttentionMixer(nn.Module):
         if layer.head_norm:
             self.q_norm = RmsNorm(layer.head_width, eps, **place)
             self.k_norm = RmsNorm(layer.head_width, eps, **place)
+        self.frequency = None
+        if (r := layer.rotary) is not None:
+            self.frequency = rotary_frequencies(layer.head_width, r.theta, r.factor, r.low, r.high, r.original)
 
     def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | Pool | None):
         layer = self.layer
@@ -41,10 +44,8 @@ class AttentionMixer(nn.Module):
         )
         if layer.head_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        if layer.rotary is not None:
-            r = layer.rotary
-            frequency = rotary_frequencies(layer.head_width, r.theta, r.factor, r.low, r.high, r.original)
-            q, k = (rotate(t, span.rotary_BT, frequency) for t in (q, k))
+        if self.frequency is not None:
+            q, k = (rotate(t, span.rotary_BT, self.frequency) for t in (q, k))
         if isinstance(state, Pool):
             assert span.lanes is not None
             rows, (q, k, v) = span.lanes.rows, (t.flatten(0, 1) for t in (q, k, v))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nautilus.config import Attention, Config, Mamba
-from nautilus.ops.pages import Pool, Rows, new_pool
+from nautilus.ops.pages import Pool, Rows, new_pool, positions
 from nautilus.ops.ssd import wide
 from nautilus.ops.state_format import EXACT, StateFormat, Stored, decode, encode
 
@@ -75,7 +75,7 @@ class Lanes:
 
     def position_BT(self, time: int) -> Tensor:
         """Where the new tokens stand."""
-        return self.rows.length[:, None] - time + torch.arange(time, device=self.slot_B.device)
+        return positions(self.rows, time * len(self.slot_B)).unflatten(0, (-1, time))
 
 
 def new_memory(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from nautilus.config import Mlp
 from nautilus.model.linear import Linear
 from nautilus.model.state import Span
-from nautilus.ops.experts import activate
+from nautilus.ops.activation import swiglu
 
 
 class MlpMixer(nn.Module):
@@ -23,7 +23,7 @@ class MlpMixer(nn.Module):
     def forward(self, hidden_BTD: Tensor, span: Span | None = None, state: None = None) -> tuple[Tensor, None]:
         if self.gate_proj is None:
             return self.down_proj(self.up_proj(hidden_BTD, squared_relu=True)), None
-        return self.down_proj(activate(self.up_proj(hidden_BTD), self.gate_proj(hidden_BTD))), None
+        return self.down_proj(swiglu(self.gate_proj(hidden_BTD), self.up_proj(hidden_BTD))), None
 
 
 class LinearMixer(nn.Module):

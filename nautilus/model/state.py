@@ -7,6 +7,7 @@ Letters: B rows, T new tokens, S cached positions, G key-value groups, P head wi
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,9 +37,9 @@ class Span:
         """How many earlier tokens of its own document each token has (None: all tokens so far)."""
         return None if self.first_BT is None else self.position_T - self.first_BT
 
-    @property
+    @cached_property
     def rotary_BT(self) -> Tensor:
-        """Position inside the document."""
+        """Position inside the document; looked up once for all layers."""
         if self.lanes is not None:
             return self.lanes.position_BT(len(self.position_T))
         return self.position_T[None] if self.first_BT is None else self.position_T - self.first_BT

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.attention import attention_native, attention_refuses
+from nautilus.ops.cpu.rotary import rotate_native, rotate_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
@@ -196,7 +197,11 @@ def rotary_frequencies(head_width: int, theta: float, factor: float, low: float,
 
 
 def rotate(x_BTHP: Tensor, position_BT: Tensor, frequency: Tensor) -> Tensor:
-    """Each pair (x_i, x_{i+P/2}) turned by position times frequency_i, in float32."""
+    """Each pair (x_i, x_{i+P/2}) turned by position times frequency_i, in float32. One row of positions serves all."""
+    return choose("rotate", ROTATE_IMPLS, x_BTHP, position_BT, frequency)(x_BTHP, position_BT, frequency)
+
+
+def rotate_reference(x_BTHP: Tensor, position_BT: Tensor, frequency: Tensor) -> Tensor:
     dtype = wide(x_BTHP.dtype)
     angle = (position_BT[..., None].double() * frequency.to(position_BT.device))[:, :, None]
     cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
@@ -209,4 +214,9 @@ ATTENTION_IMPLS = (
     Impl("training", attention_training, training_refuses),
     Impl("torch", attention_sdpa),
     Impl("reference", attention_reference),
+)
+ROTATE_IMPLS = (
+    Impl("native", rotate_native, rotate_refuses),
+    Impl("torch", rotate_reference),
+    Impl("reference", rotate_reference),
 )

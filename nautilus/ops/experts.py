@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nautilus.ops.activation import activate
 from nautilus.ops.cpu.experts import experts_native, experts_refuse
 from nautilus.ops.cpu.quant import experts_packed, experts_packed_refuse
 from nautilus.ops.cpu.route import route_native, route_refuses
@@ -59,15 +60,6 @@ def route_torch(
     if normalise:
         weight_RK = weight_RK / (weight_RK.sum(-1, keepdim=True) + 1e-20)
     return index_RK, weight_RK * scale, score_RE
-
-
-def squared_relu(hidden: Tensor) -> Tensor:
-    return hidden.relu().square()
-
-
-def activate(up: Tensor, gate: Tensor | None) -> Tensor:
-    """relu(up)^2, or silu(gate) * up for gated experts."""
-    return squared_relu(up) if gate is None else torch.nn.functional.silu(gate) * up
 
 
 @checked
@@ -233,11 +225,11 @@ def combine(y_ZX: Tensor, place_RK: Tensor, weight_RK: Tensor) -> Tensor:
 
 def native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     function = experts_packed if isinstance(up_EFX, tuple) else experts_native
-    return function(x_RX, index_RK, weight_RK, up_EFX, down_EXF)
+    return function(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX)
 
 
 def native_refuses(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
-    few = isinstance(up_EFX, tuple) or isinstance(down_EXF, tuple)
+    few = any(isinstance(matrices, tuple) for matrices in (up_EFX, down_EXF, gate_EFX))
     refuse = experts_packed_refuse if few else experts_refuse
     return refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX)
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from nautilus.ops.attention import attention
-from nautilus.ops.cpu.attention import PAGE, Pool, Rows, kv_write, new_pool
+from nautilus.ops.cpu.attention import PAGE, Pool, Rows, kv_write, new_pool, positions_native
 from nautilus.ops.cpu.attention import attention_paged as paged_native
-from nautilus.ops.cpu.library import refuses
+from nautilus.ops.cpu.library import native, refuses
 from nautilus.ops.dispatch import Impl, choose
 
-__all__ = ["PAGE", "Pool", "Rows", "attention_paged", "new_pool", "write_pages"]
+__all__ = ["PAGE", "Pool", "Rows", "attention_paged", "new_pool", "positions", "write_pages"]
 
 
 def write_pages(pool: Pool, rows: Rows, k_NGP: Tensor, v_NGP: Tensor) -> None:
@@ -24,6 +24,20 @@ def write_pages(pool: Pool, rows: Rows, k_NGP: Tensor, v_NGP: Tensor) -> None:
 def attention_paged(q_NHP: Tensor, pool: Pool, rows: Rows, *, window: int = 0) -> Tensor:
     """out_NHP: `attention` for the new tokens of each row, whose keys and values are written already."""
     return choose("attention_paged", PAGED_IMPLS, q_NHP, pool, rows, window=window)(q_NHP, pool, rows, window=window)
+
+
+def positions(rows: Rows, tokens: int) -> Tensor:
+    """position_N (int64) of each of so many new tokens."""
+    return choose("positions", POSITION_IMPLS, rows, tokens)(rows, tokens)
+
+
+def positions_refuse(rows: Rows, tokens: int) -> str | None:
+    return native().reason if native().functions is None else None
+
+
+def positions_torch(rows: Rows, tokens: int) -> Tensor:
+    ahead_B = (rows.length - rows.begin[1:]).long()
+    return ahead_B.repeat_interleave(rows.begin.diff()) + torch.arange(tokens, device=rows.begin.device)
 
 
 def write_refuses(pool: Pool, rows: Rows, k_NGP: Tensor, v_NGP: Tensor) -> str | None:
@@ -82,6 +96,11 @@ def paged_torch(q_NHP: Tensor, pool: Pool, rows: Rows, *, window: int = 0) -> Te
     return out
 
 
+POSITION_IMPLS = (
+    Impl("native", positions_native, positions_refuse),
+    Impl("torch", positions_torch),
+    Impl("reference", positions_torch),
+)
 WRITE_IMPLS = (
     Impl("native", kv_write, write_refuses),
     Impl("torch", write_torch),

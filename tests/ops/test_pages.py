@@ -5,7 +5,7 @@ from nautilus.ops.attention import attention_reference
 from nautilus.ops.cpu.attention import attention_paged as paged_native
 from nautilus.ops.cpu.attention import kv_write
 from nautilus.ops.cpu.library import native
-from nautilus.ops.pages import PAGE, Rows, new_pool, paged_torch, write_torch
+from nautilus.ops.pages import PAGE, Rows, new_pool, paged_torch, positions, positions_torch, write_torch
 
 GROUPS, HEADS, WIDTH = 2, 6, 18
 
@@ -69,3 +69,16 @@ def test_what_only_native_code_reads_is_refused_elsewhere():
     with pytest.raises(ValueError, match="fp8 was asked for; only native"):
         write_torch(new_pool(12, GROUPS, WIDTH, "fp8"), *writes[0])
     assert PAGE == 16
+
+
+def as_rows(begin, length):
+    ints = lambda values: torch.tensor(values, dtype=torch.int32)
+    return Rows(begin=ints(begin), length=ints(length), table_BL=torch.zeros(len(length), 1, dtype=torch.int32))
+
+
+def test_new_tokens_stand_at_the_last_positions_of_their_rows():
+    rows = as_rows([0, 3, 3, 4, 9], [37, 5, 1, 5])
+    want = torch.tensor([34, 35, 36, 0, 0, 1, 2, 3, 4])
+    for function in (positions, positions_torch):
+        assert torch.equal(function(rows, 9), want), function
+    assert positions(as_rows([0], []), 0).shape == (0,)

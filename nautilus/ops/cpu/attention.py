@@ -29,6 +29,13 @@ class KvPages(ctypes.Structure):
     ]
 
 
+class Positions(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("rows", "tokens")),
+        *((name, ctypes.c_void_p) for name in ("begin", "length", "position")),
+    ]
+
+
 class Write(ctypes.Structure):
     _fields_ = [
         *(("at", KvPages), ("bf16", ctypes.c_int64), ("k", ctypes.c_void_p), ("v", ctypes.c_void_p)),
@@ -127,6 +134,14 @@ def new_pool(
     return Pool(format=format, width=width, keys=keys, values=values, k_scale=k_scale, v_scale=v_scale)
 
 
+def positions_native(rows: Rows, tokens: int) -> Tensor:
+    """See `ops/pages.py`. ValueError where the rows have more or fewer tokens."""
+    position_N = torch.empty(tokens, dtype=torch.int64)
+    record = Positions(len(rows.length), tokens, *map(pointer, (rows.begin, rows.length, position_N)))
+    run("nautilus_positions", record, lambda: uncounted(rows.begin.tolist(), tokens))
+    return position_N
+
+
 def kv_write(pool: Pool, rows: Rows, k_NGP: Tensor, v_NGP: Tensor) -> None:
     """New keys and values, bf16 or float32, into their places. ValueError where they have none."""
     shape = (k_NGP.shape[0], pool.groups, pool.width)
@@ -218,11 +233,15 @@ def run(name: str, record: ctypes.Structure, why) -> None:
         raise ValueError(f"{name}: {why()}") from None
 
 
+def uncounted(begin: list[int], tokens: int) -> str:
+    return f"begin goes {begin[0]} .. {begin[-1]} over {tokens} new tokens; let it rise from 0 to their number"
+
+
 def misplaced(pool: Pool, rows: Rows, tokens: int, first: Tensor | None, window: int) -> str:
     """Which of the places of a call does not exist."""
     begin, length, table = (t.tolist() for t in (rows.begin, rows.length, rows.table_BL))
     if begin[0] != 0 or begin[-1] != tokens or begin != sorted(begin):
-        return f"begin goes {begin[0]} .. {begin[-1]} over {tokens} new tokens; let it rise from 0 to their number"
+        return uncounted(begin, tokens)
     for b, positions in enumerate(length):
         new, room = begin[b + 1] - begin[b], PAGE * len(table[b])
         if not new <= positions <= room:

@@ -20,6 +20,8 @@
   void fill_quant_##name(Kernels*);     \
   void fill_route_##name(Kernels*);     \
   void fill_attention_##name(Kernels*); \
+  void fill_activation_##name(Kernels*);\
+  void fill_rotary_##name(Kernels*);    \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
@@ -28,6 +30,8 @@
     fill_quant_##name(k);               \
     fill_route_##name(k);               \
     fill_attention_##name(k);           \
+    fill_activation_##name(k);          \
+    fill_rotary_##name(k);              \
   }
 
 LEVEL(baseline)
@@ -108,7 +112,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 12; }
+EXPORT int nautilus_interface() { return 13; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -244,6 +248,18 @@ EXPORT int nautilus_embed(const Embed* e, int threads) {
   return share_out_plainly(kernels.embed, e, e->rows, threads);
 }
 
+EXPORT int nautilus_swiglu(const Swiglu* f, int threads) {
+  return share_out_plainly(kernels.swiglu, f, blocks(f->count, ADD_BLOCK), threads);
+}
+
+EXPORT int nautilus_swiglu_backward(const SwigluBackward* g, int threads) {
+  return share_out_plainly(kernels.swiglu_backward, g, blocks(g->forward.count, ADD_BLOCK), threads);
+}
+
+EXPORT int nautilus_rotary(const Rotary* f, int threads) {
+  return share_out_plainly(kernels.rotary, f, blocks(f->tokens, ROTARY_BLOCK), threads);
+}
+
 EXPORT int nautilus_route(const Route* r, int threads) {
   return share_out(
       [](void* context, int64_t block, int thread) {
@@ -346,12 +362,14 @@ EXPORT int nautilus_quant_experts(const QuantExperts* e, int threads) {
   bool wide = e->down.format != QUANT_FP8;
   QuantRows x{s.tokens, s.width, e->up.format, 1, sorted.x, nullptr, nullptr, nullptr};
   QuantRows act{pairs, s.hidden, e->down.format, !wide, nullptr, nullptr, nullptr, nullptr};
-  void *hidden, *y;
+  void *hidden, *y, *up_x, *gate_x = nullptr;
   QuantSpan* spans;
   if (!arena.lay([&](Scratch& pieces) {
         take_rows(pieces, &x);
         take_rows(pieces, &act);
-        hidden = pieces.take<char>(pairs * s.hidden * (wide ? 4 : 2));
+        hidden = up_x = pieces.take<char>(pairs * s.hidden * (wide ? 4 : 2));
+        if (s.gated) gate_x = pieces.take<float>(pairs * s.hidden);
+        if (s.gated && !wide) up_x = pieces.take<float>(pairs * s.hidden);
         y = pieces.take<uint16_t>(pairs * s.width);
         spans = pieces.take<QuantSpan>(s.experts + pairs / QUANT_BLOCK + 1);
         sorted.first = pieces.take<int32_t>(s.experts + 1);
@@ -364,8 +382,15 @@ EXPORT int nautilus_quant_experts(const QuantExperts* e, int threads) {
   for (int64_t expert = 0; expert < s.experts; expert++)
     count += cut_in_spans(spans + count, static_cast<int>(expert), sorted.first[expert], sorted.first[expert + 1]);
   quantise(x, threads);
-  QuantForward up{e->up, count, wide, 1, spans, sorted.pair, s.active, nullptr, nullptr, nullptr, nullptr, hidden};
+  QuantForward up{e->up, count, wide || s.gated, !s.gated, spans, sorted.pair, s.active, nullptr, nullptr, nullptr, nullptr, up_x};
   quant_multiply(up, x, threads);
+  if (s.gated) {
+    up.w = e->gate;
+    up.y = gate_x;
+    quant_multiply(up, x, threads);
+    Swiglu gated{pairs * s.hidden, 0, !wide, gate_x, up_x, hidden};
+    nautilus_swiglu(&gated, threads);
+  }
   act.x = hidden;
   quantise(act, threads);
   QuantForward down{e->down, count, 0, 0, spans, nullptr, 1, nullptr, nullptr, nullptr, nullptr, y};
@@ -394,6 +419,16 @@ EXPORT int nautilus_replay(Replay* r, int threads) {
     if (int failure = entry.function(entry.arguments, threads)) return failure;
   }
   return 0;
+}
+
+// 2 where the tokens of the rows are not those of the call.
+EXPORT int nautilus_positions(const Positions* p, int) {
+  int64_t token = 0;
+  for (int64_t row = 0; row < p->rows; row++) {
+    if (p->begin[row] != token || p->begin[row + 1] < token || p->begin[row + 1] > p->tokens) return 2;
+    for (; token < p->begin[row + 1]; token++) p->position[token] = p->length[row] - (p->begin[row + 1] - token);
+  }
+  return token == p->tokens ? 0 : 2;
 }
 
 // 2 where the call would touch pages outside the pool.

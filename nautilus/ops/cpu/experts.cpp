@@ -1,8 +1,9 @@
-// Mixture of experts with squared ReLU: out = sum_k w_k down_k relu(up_k x)^2, one expert at a time over the tokens that
-// chose it. Activations A are bf16 or float, sums float; weights may be float32 masters beside bf16 activations and are
-// rounded as they are packed.
+// Mixture of experts: out = sum_k w_k down_k act_k(x), with squared ReLU, act = relu(up x)^2, or gated, act = silu(gate x)
+// up x; one expert at a time over the tokens that chose it. Activations A are bf16 or float, sums float; weights may be
+// float32 masters beside bf16 activations and are rounded as they are packed.
 #include <type_traits>
 
+#include "activation.h"
 #include "gemm.h"
 #include "kernels.h"
 #include "scratch.h"
@@ -14,13 +15,13 @@ constexpr int64_t CHUNK = 32 * TILE_ROWS;  // pairs of an expert worked on at a 
 
 template <class A>
 struct Work {
-  A *up, *down;                // packed
-  A *act, *dup;                // (CHUNK, F)
-  A *act_steps, *dup_steps;    // the same in steps, for products over tokens: bf16 rows are zipped in twos
+  A *up, *down, *gate;         // packed; gate and what is made of it only where there are gates
+  A *act, *dup, *dgate;        // (CHUNK, F)
+  A *act_steps, *dup_steps, *dgate_steps;  // the same in steps, for products over tokens: bf16 rows are zipped in twos
   A *x_steps, *dout_steps;     // (CHUNK, X) in steps
   A* scaled;                   // (2, X)
-  const A** rows;              // (larger of CHUNK and the widths): pointers to rows
-  float* dweight;                 // (CHUNK)
+  const A **rows, **gate_rows; // (larger of CHUNK and the widths): pointers to rows
+  float* dweight;              // (CHUNK)
   Scratch pieces;
 
   Work(const ExpertsSizes& s, void* scratch, bool backward) : pieces{static_cast<char*>(scratch)} {
@@ -29,6 +30,7 @@ struct Work {
     // Each matrix is packed along one axis in the forward and along the other in the backward.
     up = numbers(packed_size<A>(widest, widest));
     down = numbers(packed_size<A>(widest, widest));
+    gate = numbers(s.gated ? packed_size<A>(widest, widest) : 0);
     act = numbers(CHUNK * s.hidden);
     rows = pieces.take<const A*>(CHUNK > widest ? CHUNK : widest);
     if (!backward) return;
@@ -39,6 +41,9 @@ struct Work {
     dout_steps = numbers(CHUNK * s.width + 2 * W);
     scaled = numbers(2 * s.width);
     dweight = pieces.take<float>(CHUNK);
+    dgate = numbers(s.gated ? CHUNK * s.hidden : 0);
+    dgate_steps = numbers(s.gated ? CHUNK * s.hidden + 2 * W : 0);
+    gate_rows = pieces.take<const A*>(CHUNK);
   }
 };
 
@@ -70,8 +75,10 @@ struct Expert {
 
   const T* up() const { return static_cast<const T*>(f.up) + expert * s.hidden * s.width; }
   const T* down() const { return static_cast<const T*>(f.down) + expert * s.hidden * s.width; }
+  const T* gate() const { return static_cast<const T*>(f.gate) + expert * s.hidden * s.width; }
   int64_t token(int64_t z) const { return f.pair[z] / s.active; }
   A* hidden(int64_t z) const { return static_cast<A*>(f.hidden) + z * s.hidden; }
+  A* gate_hidden(int64_t z) const { return static_cast<A*>(f.gate_hidden) + z * s.hidden; }
   A* y(int64_t z) const { return static_cast<A*>(f.y) + z * s.width; }
   int64_t chunk(int64_t z) const { return end - z < CHUNK ? end - z : CHUNK; }
 
@@ -79,23 +86,33 @@ struct Expert {
     for (int64_t i = 0; i < count; i++) w.rows[i] = static_cast<const A*>(matrix) + token(z + i) * s.width;
     return {w.rows, K};
   }
+  Rows<A> rows_of(const A** rows, const A* matrix, int64_t width, int64_t count, int64_t step) const {
+    for (int64_t i = 0; i < count; i++) rows[i] = matrix + i * width;
+    return {rows, step};
+  }
   Rows<A> own_rows(const A* matrix, int64_t width, int64_t count, int64_t step) const {
-    for (int64_t i = 0; i < count; i++) w.rows[i] = matrix + i * width;
-    return {w.rows, step};
+    return rows_of(w.rows, matrix, width, count, step);
   }
 
   void forward() {
     if (begin == end) return;
     pack_columns(w.up, up(), s.width, s.hidden);
     pack_columns(w.down, down(), s.hidden, s.width);
+    if (s.gated) pack_columns(w.gate, gate(), s.width, s.hidden);
     for (int64_t z = begin; z < end; z += CHUNK) {
       int64_t count = chunk(z);
-      gemm(token_rows(f.x, z, count), count, packed<A>(w.up, s.width), s.width, s.hidden,
+      Rows<A> x = token_rows(f.x, z, count);
+      if (s.gated)
+        gemm(x, count, packed<A>(w.gate, s.width), s.width, s.hidden,
+             [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
+               for (int64_t r = 0; r < rows; r++) copy(gate_hidden(z + m + r) + n, c + r * PANEL, columns);
+             });
+      gemm(x, count, packed<A>(w.up, s.width), s.width, s.hidden,
            [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
              for (int64_t r = 0; r < rows; r++)
                for (int64_t j = 0; j < columns; j += W) {
-                 F h = larger(kept(hidden(z + m + r) + n + j, load(c + r * PANEL + j), columns - j), set(0.0f));
-                 store(w.act + (m + r) * s.hidden + n + j, h * h, columns - j);
+                 F h = kept(hidden(z + m + r) + n + j, load(c + r * PANEL + j), columns - j);
+                 store(w.act + (m + r) * s.hidden + n + j, activated(z + m + r, n + j, h, columns - j), columns - j);
                }
            });
       gemm(own_rows(w.act, s.hidden, count, K), count, packed<A>(w.down, s.hidden), s.hidden, s.width,
@@ -105,15 +122,25 @@ struct Expert {
     }
   }
 
+  // What meets `down`, of some numbers h of up x.
+  F activated(int64_t z, int64_t column, F h, int64_t count) const {
+    if (s.gated) return silu(load(gate_hidden(z) + column, count)) * h;
+    h = larger(h, set(0.0f));
+    return h * h;
+  }
+
   void backward(const ExpertsBackward& g) {
-    float *dup = g.dup + expert * s.hidden * s.width, *ddown = g.ddown + expert * s.hidden * s.width;
+    int64_t size = s.hidden * s.width;
+    float *dup = g.dup + expert * size, *ddown = g.ddown + expert * size, *dgate = s.gated ? g.dgate + expert * size : nullptr;
     if (begin == end) {
-      memset(dup, 0, s.hidden * s.width * sizeof(float));
-      memset(ddown, 0, s.hidden * s.width * sizeof(float));
+      memset(dup, 0, size * sizeof(float));
+      memset(ddown, 0, size * sizeof(float));
+      if (s.gated) memset(dgate, 0, size * sizeof(float));
       return;
     }
     pack_rows(w.down, down(), s.width, s.hidden);
     pack_rows(w.up, up(), s.hidden, s.width);
+    if (s.gated) pack_rows(w.gate, gate(), s.hidden, s.width);
     for (int64_t z = begin; z < end; z += CHUNK) {
       int64_t count = chunk(z);
       through_activation(g, z, count);
@@ -121,15 +148,27 @@ struct Expert {
       bool first = z == begin;
       outer(ddown, w.dout_steps, s.width, w.act_steps, s.hidden, count, first);
       outer(dup, w.dup_steps, s.hidden, w.x_steps, s.width, count, first);
-      // The pairs' outputs are not needed any more: their place takes the gradients of the pairs' inputs.
-      gemm(own_rows(w.dup, s.hidden, count, K), count, packed<A>(w.up, s.hidden), s.hidden, s.width,
-           [&](int64_t m, int64_t rows, int64_t n, int64_t columns, const float* c) {
-             for (int64_t r = 0; r < rows; r++) copy(y(z + m + r) + n, c + r * PANEL, columns);
-           });
+      if (s.gated) outer(dgate, w.dgate_steps, s.hidden, w.x_steps, s.width, count, first);
+      through_input(z, count);
     }
   }
 
-  // dact = down^T dout; the weight's gradient is <act, dact>; d(up x) = weight dact 2 relu(up x).
+  // up^T d(up x) + gate^T d(gate x). The pairs' outputs are not needed any more: the gradients of the pairs' inputs take
+  // their place.
+  void through_input(int64_t z, int64_t count) {
+    Columns<A> up = packed<A>(w.up, s.hidden), gate = packed<A>(w.gate, s.hidden);
+    Rows<A> dup = own_rows(w.dup, s.hidden, count, K), dgate{};
+    if (s.gated) dgate = rows_of(w.gate_rows, w.dgate, s.hidden, count, K);
+    gemm(dup, count, up, s.hidden, s.width, [&](int64_t m, int64_t rows, int64_t n, int64_t columns, float* c) {
+      if (s.gated)
+        gemm_block<A>({dgate.row + m, K}, rows, gate.base + n / PANEL * gate.panel, gate.step, steps<A>(s.hidden), columns, c,
+                      true);
+      for (int64_t r = 0; r < rows; r++) copy(y(z + m + r) + n, c + r * PANEL, columns);
+    });
+  }
+
+  // dact = down^T dout; the weight's gradient is <act, dact>; d(up x) = weight dact 2 relu(up x), or where there are gates
+  // weight dact silu(gate x), and d(gate x) = weight dact up x silu'(gate x).
   void through_activation(const ExpertsBackward& g, int64_t z, int64_t count) {
     for (int64_t i = 0; i < count; i++) w.dweight[i] = 0.0f;
     gemm(token_rows(g.doutput, z, count), count, packed<A>(w.down, s.width), s.width, s.hidden,
@@ -138,9 +177,17 @@ struct Expert {
              F inner = set(0.0f), weight = set(f.weight[f.pair[z + i]]);
              for (int64_t j = 0; j < columns; j += W) {
                int64_t at = i * s.hidden + n + j, left = columns - j;
-               F open = larger(load(hidden(z + i) + n + j, left), set(0.0f)), dact = load(c + (i - m) * PANEL + j);
-               inner = fma(kept(w.act + at, open * open, left), dact, inner);
-               store(w.dup + at, weight * dact * (open + open), left);
+               F h = load(hidden(z + i) + n + j, left), dact = load(c + (i - m) * PANEL + j);
+               inner = fma(kept(w.act + at, activated(z + i, n + j, h, left), left), dact, inner);
+               dact = weight * dact;
+               if (s.gated) {
+                 F gate = load(gate_hidden(z + i) + n + j, left);
+                 store(w.dup + at, dact * silu(gate), left);
+                 store(w.dgate + at, dact * h * silu_slope(gate), left);
+               } else {
+                 F open = larger(h, set(0.0f));
+                 store(w.dup + at, dact * (open + open), left);
+               }
              }
              w.dweight[i] += sum_lanes(inner);
            }
@@ -154,6 +201,9 @@ struct Expert {
       bool both = i + 1 < count;
       in_steps(w.act_steps + i * s.hidden, w.act + i * s.hidden, both ? w.act + (i + 1) * s.hidden : nullptr, s.hidden);
       in_steps(w.dup_steps + i * s.hidden, w.dup + i * s.hidden, both ? w.dup + (i + 1) * s.hidden : nullptr, s.hidden);
+      if (s.gated)
+        in_steps(w.dgate_steps + i * s.hidden, w.dgate + i * s.hidden, both ? w.dgate + (i + 1) * s.hidden : nullptr,
+                 s.hidden);
       in_steps(w.x_steps + i * s.width, x + token(z + i) * s.width, both ? x + token(z + i + 1) * s.width : nullptr, s.width);
       for (int64_t r = 0; r < 1 + both; r++) {
         F weight = set(f.weight[f.pair[z + i + r]]);

@@ -49,25 +49,27 @@ struct MambaBackward {
 // Tokens between two kept states; the blocks of time in which the mixer works.
 enum { MAMBA_CHUNK = 64 };
 // Pieces of work of the other kernels: tokens, rows, numbers; and the most experts that a token may have.
-enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, ROUTE_BLOCK = 8, ADD_BLOCK = 1 << 14 };
+enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, ROUTE_BLOCK = 8, ADD_BLOCK = 1 << 14, ROTARY_BLOCK = 16 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
 struct ExpertsSizes {
-  int64_t tokens, width, hidden, experts, active, bf16, weights_bf16;
+  int64_t tokens, width, hidden, experts, active, bf16, weights_bf16, gated;
 };
 
 struct ExpertsForward {
   ExpertsSizes sizes;
-  const void* x;         // (R, X), float or where `bf16` bf16, as are output, hidden and y
+  const void* x;         // (R, X), float or where `bf16` bf16, as are output, hidden, gate_hidden and y
   const int64_t* index;  // (R, K)
   const float* weight;   // (R, K)
   const void *up, *down; // (E, F, X) and (E, X, F), float or where `weights_bf16` bf16
+  const void* gate;      // as up; read where `gated`
   void* output;          // (R, X)
   int32_t* first;        // (E + 1), written
   int32_t* pair;         // (Z), written: which (token, slot) each sorted pair is
   int32_t* place;        // (R, K), written: where each pair is
   void* hidden;          // (Z, F), written: up x before the activation
+  void* gate_hidden;     // (Z, F), written where `gated`: gate x
   void* y;               // (Z, X), written: the output of each pair
 };
 
@@ -76,7 +78,7 @@ struct ExpertsBackward {
   const void* doutput;   // (R, X)
   void* dx;              // (R, X)
   float* dweight;        // (R, K)
-  float *dup, *ddown;    // as up and down
+  float *dup, *ddown, *dgate;  // as up, down and gate
 };
 
 // A matrix (outputs, inputs), packed for activations that are bf16 or float.
@@ -153,11 +155,11 @@ struct QuantLinear {
   void* y;
 };
 
-// Experts with squared ReLU: both matrices of all of them in one format. Of `pairs` the caller gives sizes, x, index,
-// weight and output; all numbers are bf16.
+// Experts, each matrix of all of them in one format, up and gate in the same. Of `pairs` the caller gives sizes, x, index,
+// weight and output; all numbers are bf16. `gate` is read where the sizes say that they are gated.
 struct QuantExperts {
   ExpertsForward pairs;
-  QuantMatrix up, down;
+  QuantMatrix up, down, gate;
 };
 
 // RMSNorm of rows: y = x / sqrt(mean(x^2) + eps) weight, in float32, rounded once.
@@ -189,6 +191,28 @@ struct Embed {
   int64_t rows, width, vocab, table_bf16, bf16;
   const int64_t* index;
   const void* table;
+  void* y;
+};
+
+// y = silu(gate) up, computed in float32 and rounded once; y may be bf16 where the others are float.
+struct Swiglu {
+  int64_t count, bf16, y_bf16;
+  const void *gate, *up;
+  void* y;
+};
+struct SwigluBackward {
+  Swiglu forward;  // gate and up are read
+  const void* dy;
+  void *dgate, *dup;
+};
+
+// Rotary positions: each pair (x_i, x_{i + P/2}) turned by position times frequency_i radians. With the frequencies negated
+// this is its own backward.
+struct Rotary {
+  int64_t tokens, heads, width, bf16;
+  const int64_t* position;  // (tokens)
+  const double* frequency;  // (P / 2)
+  const void* x;            // (tokens, H, P)
   void* y;
 };
 
@@ -237,6 +261,13 @@ struct KvPages {
   uint8_t *keys, *values; // (pages, G, bytes of a page)
 };
 
+// The position of every new token of such a call.
+struct Positions {
+  int64_t rows, tokens;
+  const int32_t *begin, *length;
+  int64_t* position;  // (tokens)
+};
+
 struct KvWrite {
   KvPages at;
   int64_t bf16;
@@ -279,6 +310,9 @@ struct Kernels {
   void (*norm_backward)(const NormBackward*, int64_t block);
   void (*add)(const Add*, int64_t block);
   void (*embed)(const Embed*, int64_t row);
+  void (*swiglu)(const Swiglu*, int64_t block);
+  void (*swiglu_backward)(const SwigluBackward*, int64_t block);
+  void (*rotary)(const Rotary*, int64_t block);
   void (*route)(const Route*, int64_t block, void* scratch);
   int64_t (*route_scratch)(const Route*);
   int (*kv_check)(const KvWrite*);  // 2 when a page, a length or a document lies outside

@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 
 log = logging.getLogger("nautilus.ops")
-INTERFACE = 12
+INTERFACE = 13
 FILE = Path(__file__).with_name("libnautilus.so")
 
 

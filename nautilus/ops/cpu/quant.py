@@ -46,7 +46,7 @@ class Linear(ctypes.Structure):
 
 
 class Experts(ctypes.Structure):
-    _fields_ = [("pairs", Pairs), ("up", Matrix), ("down", Matrix)]
+    _fields_ = [("pairs", Pairs), ("up", Matrix), ("down", Matrix), ("gate", Matrix)]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,42 +143,54 @@ def linear_packed_refuses(x: Tensor, weight_OI: Packed, *, exact=False, wide=Fal
     return repack_refuses([weight_OI]) or refuses(x)
 
 
-def experts_quant_refuse(x_RX, index_RK, weight_RK, up: Repacked, down: Repacked) -> str | None:
+def experts_quant_refuse(
+    x_RX, index_RK, weight_RK, up: Repacked, down: Repacked, gate: Repacked | None = None
+) -> str | None:
     (rows, width), hidden = x_RX.shape, up.outputs
     shapes = (up.inputs, down.inputs, down.outputs, down.count)
     if shapes != (width, hidden, width, up.count):
         return f"matrices of {up.count} and {down.count} experts, {shapes[:3]}, do not fit {width} and {hidden} numbers"
+    alike = lambda m: (m.format, m.count, m.inputs, m.outputs)  # noqa: E731
+    if gate is not None and alike(gate) != alike(up):
+        return f"gates are {alike(gate)}, what they open {alike(up)}; they must be alike"
     return index_refuses(rows, index_RK, weight_RK) or quant_refuses(x_RX, up) or refuses(weight_RK)
 
 
-def experts_quant(x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor, up: Repacked, down: Repacked) -> Tensor:
-    """See `ops/experts.py`. Integer formats keep the hidden numbers in float32 until they are rounded to int8."""
-    refusal = experts_quant_refuse(x_RX, index_RK, weight_RK, up, down)
+def experts_quant(
+    x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor, up: Repacked, down: Repacked, gate: Repacked | None = None
+) -> Tensor:
+    """See `ops/experts.py`. The hidden numbers are float32 until they are rounded once, to int8, or for FP8 to bf16."""
+    refusal = experts_quant_refuse(x_RX, index_RK, weight_RK, up, down, gate)
     if refusal is not None:
         raise ValueError(f"experts_quant: {refusal}")
     x_RX, index_RK, weight_RK = (t.contiguous() for t in (x_RX, index_RK, weight_RK.to(torch.float32)))
     out = torch.empty_like(x_RX)
-    sizes = Sizes(len(x_RX), up.inputs, up.outputs, up.count, index_RK.shape[1], True, True)
-    pairs = Pairs(sizes, *map(pointer, (x_RX, index_RK, weight_RK, None, None, out)))
-    call("nautilus_quant_experts", Experts(pairs, up.record, down.record))
+    sizes = Sizes(len(x_RX), up.inputs, up.outputs, up.count, index_RK.shape[1], True, True, gate is not None)
+    pairs = Pairs(sizes, *map(pointer, (x_RX, index_RK, weight_RK, None, None, None, out)))
+    matrices = up.record, down.record, Matrix() if gate is None else gate.record
+    call("nautilus_quant_experts", Experts(pairs, *matrices))
     return out
 
 
 def experts_packed(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> Tensor:
     """See `ops/experts.py`."""
-    return experts_quant(x_RX, index_RK, weight_RK, repacked_form(up_EFX), repacked_form(down_EXF))
+    matrices = (None if stack is None else repacked_form(stack) for stack in (up_EFX, down_EXF, gate_EFX))
+    return experts_quant(x_RX, index_RK, weight_RK, *matrices)  # type: ignore[arg-type]
 
 
 def experts_packed_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:
-    if gate_EFX is not None or not (isinstance(up_EFX, tuple) and isinstance(down_EXF, tuple)):
-        return "the experts are gated, or one of their matrices is in few bits and the other is not"
-    kinds = kind_refuses(up_EFX) or kind_refuses(down_EXF)
-    if kinds is not None:
-        return kinds
+    stacks = [stack for stack in (up_EFX, down_EXF, gate_EFX) if stack is not None]
+    if not all(isinstance(stack, tuple) for stack in stacks):
+        return "some of the experts' matrices are in few bits and others are not"
+    if (reason := next(filter(None, map(kind_refuses, stacks)), None)) is not None:
+        return reason
+    up, gate = up_EFX[0], up_EFX[0] if gate_EFX is None else gate_EFX[0]
+    if (gate.format, gate.shape) != (up.format, up.shape):
+        return f"gates are {gate.format} of shape {gate.shape}, what they open {up.format} of {up.shape}"
     if (torch.is_grad_enabled() and x_RX.requires_grad) or x_RX.dtype != torch.bfloat16:
-        return f"experts in {up_EFX[0].format} have no gradient and take bf16, not {x_RX.dtype}"
-    (hidden, width), down = up_EFX[0].shape, down_EXF[0].shape
-    if (width, hidden) != down or x_RX.shape[1] != width or len(up_EFX) != len(down_EXF):
+        return f"experts in {up.format} have no gradient and take bf16, not {x_RX.dtype}"
+    (hidden, width), down = up.shape, down_EXF[0].shape
+    if (width, hidden) != down or x_RX.shape[1] != width or len({*map(len, stacks)}) > 1:
         return "the shapes of its matrices do not fit together"
     return index_refuses(len(x_RX), index_RK, weight_RK) or refuses(x_RX, weight_RK)
 

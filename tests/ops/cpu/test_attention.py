@@ -21,6 +21,7 @@ from nautilus.ops.cpu.attention import (
     attention_refuses,
     kv_write,
     new_pool,
+    positions_native,
 )
 
 UNIT = 2.0**-8  # half the distance of neighbours in bf16
@@ -360,6 +361,13 @@ def test_places_that_do_not_exist_are_named(built, change, message):
     for call in (lambda: kv_write(pool, rows, x, x), lambda: attention_paged(x, pool, rows)):
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("new", [[2, -1, 2], [1, 1], [4, -1], [3, 1]], ids=str)
+def test_rows_of_other_tokens_than_there_are_have_no_positions(built, new):
+    rows = as_rows(new, [9] * len(new), torch.zeros(len(new), 1, dtype=torch.int32))
+    with pytest.raises(ValueError, match="over 3 new tokens; let it rise"):
+        positions_native(rows, 3)
 
 
 @pytest.mark.parametrize("first", [-1, 19])

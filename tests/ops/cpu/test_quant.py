@@ -3,6 +3,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.quant import experts_quant, linear_quant, quant_refuses, repack_refuses, repacked
 from nautilus.ops.encode import encode
 from nautilus.ops.experts import experts_reference
@@ -96,33 +97,52 @@ def test_every_code_and_extreme_scales_are_read(level, kind, codes):
     assert not linear_quant(torch.zeros(1, 256).bfloat16(), repacked(matrix)).any()
 
 
-def expert_call(kind, tokens, experts=6, active=3, width=96, hidden=80):
-    up = [quantised(kind, hidden, width, seed=e) for e in range(experts)]
+GATED = pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
+
+
+def expert_call(kind, tokens, experts=6, active=3, width=96, hidden=80, gated=False):
+    up, gate = ([quantised(kind, hidden, width, seed=first + e) for e in range(experts)] for first in (0, 200))
     down = [quantised(kind, width, hidden, seed=100 + e) for e in range(experts)]
     # The last expert is nobody's choice.
     index = torch.stack(
         [torch.randperm(experts - 1, generator=torch.Generator().manual_seed(t))[:active] for t in range(tokens)]
     )
-    return draw(tokens, width, seed=1).bfloat16(), index, draw(tokens, active, seed=2).abs(), up, down
+    matrices = (up, down, gate) if gated else (up, down)
+    return draw(tokens, width, seed=1).bfloat16(), index, draw(tokens, active, seed=2).abs(), *matrices
 
 
+@GATED
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("tokens", [1, 7, 150])
-def test_experts_follow_the_reference(level, kind, tokens):
-    x, index, weight, up, down = expert_call(kind, tokens)
-    stacks = (torch.stack([m.decode() for m in side]).double() for side in (up, down))
+def test_experts_follow_the_reference(level, kind, tokens, gated):
+    x, index, weight, *sides = expert_call(kind, tokens, gated=gated)
+    stacks = (torch.stack([m.decode() for m in side]).double() for side in sides)
     want = experts_reference(x.double(), index, weight.double(), *stacks)
-    got = experts_quant(x, index, weight, repacked(up), repacked(down)).double()
+    got = experts_quant(x, index, weight, *map(repacked, sides)).double()
     assert (got - want).norm() < (0.008 if kind[0] == "fp8_e4m3" else 0.02) * want.norm()
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_gated_experts_are_two_products_and_one_rounding_of_what_they_make(level, kind):
+    """One expert for all: the very numbers of its three products, the first two of which are not rounded."""
+    x, index, weight, up, down, gate = expert_call(kind, 40, experts=2, active=1, gated=True)
+    hidden, opening = (linear_quant(x, repacked(side[0]), wide=True) for side in (up, gate))
+    act = swiglu_native(opening, hidden)
+    got = experts_quant(x, 0 * index, torch.ones_like(weight), *map(repacked, (up, down, gate))).double()
+    weights = down[0].decode().double()
+    seen_act = act.bfloat16().double() if kind[0] == "fp8_e4m3" else seen(kind, act)
+    want = seen_act @ weights.T
+    assert ((got - want).abs() <= EXACT * want.abs() + 2.0**-23 * 80 * (seen_act.abs() @ weights.abs().T)).all()
+
+
+@GATED
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[6]], ids=str)
-def test_a_token_meets_its_experts_alike_in_any_company(level, kind):
-    x, index, weight, up, down = expert_call(kind, 200)
-    up, down = repacked(up), repacked(down)
-    want = experts_quant(x, index, weight, up, down)
+def test_a_token_meets_its_experts_alike_in_any_company(level, kind, gated):
+    x, index, weight, *sides = expert_call(kind, 200, gated=gated)
+    sides = [*map(repacked, sides)]
+    want = experts_quant(x, index, weight, *sides)
     for some in (slice(0, 1), slice(17, 19), slice(50, 180)):
-        assert torch.equal(experts_quant(x[some], index[some], weight[some], up, down), want[some])
+        assert torch.equal(experts_quant(x[some], index[some], weight[some], *sides), want[some])
 
 
 def test_what_is_refused(built):
@@ -136,8 +156,11 @@ def test_what_is_refused(built):
     with pytest.raises(ValueError, match="no single ones of one kind"):
         repacked([matrix, quantised(KINDS[0], 32, 32)])
     x, index, weight, up, down = expert_call(KINDS[0], 4)
+    other = repacked([quantised(KINDS[1], 80, 96) for _ in range(6)])
     up, down = repacked(up), repacked(down)
     for arguments, message in (
+        ((x, index, weight, up, down, down), "must be alike"),
+        ((x, index, weight, up, down, other), "gates are .'mxfp4', 6, 96, 80., what they open .'nvfp4'"),
         ((x[:, :64], index, weight, up, down), "do not fit 64"),
         ((x, index, weight, up, up), "do not fit"),
         ((x, index.int(), weight, up, down), "int64"),

@@ -17,12 +17,14 @@ from nautilus.ops.cpu import library
 library.FILE = pathlib.Path(sys.argv[1])
 functions = library.native().functions
 assert functions is not None, library.native().reason
-from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool
+from nautilus.ops.cpu.activation import swiglu_native
+from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool, positions_native
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import mamba_native
 from nautilus.ops.cpu.norm import rms_norm_native
 from nautilus.ops.cpu.quant import NUMBERS, experts_quant, linear_quant, repacked
+from nautilus.ops.cpu.rotary import rotate_native
 from nautilus.ops.cpu.route import route_native
 from nautilus.ops.encode import encode
 # rows, time, heads, head width, groups, state width, taps
@@ -64,11 +66,20 @@ def experts(dtype, tokens, width, hidden, count, active):
         tensors = [draw(tokens, width, dtype=dtype), draw(tokens, active)]
         tensors += [draw(count, hidden, width, dtype=weights), draw(count, width, hidden, dtype=weights)]
         back([experts_native(tensors[0], choice, *tensors[1:])], tensors)
+        tensors.append(draw(count, hidden, width, dtype=weights))
+        back([experts_native(tensors[0], choice, *tensors[1:])], tensors)
 
 
 def norm(dtype, rows, width):
     tensors = [draw(rows, width, dtype=dtype), draw(width)]
     back([rms_norm_native(*tensors, 1e-5)], tensors)
+
+
+def number_by_number(dtype, rows, width):
+    gate, up = draw(rows, width, dtype=dtype), draw(rows, width, dtype=dtype)
+    back([swiglu_native(gate, up)], [gate, up])
+    x = draw(1, rows, 3, 2 * width, dtype=dtype)
+    back([rotate_native(x, torch.arange(rows)[None], torch.rand(width, dtype=torch.float64))], [x])
 
 
 def linear(dtype, rows, inputs, outputs):
@@ -81,10 +92,11 @@ def quant(dtype, rows, inputs, outputs):
     index = torch.randint(3, (rows, 1)).expand(rows, 2).contiguous()
     index[:, 1] = (index[:, 0] + 1) % 3
     for name in NUMBERS:
-        up, down = (repacked([encode(torch.randn(*shape), name) for _ in range(3)])
-                    for shape in ((outputs, inputs), (inputs, outputs)))
+        up, down, gate = (repacked([encode(torch.randn(*shape), name) for _ in range(3)])
+                          for shape in ((outputs, inputs), (inputs, outputs), (outputs, inputs)))
         assert linear_quant(x, repacked(encode(torch.randn(outputs, inputs), name))).isfinite().all()
         assert experts_quant(x, index, torch.rand(rows, 2), up, down).isfinite().all()
+        assert experts_quant(x, index, torch.rand(rows, 2), up, down, gate).isfinite().all()
 
 
 def attention(dtype, lengths, new, heads, groups, width, window):
@@ -101,6 +113,7 @@ def attention(dtype, lengths, new, heads, groups, width, window):
         kv_write(pool, places(lengths), k, v)
         first = torch.tensor([(n - c) // 3 for n, c in zip(lengths, new) for _ in range(c)]).int()
         assert attention_paged(q, pool, places(new), window=window).isfinite().all()
+        assert (positions_native(places(new), sum(new)) < max(lengths)).all()
         assert attention_paged(q, pool, places(new), first_N=first, window=window).isfinite().all()
     one = lambda t: t[None, : lengths[0]]
     assert attention_native(q[None, : new[0]], one(k), one(v), window=window).isfinite().all()
@@ -111,7 +124,7 @@ index = 0
 while (name := functions.nautilus_level_name(index)) is not None:
     if functions.nautilus_choose(index) == 0:
         for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS),
-                              (attention, ATTENTIONS)):
+                              (attention, ATTENTIONS), (number_by_number, NORMS)):
             for size in sizes:
                 kernel(torch.float32, *size)
                 kernel(torch.bfloat16, *size)

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from nautilus.ops.cpu import library
+from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import mamba_native
 from nautilus.ops.cpu.norm import rms_norm_native
+from nautilus.ops.cpu.rotary import rotate_native
 
 SOURCES = Path(library.__file__).parent
 
@@ -21,12 +23,18 @@ def case(name):
     """A kernel, and inputs that make several pieces of work of different size."""
     draw = torch.Generator().manual_seed(0)
     normal = lambda *shape: torch.randn(*shape, generator=draw)
-    if name == "experts":
+    if name.endswith("experts"):
         x, index = normal(300, 18).bfloat16(), torch.rand(300, 5, generator=draw).topk(2).indices
         matrices = {"up_EFX": normal(5, 34, 18), "down_EXF": normal(5, 18, 34)}
+        matrices |= {"gate_EFX": normal(5, 34, 18)} if name == "gated experts" else {}
         return experts_native, {"x_RX": x, "index_RK": index, "weight_RK": normal(300, 2), **matrices}
     if name == "linear":
         return linear_native, {"x": normal(500, 34), "weight_OI": normal(200, 34)}
+    if name == "swiglu":
+        return swiglu_native, {"gate": normal(3, 16000), "up": normal(3, 16000)}
+    if name == "rotary":
+        place = {"position_BT": torch.arange(2, 72).view(2, 35), "frequency": normal(3).double()}
+        return partial(rotate_native, **place), {"x_BTHP": normal(2, 35, 5, 6)}
     if name == "norm":
         return partial(rms_norm_native, eps=1e-5), {"hidden": normal(700, 9), "weight_D": normal(9)}
     heads, width, state, taps = 6, 5, 7, 4
@@ -54,7 +62,7 @@ def team(request):
     functions.nautilus_borrow_team(*torchs)
 
 
-@pytest.mark.parametrize("name", ["mamba", "experts", "linear", "norm"])
+@pytest.mark.parametrize("name", ["mamba", "experts", "gated experts", "linear", "norm", "swiglu", "rotary"])
 def test_any_number_of_threads_gives_the_same_bits_forward_and_backward(level, team, name, pushed):
     """The products in the backward of `linear` are torch's, whose bits are its own affair."""
     function, t = case(name)
