@@ -83,14 +83,14 @@ def require_memory(name: str, config: Config, format: str, beside: int) -> None:
 
 
 def bytes_of(config: Config, format: str) -> tuple[int, int]:
-    """Of the weights; and of the second form in which an engine packs linear matrices, and experts in few bits."""
+    """Of the weights; and of the second form in which an engine packs matrices."""
     weights = packed = 0.0
     for module in outline(config, format).modules():
         few = format in FORMATS and isinstance(module, Linear | ExpertWeights)
         for parameter in module.parameters(recurse=False):
             bits = bits_of(format, parameter.shape[-1]) if few else 8 * parameter.itemsize
             weights += parameter.numel() * bits / 8
-            packed += parameter.numel() * bits / 8 if few or isinstance(module, Linear) else 0
+            packed += parameter.numel() * bits / 8 if isinstance(module, Linear | ExpertWeights) else 0
     return round(weights), round(packed)
 
 

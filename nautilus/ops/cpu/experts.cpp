@@ -15,7 +15,7 @@ constexpr int64_t CHUNK = 32 * TILE_ROWS;  // pairs of an expert worked on at a 
 
 template <class A>
 struct Work {
-  A *up, *down, *gate;         // packed; gate and what is made of it only where there are gates
+  const A *up, *down, *gate;   // packed; gate and what is made of it only where there are gates
   A *act, *dup, *dgate;        // (CHUNK, F)
   A *act_steps, *dup_steps, *dgate_steps;  // the same in steps, for products over tokens: bf16 rows are zipped in twos
   A *x_steps, *dout_steps;     // (CHUNK, X) in steps
@@ -28,9 +28,10 @@ struct Work {
     auto numbers = [&](int64_t count) { return pieces.take<A>(count); };
     int64_t widest = s.hidden > s.width ? s.hidden : s.width;
     // Each matrix is packed along one axis in the forward and along the other in the backward.
-    up = numbers(packed_size<A>(widest, widest));
-    down = numbers(packed_size<A>(widest, widest));
-    gate = numbers(s.gated ? packed_size<A>(widest, widest) : 0);
+    int64_t size = s.packed ? 0 : packed_size<A>(widest, widest);
+    up = numbers(size);
+    down = numbers(size);
+    gate = numbers(s.gated ? size : 0);
     act = numbers(CHUNK * s.hidden);
     rows = pieces.take<const A*>(CHUNK > widest ? CHUNK : widest);
     if (!backward) return;
@@ -94,11 +95,19 @@ struct Expert {
     return rows_of(w.rows, matrix, width, count, step);
   }
 
+  // This expert's matrix (n, k) in panels: where they lie, or made in `scratch`.
+  void in_columns(const A*& scratch, const void* all, const T* matrix, int64_t k, int64_t n) const {
+    if (s.packed)
+      scratch = static_cast<const A*>(all) + expert * packed_size<A>(k, n);
+    else
+      pack_columns(const_cast<A*>(scratch), matrix, k, n);
+  }
+
   void forward() {
     if (begin == end) return;
-    pack_columns(w.up, up(), s.width, s.hidden);
-    pack_columns(w.down, down(), s.hidden, s.width);
-    if (s.gated) pack_columns(w.gate, gate(), s.width, s.hidden);
+    in_columns(w.up, f.up, up(), s.width, s.hidden);
+    in_columns(w.down, f.down, down(), s.hidden, s.width);
+    if (s.gated) in_columns(w.gate, f.gate, gate(), s.width, s.hidden);
     for (int64_t z = begin; z < end; z += CHUNK) {
       int64_t count = chunk(z);
       Rows<A> x = token_rows(f.x, z, count);
@@ -138,9 +147,9 @@ struct Expert {
       if (s.gated) memset(dgate, 0, size * sizeof(float));
       return;
     }
-    pack_rows(w.down, down(), s.width, s.hidden);
-    pack_rows(w.up, up(), s.hidden, s.width);
-    if (s.gated) pack_rows(w.gate, gate(), s.hidden, s.width);
+    pack_rows(const_cast<A*>(w.down), down(), s.width, s.hidden);
+    pack_rows(const_cast<A*>(w.up), up(), s.hidden, s.width);
+    if (s.gated) pack_rows(const_cast<A*>(w.gate), gate(), s.hidden, s.width);
     for (int64_t z = begin; z < end; z += CHUNK) {
       int64_t count = chunk(z);
       through_activation(g, z, count);

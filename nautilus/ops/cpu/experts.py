@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, pointer, refuses
+from nautilus.ops.cpu.linear import pack_all
+from nautilus.ops.cpu.packs import packed_form
 
 MOST_ACTIVE = 64  # EXPERTS_ACTIVE of kernels.h
-COUNTS = ("tokens", "width", "hidden", "experts", "active", "bf16", "weights_bf16", "gated")
+COUNTS = ("tokens", "width", "hidden", "experts", "active", "bf16", "weights_bf16", "gated", "packed")
 FORWARD = (
     *("x", "index", "weight", "up", "down", "gate", "output"),
     *("first", "pair", "place", "hidden", "gate_hidden", "y"),
@@ -36,7 +38,17 @@ def experts_native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
     tensors = x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return Native.apply(*tensors)
-    return run(*prepared(*tensors))[0]
+    sizes, inputs = prepared(*tensors)
+    for place, matrix in ((3, up_EFX), (4, down_EXF), (5, gate_EFX)):
+        panels = None if matrix is None else packed_panels(matrix, x_RX.dtype)
+        inputs[place], sizes.packed = panels if panels is not None else inputs[place], panels is not None or sizes.packed
+    return run(sizes, inputs)[0]
+
+
+def packed_panels(matrix_EXX: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """All experts' matrices laid out for activations of this dtype, where they are packed once (`packs.py`)."""
+    key = "experts", matrix_EXX.data_ptr(), matrix_EXX.shape, matrix_EXX.stride(), dtype
+    return packed_form(key, matrix_EXX, lambda kept: pack_all(matrix_EXX, dtype) if kept else None)
 
 
 def experts_refuse(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -> str | None:

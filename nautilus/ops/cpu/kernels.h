@@ -52,9 +52,10 @@ enum { MAMBA_CHUNK = 64 };
 enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, ROUTE_BLOCK = 8, ADD_BLOCK = 1 << 14, ROTARY_BLOCK = 16 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
-// Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1.
+// Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1. Where `packed` the
+// matrices of the forward are laid out as nautilus_linear_pack does, one expert's after the other's.
 struct ExpertsSizes {
-  int64_t tokens, width, hidden, experts, active, bf16, weights_bf16, gated;
+  int64_t tokens, width, hidden, experts, active, bf16, weights_bf16, gated, packed;
 };
 
 struct ExpertsForward {

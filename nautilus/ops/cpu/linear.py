@@ -50,15 +50,21 @@ def linear_refuses(x: Tensor, weight_OI: Tensor, *, exact=False, wide=False, squ
 
 def pack(weight_OI: Tensor, dtype: torch.dtype, *, kept: bool = False) -> Tensor:
     """The matrix laid out for activations of this dtype, as bytes, which are `kept` for many uses or not."""
+    return pack_all(weight_OI[None], dtype, kept=kept)[0]
+
+
+def pack_all(weight_EOI: Tensor, dtype: torch.dtype, *, kept: bool = True) -> Tensor:
+    """Several matrices of one shape, each laid out as `pack` does; a row of bytes for each."""
     functions = native().functions
     assert functions is not None
-    outputs, inputs = weight_OI.shape
-    weight = weight_OI.detach().contiguous()
-    sizes = inputs, outputs, dtype == torch.bfloat16, weight.dtype == torch.bfloat16
+    _, outputs, inputs = weight_EOI.shape
+    weight_EOI = weight_EOI.detach().contiguous()
+    sizes = inputs, outputs, dtype == torch.bfloat16, weight_EOI.dtype == torch.bfloat16
     size = functions.nautilus_linear_packed_size(ctypes.byref(Pack(*sizes)))
-    packed = (roomy if kept else torch.empty)(size, dtype=torch.uint8)
-    call("nautilus_linear_pack", Pack(*sizes, pointer(weight), pointer(packed)))
-    return packed
+    packed_EB = (roomy if kept else torch.empty)(len(weight_EOI), size, dtype=torch.uint8)
+    for weight_OI, packed_B in zip(weight_EOI, packed_EB, strict=True):
+        call("nautilus_linear_pack", Pack(*sizes, pointer(weight_OI), pointer(packed_B)))
+    return packed_EB
 
 
 def forward(

@@ -165,7 +165,7 @@ def experts_quant(
         raise ValueError(f"experts_quant: {refusal}")
     x_RX, index_RK, weight_RK = (t.contiguous() for t in (x_RX, index_RK, weight_RK.to(torch.float32)))
     out = torch.empty_like(x_RX)
-    sizes = Sizes(len(x_RX), up.inputs, up.outputs, up.count, index_RK.shape[1], True, True, gate is not None)
+    sizes = Sizes(len(x_RX), up.inputs, up.outputs, up.count, index_RK.shape[1], True, True, gate is not None, True)
     pairs = Pairs(sizes, *map(pointer, (x_RX, index_RK, weight_RK, None, None, None, out)))
     matrices = up.record, down.record, Matrix() if gate is None else gate.record
     call("nautilus_quant_experts", Experts(pairs, *matrices))

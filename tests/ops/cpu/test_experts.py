@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nautilus.ops.cpu.experts import experts_native, experts_refuse
+from nautilus.ops.cpu.packs import packed_once
 from nautilus.ops.experts import experts_reference
 
 # tokens, width, hidden, experts, active; widths below, at and beside whole vectors and panels of columns; pairs of an
@@ -100,6 +101,19 @@ def test_masters_in_float32_are_rounded_like_a_cast(level):
         t[name] += torch.randn(t[name].shape) * 2.0**-12
     narrow = t | {n: t[n].bfloat16() for n in ("up_EFX", "down_EXF", "gate_EFX")}
     assert torch.equal(experts_native(**t), experts_native(**narrow))
+
+
+@GATED
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_once_keeps_the_bits(level, dtype, weights, gated):
+    for size in SIZES:
+        tensors, packs = inputs(size, weights=weights, dtype=dtype, gated=gated), {}
+        anew = experts_native(**tensors)
+        with packed_once(packs):
+            first, again = experts_native(**tensors), experts_native(**tensors)
+        assert torch.equal(anew, first) and torch.equal(anew, again)
+        assert len(packs) == 2 + gated
 
 
 def test_what_native_refuses(built):
