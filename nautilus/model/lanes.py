@@ -14,21 +14,10 @@ import torch
 from torch import Tensor
 
 from nautilus.config import Attention, Config, Mamba
+from nautilus.ops.mamba import MambaSlots, fold_in_slots, new_slots
 from nautilus.ops.pages import Pool, Rows, new_pool, positions
 from nautilus.ops.ssd import wide
 from nautilus.ops.state_format import EXACT, StateFormat, Stored, decode, encode
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class MambaSlots:
-    """States of one layer: the last inputs of the convolution, and the scan's state as (N, P)."""
-
-    tail_SRC: Tensor
-    ssm_SHNP: Tensor
-
-    def clear(self, slot: int) -> None:
-        self.tail_SRC[slot].zero_()
-        self.ssm_SHNP[slot].zero_()
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,33 +56,66 @@ class Lanes:
     """Row b of a call has its states in slot_B[b] (int32), its keys and values in the pages of `rows`.
 
     All rows of a call have as many new tokens. Each row is one document.
+
+    A `tentative` call may be taken back in part: after it `accept` says how many of its tokens stay in each row, and
+    `rows.length` grows from call to call by as many. Its memory needs a window; see `new_memory`.
     """
 
     layers: Memory
     slot_B: Tensor
     rows: Rows
+    tentative: bool = False
 
     def position_BT(self, time: int) -> Tensor:
         """Where the new tokens stand."""
         return positions(self.rows, time * len(self.slot_B)).unflatten(0, (-1, time))
 
+    def accept(self, count_B: Tensor) -> None:
+        """Of the tokens of the tentative call before, the first so many of each row stay; the others never were.
+
+        ValueError for more than there were, and where none wait. Keys and values need nothing but `rows.length`: those
+        of the others are written over.
+        """
+        slot_B, count_B = self.slot_B.long(), count_B.to(self.slot_B)
+        slots = [layer for layer in self.layers if isinstance(layer, MambaSlots)]
+        pending = [layer.pending_S for layer in slots if layer.pending_S is not None]
+        waiting_B = -pending[0][slot_B] if pending else torch.zeros_like(count_B)
+        if slots and not ((waiting_B > 0) & (count_B >= 0) & (count_B <= waiting_B)).all():
+            raise ValueError(
+                f"{count_B.tolist()} tokens were accepted where {waiting_B.clamp_min(0).tolist()} wait; after each "
+                "tentative call accept once, 0 to that many of each row"
+            )
+        for pending_S in pending:
+            pending_S[slot_B] = count_B
+
+    def fold(self) -> None:
+        """Bring the states to after the last accepted token: before they are copied or handed on."""
+        for layer in self.layers:
+            if isinstance(layer, MambaSlots):
+                fold_in_slots(layer, self.slot_B)
+
 
 def new_memory(
     config: Config, *, slots: int, pages: int, dtype: torch.dtype, cache: str = "", device=None,
-    scales: dict[int, tuple[float, float]] | None = None, state: StateFormat = EXACT,
+    scales: dict[int, tuple[float, float]] | None = None, state: StateFormat = EXACT, window: int = 0,
 ) -> Memory:  # fmt: skip
     """Room for so many states and pages of every layer. `cache` is the format of keys and values: bf16, fp8, int8, f32,
-    or as the activations when empty; `scales` the k and v scale of a layer, for fp8; `state` how states rest."""
+    or as the activations when empty; `scales` the k and v scale of a layer, for fp8; `state` how states rest; `window`
+    the most tokens of a tentative call, which takes states that rest in fp32 (ValueError)."""
+    if window and not state.lossless:  # they are rounded after every token, folded ones would have to be
+        asked = f"a window of {window} tokens was asked for with states in {state.name}"
+        raise ValueError(f"{asked}; take states in fp32, or no window")
     cache = cache or {torch.bfloat16: "bf16", torch.float64: "f64"}.get(dtype, "f32")
 
     def room(index: int, layer) -> MambaSlots | RestingSlots | Pool | None:
         if isinstance(layer, Mamba):
-            ssm = torch.zeros(slots, layer.heads, layer.state, layer.head_width, dtype=wide(dtype), device=device)
-            tail = torch.zeros(slots, layer.taps - 1, layer.conv_width, dtype=dtype, device=device)
+            sizes = {name: getattr(layer, name) for name in ("heads", "head_width", "groups", "state", "taps")}
+            awake = new_slots(slots, **sizes, window=window, dtype=dtype, wide=wide(dtype), device=device)
             if state.lossless:
-                return MambaSlots(tail_SRC=tail, ssm_SHNP=ssm)
-            resting = encode(ssm.mT, state, layer=index, position_B=torch.zeros(1, dtype=torch.int64, device=device))
-            return RestingSlots(tail_SRC=tail, ssm=resting, format=state, layer=index)
+                return awake
+            none_B = torch.zeros(1, dtype=torch.int64, device=device)
+            resting = encode(awake.ssm_SHNP.mT, state, layer=index, position_B=none_B)
+            return RestingSlots(tail_SRC=awake.tail_SRC, ssm=resting, format=state, layer=index)
         if isinstance(layer, Attention):
             k_scale, v_scale = (scales or {}).get(index, (1.0, 1.0))
             return new_pool(

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from nautilus.config import Mamba
-from nautilus.model.lanes import MambaSlots
 from nautilus.model.linear import Linear
 from nautilus.model.state import MambaState, Span
-from nautilus.ops.mamba import mamba, mamba_in_slots
+from nautilus.ops.mamba import MambaSlots, mamba, mamba_in_slots
 from nautilus.ops.ssd import wide
 
 
@@ -45,8 +44,8 @@ class MambaMixer(nn.Module):
         groups, eps = self.layer.groups, self.eps
         if isinstance(state, MambaSlots):
             assert span.lanes is not None
-            pools = state.tail_SRC, state.ssm_SHNP, span.lanes.slot_B
-            return self.out_proj(mamba_in_slots(*tensors, *pools, groups=groups, eps=eps)), state
+            lanes = {"slot_B": span.lanes.slot_B, "tentative": span.lanes.tentative}
+            return self.out_proj(mamba_in_slots(*tensors, slots=state, groups=groups, eps=eps, **lanes)), state
         before = {} if state is None else {"tail_BRC": state.tail_BRC, "state_BHPN": state.ssm_BHPN}
         out, tail, ssm = mamba(*tensors, groups=groups, eps=eps, **before, reach_BT=span.reach_BT)
         return self.out_proj(out), MambaState(tail, ssm)

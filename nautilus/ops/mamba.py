@@ -12,11 +12,23 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from nautilus.ops.conv import causal_conv, last_inputs
-from nautilus.ops.cpu.mamba import mamba_native, mamba_refuses, slots_native, slots_refuse
+from nautilus.ops.cpu.library import UNDECIDED
+from nautilus.ops.cpu.mamba import (
+    MambaSlots,
+    fold_native,
+    fold_refuses,
+    mamba_native,
+    mamba_refuses,
+    new_slots,
+    slots_native,
+    slots_refuse,
+)
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.norm import gated_group_norm
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import ssd, wide
+
+__all__ = ["MambaSlots", "fold_in_slots", "mamba", "mamba_in_slots", "new_slots"]
 
 
 @checked
@@ -45,21 +57,84 @@ def mamba(
     return choose("mamba", MAMBA_IMPLS, *tensors, **named)(*tensors, **named)
 
 
-def mamba_in_slots(*tensors: Tensor, groups: int, eps: float) -> Tensor:
-    """out_BTI of `mamba` for rows whose tails and states lie in slots of two pools and are replaced there.
+def mamba_in_slots(
+    *tensors: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative: bool = False
+) -> Tensor:
+    """out_BTI of `mamba` for rows whose tails and states lie in slots and are replaced there.
 
-    The tensors are the first seven of `mamba`, then tail_SRC, state_SHNP (a state lies as (N, P)) and slot_B, int32:
-    each row has a slot of its own.
+    The tensors are the first seven of `mamba`; slot_B is int32: each row has a slot of its own. What an earlier call
+    left to fold is folded first. A tentative call then leaves tails and states as they are, and keeps what is needed to
+    go on from after any of its tokens; MambaSlots says how. ValueError where slots have no room for that; RuntimeError
+    where tokens of an earlier call wait for a verdict.
     """
-    return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, groups=groups, eps=eps)(*tensors, groups=groups, eps=eps)
+    if tentative and tensors[0].shape[1] > slots.window:
+        raise ValueError(
+            f"a tentative call of {tensors[0].shape[1]} tokens was made on slots that can keep {slots.window}; draft "
+            "fewer, or make slots with a larger window"
+        )
+    named = {"slots": slots, "slot_B": slot_B, "groups": groups, "eps": eps, "tentative": tentative}
+    return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, **named)(*tensors, **named)
 
 
-def mamba_taken_out(*tensors: Tensor, groups: int, eps: float) -> Tensor:
-    *of_mamba, tail_SRC, state_SHNP, slot_B = tensors
-    before = {"tail_BRC": tail_SRC[slot_B], "state_BHPN": state_SHNP[slot_B].mT}
-    out, tail, state = mamba(*of_mamba, groups=groups, eps=eps, **before)
-    tail_SRC[slot_B], state_SHNP[slot_B] = tail.to(tail_SRC.dtype), state.mT.to(state_SHNP.dtype)
+def fold_in_slots(slots: MambaSlots, slot_B: Tensor) -> None:
+    """The kept tokens that stay go into tails and states, which are then those after the last token that stays."""
+    choose("fold_in_slots", FOLD_IMPLS, slots, slot_B)(slots, slot_B)
+
+
+def mamba_taken_out(
+    *tensors: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative: bool = False
+) -> Tensor:
+    """Taken out of the slots, and put back; tentative tokens one by one, row after row."""
+    fold_taken_out(slots, slot_B)
+    if tentative:
+        rows = [one_by_one(tensors, slots, row, slot, groups, eps) for row, slot in enumerate(slot_B.tolist())]
+        return torch.cat(rows)
+    old, tail_SRC, state_SHNP = slots.taps - 1, slots.tail_SRC, slots.ssm_SHNP
+    before = {"tail_BRC": tail_SRC[slot_B, :old], "state_BHPN": state_SHNP[slot_B].mT}
+    out, tail, state = mamba(*tensors, groups=groups, eps=eps, **before)
+    tail_SRC[slot_B, :old], state_SHNP[slot_B] = tail.to(tail_SRC.dtype), state.mT.to(state_SHNP.dtype)
     return out
+
+
+def one_by_one(tensors: tuple[Tensor, ...], slots: MambaSlots, row: int, slot: int, groups: int, eps: float) -> Tensor:
+    """out_1TI of a row's tokens, of which the slot keeps what a fold needs."""
+    assert slots.kept_SMK is not None and slots.pending_S is not None
+    (input_BTE, *parameters), out, old = tensors, [], slots.taps - 1
+    tail_1RC, state_1HPN = slots.tail_SRC[slot, None, :old], slots.ssm_SHNP[slot, None].mT
+    for t in range(input_BTE.shape[1]):
+        token_11E = input_BTE[row : row + 1, t : t + 1]
+        slots.kept_SMK[slot, t] = kept_numbers(token_11E, *parameters, groups=groups, tail_BRC=tail_1RC)
+        y, tail_1RC, state_1HPN = mamba_composed(
+            token_11E, *parameters, groups=groups, eps=eps, tail_BRC=tail_1RC, state_BHPN=state_1HPN
+        )
+        slots.tail_SRC[slot, old + t] = tail_1RC[0, -1]
+        out.append(y)
+    slots.pending_S[slot] = -len(out)
+    return torch.cat(out, 1)
+
+
+def kept_numbers(token_11E, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *, groups: int, tail_BRC) -> Tensor:
+    """dt x, b and exp(dt a) of one token, one after the other."""
+    x_BTHP, dt_BTH, b_BTGN, _ = scan_inputs(token_11E, weight_CW, bias_C, dt_bias_H, norm_I, groups, tail_BRC, None)
+    return torch.cat([(dt_BTH[..., None] * x_BTHP).flatten(), b_BTGN.flatten(), torch.exp(dt_BTH * a_H).flatten()])
+
+
+def fold_taken_out(slots: MambaSlots, slot_B: Tensor) -> None:
+    if slots.kept_SMK is None or slots.pending_S is None:
+        return
+    _, heads, _, head_width = slots.ssm_SHNP.shape
+    old, groups = slots.taps - 1, slots.groups
+    for slot in slot_B.tolist():
+        count = int(slots.pending_S[slot])
+        if count < 0:
+            raise RuntimeError(f"fold_in_slots: {UNDECIDED}")
+        for kept_K in slots.kept_SMK[slot, :count]:
+            u_I, b_GN, keep_H = kept_K.tensor_split([heads * head_width, len(kept_K) - heads])
+            b_HN = b_GN.view(groups, -1).repeat_interleave(heads // groups, 0)
+            write_HNP = b_HN[..., None] * u_I.view(heads, 1, head_width)
+            slots.ssm_SHNP[slot] = keep_H[:, None, None] * slots.ssm_SHNP[slot] + write_HNP
+        slots.tail_SRC[slot, :old] = slots.tail_SRC[slot, count : count + old].clone()
+        slots.pending_S[slot] = 0
 
 
 def mamba_composed(
@@ -67,19 +142,25 @@ def mamba_composed(
     reach_BT=None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """One op after another, each in whichever form is chosen for it."""
-    inner, heads, dtype = norm_I.shape[0], a_H.shape[0], wide(input_BTE.dtype)
-    z, xbc, dt = input_BTE.split([inner, bias_C.shape[0], heads], dim=-1)
-    tail = last_inputs(xbc, tail_BRC, weight_CW.shape[1])
+    inner, channels = norm_I.shape[0], bias_C.shape[0]
+    tail = last_inputs(input_BTE[..., inner : inner + channels], tail_BRC, weight_CW.shape[1])
+    x_BTHP, dt_BTH, b_BTGN, c_BTGN = scan_inputs(
+        input_BTE, weight_CW, bias_C, dt_bias_H, norm_I, groups, tail_BRC, reach_BT
+    )
+    start_BT = None if reach_BT is None else reach_BT == 0
+    y_BTHP, last = ssd(x_BTHP, dt_BTH, a_H, b_BTGN, c_BTGN, state_BHPN=state_BHPN, start_BT=start_BT)
+    y = torch.addcmul(y_BTHP, x_BTHP, skip_H.to(x_BTHP.dtype)[:, None]).flatten(-2)
+    return gated_group_norm(y, input_BTE[..., :inner], norm_I, groups, eps), tail, last
+
+
+def scan_inputs(input_BTE, weight_CW, bias_C, dt_bias_H, norm_I, groups, tail_BRC, reach_BT) -> tuple[Tensor, ...]:
+    """x_BTHP, dt_BTH, b_BTGN and c_BTGN."""
+    inner, heads, dtype = norm_I.shape[0], dt_bias_H.shape[0], wide(input_BTE.dtype)
+    _, xbc, dt = input_BTE.split([inner, bias_C.shape[0], heads], dim=-1)
     xbc, _ = causal_conv(xbc, weight_CW, bias_C, tail_BRC=tail_BRC, reach_BT=reach_BT)
     x, b, c = xbc.split([inner, *[(bias_C.shape[0] - inner) // 2] * 2], dim=-1)
-    x_BTHP = x.unflatten(-1, (heads, -1))
-    y_BTHP, last = ssd(
-        x_BTHP, softplus(dt.to(dtype) + dt_bias_H.to(dtype)), a_H,
-        b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1)),
-        state_BHPN=state_BHPN, start_BT=None if reach_BT is None else reach_BT == 0,
-    )  # fmt: skip
-    y = torch.addcmul(y_BTHP, x_BTHP, skip_H.to(x.dtype)[:, None]).flatten(-2)
-    return gated_group_norm(y, z, norm_I, groups, eps), tail, last
+    dt_BTH = softplus(dt.to(dtype) + dt_bias_H.to(dtype))
+    return x.unflatten(-1, (heads, -1)), dt_BTH, b.unflatten(-1, (groups, -1)), c.unflatten(-1, (groups, -1))
 
 
 MAMBA_IMPLS = (
@@ -91,4 +172,9 @@ SLOTS_IMPLS = (
     Impl("native", slots_native, slots_refuse),
     Impl("torch", mamba_taken_out),
     Impl("reference", mamba_taken_out),
+)
+FOLD_IMPLS = (
+    Impl("native", fold_native, fold_refuses),
+    Impl("torch", fold_taken_out),
+    Impl("reference", fold_taken_out),
 )

@@ -59,7 +59,7 @@ def ssd_reference(
         keep_BH = torch.exp(dt_BTH[:, t] * a_H)
         if start_BT is not None:
             keep_BH = torch.where(start_BT[:, t, None], torch.zeros_like(keep_BH), keep_BH)
-        write_BHPN = torch.einsum("bh,bhp,bhn->bhpn", dt_BTH[:, t], x[:, t], b_BTHN[:, t])
+        write_BHPN = torch.einsum("bhp,bhn->bhpn", dt_BTH[:, t, :, None] * x[:, t], b_BTHN[:, t])
         state_BHPN = keep_BH[..., None, None] * state_BHPN + write_BHPN
         out.append(torch.einsum("bhpn,bhn->bhp", state_BHPN, c_BTHN[:, t]))
     return torch.stack(out, dim=1).to(x_BTHP.dtype), state_BHPN

@@ -30,9 +30,13 @@ class Berth:
 
 
 class Berths:
-    """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each."""
+    """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each, at most `window` of a call that
+    may be taken back."""
 
-    def __init__(self, model: Language, *, rows: int, max_tokens: int, cache: str = "", state: StateFormat = EXACT):
+    def __init__(
+        self, model: Language, *, rows: int, max_tokens: int, cache: str = "", state: StateFormat = EXACT,
+        window: int = 0,
+    ):  # fmt: skip
         config, device = model.config, model.head_weight.device
         pages = pages_for(max_tokens)
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
@@ -48,6 +52,7 @@ class Berths:
             device=device,
             scales=model.cache_scales,
             state=state,
+            window=window,
         )
         self.device, self.slots, self.pages = device, list(range(rows)), list(range(count))
 
@@ -80,13 +85,14 @@ class Berths:
             if isinstance(part, RestingSlots) and isinstance(awake, MambaSlots):
                 part.rest(slot_B, awake, last_B)
 
-    def lanes(self, rows: int) -> Lanes:
+    def lanes(self, rows: int, *, tentative: bool = False) -> Lanes:
         """For calls of so many rows, to be told their slots, and the rest by `point`."""
         ints = lambda *shape: torch.zeros(*shape, dtype=torch.int32, device=self.device)  # noqa: E731
         return Lanes(
             layers=self.layers,
             slot_B=ints(rows),
             rows=Rows(begin=ints(rows + 1), length=ints(rows), table_BL=ints(rows, self.most)),
+            tentative=tentative,
         )
 
 
@@ -97,6 +103,13 @@ def point(lanes: Lanes, berths: Sequence[Berth], time: int) -> None:
     lanes.rows.length.copy_(ints([berth.length + time for berth in berths]))
     for row, berth in enumerate(berths):
         lanes.rows.table_BL[row, : len(berth.pages)] = ints(berth.pages)
+
+
+def accept(lanes: Lanes, berths: Sequence[Berth], counts: Sequence[int]) -> None:
+    """After a tentative call on these berths: so many of its tokens stay in each."""
+    lanes.accept(torch.tensor(counts))
+    for berth, count in zip(berths, counts, strict=True):
+        berth.length += count
 
 
 def pages_for(tokens: int) -> int:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from nautilus.ops.mamba import mamba, mamba_composed
+from nautilus.ops.mamba import fold_in_slots, mamba, mamba_composed, mamba_in_slots, new_slots
 
 SIZE = {"groups": 2, "eps": 1e-5}
 
@@ -65,3 +65,36 @@ def test_native_takes_float32_and_float64_goes_to_torch():
     t = {n: v.float() for n, v in inputs(5).items()}
     assert torch.equal(mamba(**inputs(5), **SIZE)[0], mamba_composed(**inputs(5), **SIZE)[0])
     torch.testing.assert_close(mamba(**t, **SIZE)[0], mamba_composed(**t, **SIZE)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_reference_keeps_tentative_tokens_and_folds_those_that_stay(dtype, monkeypatch):
+    """Bit for bit what reading them one by one leaves, whatever stays of each call and row."""
+    monkeypatch.setenv("NAUTILUS_OPS", "reference")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    slots, serial = (
+        new_slots(3, heads=4, head_width=3, groups=2, state=5, taps=4, window=window, dtype=dtype, wide=wide)
+        for window in (5, 0)
+    )
+    slot_B, named = torch.tensor([2, 0], dtype=torch.int32), {**SIZE, "slots": slots}
+    for cycle in range(9):
+        input_BTE, *parameters = list(inputs(5, cycle).values())[:1] + list(inputs(5).values())[1:-2]
+        input_BTE, parameters = input_BTE.to(dtype), [p.to(wide) for p in parameters]
+        out_BTI = mamba_in_slots(input_BTE, *parameters, **named, slot_B=slot_B, tentative=True)
+        slots.pending_S[slot_B] = torch.tensor([cycle % 6, (cycle + 3) % 6], dtype=torch.int32)
+        for row, slot in enumerate(slot_B):
+            for t in range(int(slots.pending_S[slot])):
+                one = {**SIZE, "slots": serial, "slot_B": slot[None]}
+                out = mamba_in_slots(input_BTE[row : row + 1, t : t + 1], *parameters, **one)
+                assert torch.equal(out[0, 0], out_BTI[row, t])
+    fold_in_slots(slots, slot_B)
+    assert torch.equal(slots.ssm_SHNP, serial.ssm_SHNP) and torch.equal(slots.tail_SRC[:, :3], serial.tail_SRC)
+    assert serial.ssm_SHNP[slot_B].any() and not slots.pending_S.any()
+
+
+def test_more_tentative_tokens_than_slots_can_keep_are_an_error():
+    sizes = {"heads": 4, "head_width": 3, "groups": 2, "state": 5, "taps": 4}
+    slots = new_slots(2, **sizes, window=4, dtype=torch.float32, wide=torch.float32)
+    tensors = [t.float() for t in list(inputs(5).values())[:-2]]
+    with pytest.raises(ValueError, match="5 tokens was made on slots that can keep 4"):
+        mamba_in_slots(*tensors, **SIZE, slots=slots, slot_B=torch.tensor([0, 1]).int(), tentative=True)

@@ -112,7 +112,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 13; }
+EXPORT int nautilus_interface() { return 14; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -137,17 +137,24 @@ EXPORT int nautilus_choose(int index) {
 
 EXPORT void nautilus_borrow_team(void* parallel, void* thread_number) { borrow_team(parallel, thread_number); }
 
-// 0, 1 when there is no memory for scratch, or 2 for a slot that does not exist.
+// 0, 1 when there is no memory for scratch, 2 for a slot that does not exist or that keeps more than it can, or 3 where
+// tokens wait for a verdict.
 EXPORT int nautilus_mamba_forward(const MambaForward* f, int threads) {
-  for (int64_t row = 0; f->slot && row < f->sizes.rows; row++)
+  for (int64_t row = 0; f->slot && row < f->sizes.rows; row++) {
     if (f->slot[row] < 0 || f->slot[row] >= f->slots) return 2;
-  return share_out(
+    if (f->pending && f->pending[f->slot[row]] < 0) return 3;
+    if (f->pending && f->pending[f->slot[row]] > f->sizes.window) return 2;
+  }
+  int failed = share_out(
       [](void* context, int64_t item, int thread) {
         auto* call = static_cast<Call*>(context);
         kernels.mamba_forward(static_cast<const MambaForward*>(call->arguments), item,
                               call->scratch + call->bytes * thread);
       },
       f, kernels.mamba_scratch(&f->sizes, 0), f->sizes.rows * f->sizes.groups, threads);
+  for (int64_t row = 0; f->pending && !failed && row < f->sizes.rows; row++)
+    f->pending[f->slot[row]] = f->tentative ? static_cast<int32_t>(-f->sizes.time) : 0;
+  return failed;
 }
 
 EXPORT int nautilus_mamba_backward(const MambaBackward* b, int threads) {

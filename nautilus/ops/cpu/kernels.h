@@ -5,37 +5,46 @@
 
 // Sizes of one Mamba-2 mixer call. B rows, T time, H heads, P head width, G groups, N state width, taps of the
 // convolution, I = H P, C = I + 2 G N channels of the convolution. A token of the input is I + C + H numbers: z, xBC, dt.
+// `window`: how many tokens a slot can keep beside its state; 0 where there is nothing beside it.
 struct MambaSizes {
-  int64_t rows, time, heads, head_width, groups, state, taps, bf16;
+  int64_t rows, time, heads, head_width, groups, state, taps, window, bf16;
   float eps;
 };
 
 // Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), slot, last_tail, y,
-// borders. With `slot` tail, state, last_tail and last_state hold one entry per slot, and row b uses slot[b]; what is read
-// and what is written may then be the same memory.
+// borders, kept, pending. With `slot` tail, state, last_tail and last_state hold one entry per slot, and row b uses
+// slot[b]; what is read and what is written may then be the same memory.
+//
+// Deferred fold. Tokens that may be taken back are run without a change of the state: a `tentative` call keeps of each
+// what the state will need, its input of the convolution behind the tail's, the rest in `kept`, and leaves minus their
+// number in `pending`. The caller puts there how many of them stay. The next call of any kind, which may have no tokens of
+// its own, first folds those into tail and state.
 struct MambaForward {
   MambaSizes sizes;
   const void* input;           // (B, T, I + C + H)
-  const float* conv_weight;    // (C, taps)
+  const float* conv_weight;    // (taps, C)
   const float* conv_bias;      // (C)
   const float* dt_bias;        // (H)
   const float* a;              // (H), negative
   const float* skip;           // (H)
   const float* norm_weight;    // (I)
-  const void* tail;            // (B, taps - 1, C): inputs of the convolution before the first token
+  const void* tail;            // (B, taps - 1 + window, C): inputs of the convolution before the first token
   const float* state;          // (B, H, N, P)
   const int32_t* reach;        // (B, T): how many earlier tokens belong to the token's document
   const int32_t* slot;         // (B)
   void* output;                // (B, T, I)
-  void* last_tail;             // (B, taps - 1, C): inputs of the convolution up to the last token
+  void* last_tail;             // as tail, up to the last token
   float* last_state;           // (B, H, N, P)
   float* y;                    // (B, T, I): the scan's output, kept for the backward
   float* borders;              // (B, chunks, H, N, P): the state before each chunk, kept for the backward
   int64_t slots;               // how many there are
+  float* kept;                 // (slots, window, I + G N + H): dt x, b, and exp(dt a)
+  int32_t* pending;            // (slots)
+  int64_t tentative;           // T is at most `window`, and that at most MAMBA_CHUNK
 };
 
 // What the backward reads beside the forward's record, and the gradients it writes. Those of parameters are apart for
-// each row, to be summed: (B, C, taps), (B, C), (B, H), (B, H), (B, H), (B, I).
+// each row, to be summed: (B, taps, C), (B, C), (B, H), (B, H), (B, H), (B, I).
 struct MambaBackward {
   MambaForward forward;
   const void* doutput;         // (B, T, I)

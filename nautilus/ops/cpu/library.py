@@ -18,7 +18,8 @@ from typing import Protocol
 import torch
 
 log = logging.getLogger("nautilus.ops")
-INTERFACE = 13
+INTERFACE = 14
+UNDECIDED = "tokens of an earlier tentative call wait; before the next call say how many of them stay, 0 or more"
 FILE = Path(__file__).with_name("libnautilus.so")
 
 
@@ -131,5 +132,7 @@ def call(name: str, arguments: ctypes.Structure) -> None:
 def check(name: str, failure: int) -> None:
     if failure == 1:
         raise MemoryError(f"{name}: no memory for its scratch; use fewer rows at a time")
+    if failure == 3:
+        raise RuntimeError(f"{name}: {UNDECIDED}")
     if failure:
         raise IndexError(f"{name}: an index lies outside the matrix it chooses from")

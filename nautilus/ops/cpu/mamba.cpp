@@ -6,6 +6,9 @@
 //
 // The state lies as (N, P): lanes run over P, so y_t is one chain of multiply-adds in order of n, whatever the number of
 // tokens in the call. Time is serial. Hence any cut of the text gives the same bits.
+//
+// Tokens that an earlier call kept and that are folded into the state now (kernels.h) stand before the call's own, at
+// times -1, -2, ... Of them the scan reads dt x, b and the decay.
 #include "kernels.h"
 #include "scratch.h"
 #include "simd.h"
@@ -20,7 +23,7 @@ constexpr int BACK_ROWS = 2, BACK_VECTORS = VECTORS;
 int64_t whole_vectors(int64_t count) { return (count + W - 1) / W * W; }
 
 struct Shape {
-  int64_t rows, time, heads, width, groups, state, taps, share, inner, channels, token;
+  int64_t rows, time, heads, width, groups, state, taps, window, share, inner, channels, token;
   int64_t pad;     // P in whole vectors; the lanes beyond P stay zero
   int64_t mine;    // channels of one group's convolution: x of its heads, B, C
   int64_t stride;  // the same in whole vectors
@@ -28,18 +31,22 @@ struct Shape {
 
   explicit Shape(const MambaSizes& s)
       : rows(s.rows), time(s.time), heads(s.heads), width(s.head_width), groups(s.groups), state(s.state),
-        taps(s.taps), share(s.heads / s.groups), inner(s.heads * s.head_width),
+        taps(s.taps), window(s.window), share(s.heads / s.groups), inner(s.heads * s.head_width),
         channels(inner + 2 * s.groups * s.state), token(inner + channels + s.heads), pad(whole_vectors(s.head_width)),
         mine(share * s.head_width + 2 * s.state), stride(whole_vectors(mine)), eps(s.eps) {}
 
   int64_t state_size() const { return state * pad; }
+  int64_t tail_size() const { return taps - 1 + window; }  // tokens
+  int64_t kept_size() const { return inner + groups * state + heads; }
 };
 
-// Scratch of one thread. Rows of x, u, y and their gradients are (share, pad).
+// Scratch of one thread. Rows of x, u, y and their gradients are (share, pad). act, u and keep have room for `window`
+// tokens before the first.
 struct Work {
   float *raw, *pre, *act;    // (taps - 1 + Q, stride), (Q, stride), (Q, stride): input, sum and SiLU of the convolution
   float *x, *u, *y;          // (Q, share, pad): x, dt x, and the scan's output
-  float *dt, *rate, *keep;   // (share, Q): softplus(v), sigmoid(v) for v = raw dt + bias; exp(dt a)
+  float *dt, *rate;          // (share, Q): softplus(v), sigmoid(v) for v = raw dt + bias
+  float *keep;               // (share, window + Q): exp(dt a)
   float *state;              // (share, N, pad)
   float *weight, *bias;      // (taps, stride), (stride): the group's convolution
   float *post, *gate, *unit; // (inner of the group): y + D x, silu(z), their product
@@ -54,13 +61,13 @@ struct Work {
     int64_t wide = s.share * s.pad, slice = whole_vectors(s.share * s.width);
     raw = take((s.taps - 1 + Q) * s.stride);
     pre = take(Q * s.stride);
-    act = take(Q * s.stride);
+    act = take((s.window + Q) * s.stride);
     x = take(Q * wide);
-    u = take(Q * wide);
+    u = take((s.window + Q) * wide);
     y = take(Q * wide);
     dt = take(s.share * Q);
     rate = take(s.share * Q);
-    keep = take(s.share * Q);
+    keep = take(s.share * (s.window + Q));
     state = take(s.share * s.state_size());
     weight = take(s.taps * s.stride);
     bias = take(s.stride);
@@ -87,6 +94,8 @@ void clear(float* p, int64_t count) { memset(p, 0, count * sizeof(float)); }
 
 // A group's channels are short pieces of long rows: the hardware does not guess where the next one begins.
 constexpr int64_t AHEAD = 8;  // tokens
+// Of a state it guesses too short a way.
+constexpr int64_t STATE_AHEAD = 2048;  // numbers
 template <class T>
 void prefetch(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i);
@@ -107,26 +116,57 @@ inline F rounded(F a, const uint16_t*) {
 
 // ----- the scan ------------------------------------------------------------------------------------------------------
 
-// N values of n by V vectors of P over `time` tokens. y grows by what they add to it.
-template <int N, int V>
-void scan_tile(float* state, int64_t pad, const float* u, float* y, int64_t step, const float* b, const float* c,
-               int64_t stride, const float* keep, int64_t time) {
-  F s[N * V];
-  UNROLL for (int j = 0; j < N * V; j++) s[j] = load(state + j / V * pad + j % V * W);
-  for (int64_t t = 0; t < time; t++) {
-    F k = set(keep[t]);
-    UNROLL for (int v = 0; v < V; v++) {
-      F in = load(u + t * step + v * W), sum = load(y + t * step + v * W);
-      UNROLL for (int n = 0; n < N; n++) {
-        int j = n * V + v;
-        s[j] = fma(set(b[t * stride + n]), in, s[j] * k);
-        sum = fma(set(c[t * stride + n]), s[j], sum);
+// One head's scan: `past` tokens before token 0 only move the state, `time` tokens have an output too. The state is
+// stored after all of them, or where these are `tentative` after those of the past. From one token to the next it is
+// `step` numbers in u and y, `stride` in b and c.
+struct Scan {
+  float* state;  // (N, pad)
+  const float *u, *b, *c, *keep;
+  float* y;      // grows by what the state adds to it
+  int64_t pad, step, stride, past, time, tentative;
+
+  // N values of n by V vectors of P.
+  template <int N, int V>
+  inline void tile(int64_t n, int64_t p) const {
+    F s[N * V];
+    float* place = state + n * pad + p;
+    for (int i = 0; i < N; i++) prefetch(place + i * pad + STATE_AHEAD, V * W);
+    auto put = [&] { UNROLL for (int j = 0; j < N * V; j++) store(place + j / V * pad + j % V * W, s[j]); };
+    UNROLL for (int j = 0; j < N * V; j++) s[j] = load(place + j / V * pad + j % V * W);
+    for (int64_t t = -past; t < 0; t++) {
+      F k = set(keep[t]);
+      UNROLL for (int v = 0; v < V; v++) {
+        F in = load(u + t * step + p + v * W);
+        UNROLL for (int i = 0; i < N; i++) s[i * V + v] = fma(set(b[t * stride + n + i]), in, s[i * V + v] * k);
       }
-      store(y + t * step + v * W, sum);
     }
+    if (tentative && past) put();
+    for (int64_t t = 0; t < time; t++) {
+      F k = set(keep[t]);
+      UNROLL for (int v = 0; v < V; v++) {
+        F in = load(u + t * step + p + v * W), sum = load(y + t * step + p + v * W);
+        UNROLL for (int i = 0; i < N; i++) {
+          int j = i * V + v;
+          s[j] = fma(set(b[t * stride + n + i]), in, s[j] * k);
+          sum = fma(set(c[t * stride + n + i]), s[j], sum);
+        }
+        store(y + t * step + p + v * W, sum);
+      }
+    }
+    if (!tentative) put();
   }
-  UNROLL for (int j = 0; j < N * V; j++) store(state + j / V * pad + j % V * W, s[j]);
-}
+  template <int N>
+  inline void rows(int64_t n) const {
+    int64_t p = 0;
+    for (; p + VECTORS * W <= pad; p += VECTORS * W) tile<N, VECTORS>(n, p);
+    for (; p < pad; p += W) tile<N, 1>(n, p);
+  }
+  void all(int64_t count) const {
+    int64_t n = 0;
+    for (; n + ROWS <= count; n += ROWS) rows<ROWS>(n);
+    for (; n < count; n++) rows<1>(n);
+  }
+};
 
 struct Gradients {
   float *du, *dkeep, *db, *dc, *dstate;
@@ -187,21 +227,19 @@ struct Group {
   const MambaForward& f;
   Shape s;
   int64_t row, group, head;  // head: the group's first
+  int64_t past;              // tokens to be folded before the first
   Work w;
   int64_t from[3], count[3];  // the group's channels of the convolution: x, B, C
 
   Group(const MambaForward& forward, int64_t item, void* scratch, bool backward)
       : f(forward), s(forward.sizes), row(item / s.groups), group(item % s.groups), head(group * s.share),
-        w(s, scratch, backward), from{head * s.width, s.inner + group * s.state, s.inner + (s.groups + group) * s.state},
+        past(f.pending ? f.pending[slot()] : 0), w(s, scratch, backward),
+        from{head * s.width, s.inner + group * s.state, s.inner + (s.groups + group) * s.state},
         count{s.share * s.width, s.state, s.state} {
-    clear(w.raw, (s.taps - 1 + Q) * s.stride);
-    clear(w.x, Q * s.share * s.pad);
-    clear(w.weight, s.taps * s.stride);
-    clear(w.bias, s.stride);
-    each_channel([&](int64_t mine, int64_t channel) {
-      w.bias[mine] = f.conv_bias[channel];
-      for (int64_t tap = 0; tap < s.taps; tap++) w.weight[tap * s.stride + mine] = f.conv_weight[channel * s.taps + tap];
-    });
+    if (s.time == 0) return;
+    read_channels(w.bias, f.conv_bias);
+    for (int64_t tap = 0; tap < s.taps; tap++)
+      read_channels(w.weight + tap * s.stride, f.conv_weight + tap * s.channels);
   }
 
   template <class Each>
@@ -212,30 +250,36 @@ struct Group {
   }
   const T* token(int64_t t) const { return static_cast<const T*>(f.input) + (row * s.time + t) * s.token; }
   float* raw(int64_t t) const { return w.raw + (s.taps - 1 + t) * s.stride; }
-  const float* b(int64_t t) const { return w.act + t * s.stride + count[0]; }
+  float* act(int64_t t) const { return w.act + (s.window + t) * s.stride; }
+  float* b(int64_t t) const { return act(t) + count[0]; }
   const float* c(int64_t t) const { return b(t) + s.state; }
   float* per_head(float* rows, int64_t t, int64_t h) const { return rows + (t * s.share + h) * s.pad; }
+  float* u(int64_t t, int64_t h) const { return per_head(w.u, s.window + t, h); }
+  float* keep(int64_t h) const { return w.keep + h * (s.window + Q) + s.window; }
   const int32_t* reach(int64_t t) const { return f.reach ? f.reach + row * s.time + t : nullptr; }
   // How many taps reach back from token t inside its document.
   int64_t back(int64_t t) const { return f.reach && *reach(t) < s.taps - 1 ? *reach(t) : s.taps - 1; }
   int64_t slot() const { return f.slot ? f.slot[row] : row; }
   int64_t state_at(int64_t h) const { return ((slot() * s.heads + head + h) * s.state) * s.width; }
-  int64_t tail_at(int64_t r) const { return (slot() * (s.taps - 1) + r) * s.channels; }
+  int64_t tail_at(int64_t r) const { return (slot() * s.tail_size() + r) * s.channels; }
+  // The convolution's input at token t; before the first it lies in the tail, where there is one.
+  const T* conv_input(int64_t t) const {
+    if (t >= 0) return token(t) + s.inner;
+    return f.tail ? static_cast<const T*>(f.tail) + tail_at(s.taps - 1 + past + t) : nullptr;
+  }
 
-  void read_channels(float* to, const T* channels) const {
+  template <class X>
+  void read_channels(float* to, const X* channels) const {
     for (int part = 0; part < 3; to += count[part++]) copy(to, channels + from[part], count[part]);
   }
 
   // The inputs of the convolution at the taps - 1 tokens before `begin`.
   void read_past(int64_t begin) {
     for (int64_t r = 1; r < s.taps; r++) {
-      float* to = raw(-r);
-      if (begin - r >= 0)
-        read_channels(to, token(begin - r) + s.inner);
-      else if (f.tail)
-        read_channels(to, static_cast<const T*>(f.tail) + tail_at(s.taps - 1 + begin - r));
+      if (const T* channels = conv_input(begin - r))
+        read_channels(raw(-r), channels);
       else
-        clear(to, s.stride);
+        clear(raw(-r), s.stride);
     }
   }
 
@@ -249,67 +293,88 @@ struct Group {
       }
       read_channels(raw(t), token(begin + t) + s.inner);
       int64_t reaching = back(begin + t);
-      float *pre = w.pre + t * s.stride, *act = w.act + t * s.stride;
+      float* pre = w.pre + t * s.stride;
       for (int64_t i = 0; i < s.mine; i += W) {
         F sum = load(w.bias + i);
         for (int64_t r = reaching; r >= 0; r--)
           sum = fma(load(w.weight + (s.taps - 1 - r) * s.stride + i), load(raw(t - r) + i), sum);
         store(pre + i, sum);
-        store(act + i, sum * sigmoid(sum));
+        store(act(t) + i, sum * sigmoid(sum));
       }
     }
     for (int64_t h = 0; h < s.share; h++) {
       steps(begin, time, h);
       for (int64_t t = 0; t < time; t++) {
-        float *x = per_head(w.x, t, h), *u = per_head(w.u, t, h);
-        copy(x, w.act + t * s.stride + h * s.width, s.width);
-        for (int64_t p = 0; p < s.pad; p += W) store(u + p, set(w.dt[h * Q + t]) * load(x + p));
+        float* x = per_head(w.x, t, h);
+        copy(x, act(t) + h * s.width, s.width);
+        if (s.pad != s.width) clear(x + s.width, s.pad - s.width);
+        for (int64_t p = 0; p < s.pad; p += W) store(u(t, h) + p, set(w.dt[h * Q + t]) * load(x + p));
       }
     }
   }
 
   // The step sizes of one head, its decays, and the derivative of the softplus.
   void steps(int64_t begin, int64_t time, int64_t h) {
-    float *dt = w.dt + h * Q, *rate = w.rate + h * Q, *keep = w.keep + h * Q, a = f.a[head + h];
+    float *dt = w.dt + h * Q, *rate = w.rate + h * Q, *decay = keep(h), a = f.a[head + h];
     for (int64_t t = 0; t < time; t++)
       dt[t] = scalar(token(begin + t) + s.inner + s.channels + head + h) + f.dt_bias[head + h];
-    for (int64_t t = 0; t < Q; t += W) {
+    for (int64_t t = 0; t < time; t += W) {
       F v = load(dt + t, time - t), step = softplus(v);
       store(rate + t, sigmoid(v));
       store(dt + t, step);
-      store(keep + t, exp(step * set(a)));
+      store(decay + t, exp(step * set(a)));
     }
     for (int64_t t = 0; t < time && f.reach; t++)
-      if (*reach(begin + t) == 0) keep[t] = 0.0f;
+      if (*reach(begin + t) == 0) decay[t] = 0.0f;
   }
 
   // ----- forward
 
   void forward() {
     for (int64_t h = 0; h < s.share; h++) read_state(h, f.state ? f.state + state_at(h) : nullptr);
+    for (int64_t t = -past; t < 0; t++) recall(t);
+    if (s.time == 0) scan(past, 0, false);
     for (int64_t begin = 0, chunk = 0; begin < s.time; begin += Q, chunk++) {
       int64_t time = s.time - begin < Q ? s.time - begin : Q;
       if (f.borders)
         for (int64_t h = 0; h < s.share; h++) copy_state(border(chunk, h), state_of(h), s.width, s.pad);
       prepare(begin, time);
       clear(w.y, time * s.share * s.pad);
-      for (int64_t h = 0; h < s.share; h++) scan(h, time);
+      scan(begin ? 0 : past, time, f.tentative);
       for (int64_t t = 0; t < time; t++) finish(begin, t);
     }
     for (int64_t h = 0; h < s.share && s.pad != s.width; h++)
       copy_state(f.last_state + state_at(h), state_of(h), s.width, s.pad);
     if (f.last_tail) write_tail();
+    for (int64_t t = 0; t < s.time && f.tentative; t++) keep_token(t);
   }
 
-  // The group's channels of the last taps - 1 inputs. In order, so that a tail may be moved within its own memory.
+  // Each of three pieces of what is kept of a token, (kept, scratch, count): dt x of a head, b, the decay of a head.
+  template <class Each>
+  void each_kept(int64_t slot_token, int64_t t, Each each) const {
+    float* kept = f.kept + (slot() * s.window + slot_token) * s.kept_size();
+    for (int64_t h = 0; h < s.share; h++) each(kept + (head + h) * s.width, u(t, h), s.width);
+    each(kept + s.inner + group * s.state, b(t), s.state);
+    for (int64_t h = 0; h < s.share; h++) each(kept + s.inner + s.groups * s.state + head + h, keep(h) + t, 1);
+  }
+  void keep_token(int64_t t) const {
+    each_kept(t, t, [](float* kept, const float* here, int64_t count) { copy(kept, here, count); });
+  }
+  void recall(int64_t t) const {
+    clear(u(t, 0), s.share * s.pad);
+    each_kept(past + t, t, [](const float* kept, float* here, int64_t count) { copy(here, kept, count); });
+  }
+
+  // The group's channels of the last taps - 1 inputs, and behind them those of tentative tokens. In order, so that a
+  // tail may be moved within its own memory.
   void write_tail() const {
-    for (int64_t r = 0; r < s.taps - 1; r++) {
-      int64_t t = s.time - (s.taps - 1) + r;
-      T* to = static_cast<T*>(f.last_tail) + tail_at(r);
-      const T* past = t >= 0 ? token(t) + s.inner : f.tail ? static_cast<const T*>(f.tail) + tail_at(s.taps - 1 + t) : nullptr;
+    int64_t first = (f.tentative ? 0 : s.time) - (s.taps - 1);
+    for (int64_t t = first; t < s.time; t++) {
+      T* to = static_cast<T*>(f.last_tail) + tail_at(t - first);
+      const T* channels = conv_input(t);
       for (int part = 0; part < 3; part++)
-        past ? static_cast<void>(memmove(to + from[part], past + from[part], count[part] * sizeof(T)))
-             : static_cast<void>(memset(to + from[part], 0, count[part] * sizeof(T)));
+        channels ? static_cast<void>(memmove(to + from[part], channels + from[part], count[part] * sizeof(T)))
+                 : static_cast<void>(memset(to + from[part], 0, count[part] * sizeof(T)));
     }
   }
 
@@ -332,21 +397,12 @@ struct Group {
       copy(to + n * to_width, source + n * source_width, s.width);
   }
 
-  void scan(int64_t h, int64_t time) {
-    int64_t n = 0;
-    for (; n + ROWS <= s.state; n += ROWS) scan_rows<ROWS>(h, n, time);
-    for (; n < s.state; n++) scan_rows<1>(h, n, time);
-  }
-  template <int N>
-  void scan_rows(int64_t h, int64_t n, int64_t time) {
-    int64_t p = 0;
-    for (; p + VECTORS * W <= s.pad; p += VECTORS * W) scan_one<N, VECTORS>(h, n, p, time);
-    for (; p < s.pad; p += W) scan_one<N, 1>(h, n, p, time);
-  }
-  template <int N, int V>
-  void scan_one(int64_t h, int64_t n, int64_t p, int64_t time) {
-    scan_tile<N, V>(state_of(h) + n * s.pad + p, s.pad, per_head(w.u, 0, h) + p, per_head(w.y, 0, h) + p,
-                    s.share * s.pad, b(0) + n, c(0) + n, s.stride, w.keep + h * Q, time);
+  void scan(int64_t before, int64_t time, bool tentative) {
+    for (int64_t h = 0; h < s.share; h++) {
+      Scan one{state_of(h), u(0, h), b(0), c(0), keep(h), per_head(w.y, 0, h), s.pad, s.share * s.pad, s.stride,
+               before, time, tentative};
+      one.all(s.state);
+    }
   }
 
   // The skip and the gate of one token: fills post, gate and unit, and gives 1 / (root mean square of unit).
@@ -473,8 +529,8 @@ struct Group {
   void scan_back_tile(int64_t h, int64_t n, int64_t p, int64_t time) {
     int64_t at = h * s.state_size() + n * s.pad + p;
     Gradients to{per_head(w.du, 0, h) + p, w.dkeep + h * Q * W, w.db, w.dc, w.dstate + at};
-    scan_tile_back<N, V>(w.state + at, s.pad, per_head(w.u, 0, h) + p, per_head(w.dy, 0, h) + p, s.share * s.pad,
-                         b(0) + n, c(0) + n, s.stride, w.keep + h * Q, time, w.past, to);
+    scan_tile_back<N, V>(w.state + at, s.pad, u(0, h) + p, per_head(w.dy, 0, h) + p, s.share * s.pad,
+                         b(0) + n, c(0) + n, s.stride, keep(h), time, w.past, to);
   }
 
   // Through u = dt x, keep = exp(dt a), dt = softplus(raw + bias), and the skip's share of dx.
@@ -488,7 +544,7 @@ struct Group {
       F both = fma(du, set(dt), skip * load(per_head(w.dy, t, h) + p));
       store(dx + p, both, s.width - p);
     }
-    float dlog = sum_lanes(load(w.dkeep + (h * Q + t) * W)) * w.keep[h * Q + t];
+    float dlog = sum_lanes(load(w.dkeep + (h * Q + t) * W)) * keep(h)[t];
     float dv = (sum_lanes(sum) + dlog * f.a[head + h]) * w.rate[h * Q + t];
     g.da[at] += dlog * dt;
     g.ddt_bias[at] += dv;
@@ -527,7 +583,7 @@ struct Group {
     each_channel([&](int64_t mine, int64_t channel) {
       g.dconv_bias[row * s.channels + channel] = w.dbias[mine];
       for (int64_t tap = 0; tap < s.taps; tap++)
-        g.dconv_weight[(row * s.channels + channel) * s.taps + tap] = w.dweight[tap * s.stride + mine];
+        g.dconv_weight[(row * s.taps + tap) * s.channels + channel] = w.dweight[tap * s.stride + mine];
       for (int64_t r = 1; r < s.taps && g.dtail; r++)
         g.dtail[(row * (s.taps - 1) + s.taps - 1 - r) * s.channels + channel] =
             w.draw[(s.taps - 1 - r) * s.stride + mine];

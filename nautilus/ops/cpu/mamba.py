@@ -1,4 +1,5 @@
-"""The Mamba-2 mixer between its projections as one native call, and its backward as another.
+"""The Mamba-2 mixer between its projections as one native call, its backward as another; and memory for many requests,
+which calls change in place. Letters: those of `ops/mamba.py`.
 
 The forward keeps the input, the scan's output and the states between chunks; the backward computes the rest again.
 """
@@ -6,6 +7,8 @@ The forward keeps the input, the scan's output and the states between chunks; th
 from __future__ import annotations
 
 import ctypes
+import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,13 +16,15 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.conv import last_inputs
 from nautilus.ops.cpu.library import call, pointer, refuses
+from nautilus.ops.cpu.memory import roomy
 
 CHUNK = 64  # MAMBA_CHUNK of kernels.h
-COUNTS = ("rows", "time", "heads", "head_width", "groups", "state", "taps", "bf16")
+COUNTS = ("rows", "time", "heads", "head_width", "groups", "state", "taps", "window", "bf16")
 FORWARD = (
     *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot"),
     *("output", "last_tail", "last_state", "y", "borders"),
 )
+SLOTS = {"slots": ctypes.c_int64, "kept": ctypes.c_void_p, "pending": ctypes.c_void_p, "tentative": ctypes.c_int64}
 BACKWARD = (
     *("doutput", "dlast_state", "dinput", "dconv_weight", "dconv_bias", "ddt_bias", "da", "dskip", "dnorm_weight"),
     *("dtail", "dstate"),
@@ -31,11 +36,79 @@ class Sizes(ctypes.Structure):
 
 
 class Forward(ctypes.Structure):
-    _fields_ = [("sizes", Sizes), *((name, ctypes.c_void_p) for name in FORWARD), ("slots", ctypes.c_int64)]
+    _fields_ = [("sizes", Sizes), *((name, ctypes.c_void_p) for name in FORWARD), *SLOTS.items()]
 
 
 class Backward(ctypes.Structure):
     _fields_ = [("forward", Forward), *((name, ctypes.c_void_p) for name in BACKWARD)]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MambaSlots:
+    """The states of many requests in one layer. Letters: S slots; M tokens that each can keep, K numbers of one.
+
+    tail_SRC: the W - 1 last inputs of the convolution. ssm_SHNP: the state, as (N, P).
+
+    Deferred fold: tokens that may be taken back leave tail and state as they are. A tentative call keeps their inputs
+    of the convolution, in tail_SRC behind the others, and in kept_SMK what the state will need: dt x, b and exp(dt a).
+    pending_S is then minus their number, until the caller puts there how many of them stay. The next call of any kind
+    folds those into tail and state first, to the bits that tokens read one by one would have left.
+    """
+
+    tail_SRC: Tensor
+    ssm_SHNP: Tensor
+    kept_SMK: Tensor | None = None
+    pending_S: Tensor | None = None
+
+    def __post_init__(self):
+        if self.window > CHUNK:
+            raise ValueError(f"slots that keep {self.window} tokens were asked for; they can keep {CHUNK}")
+        (count, heads, state, head_width), rows = self.ssm_SHNP.shape, self.tail_SRC.shape[1]
+        inner = heads * head_width + self.groups * state
+        wanted = {"ssm_SHNP": (count, heads, state, head_width), "tail_SRC": (count, rows, inner + self.groups * state)}
+        if self.kept_SMK is not None or self.pending_S is not None:
+            wanted |= {"kept_SMK": (count, self.window, inner + heads), "pending_S": (count,)}
+        for name, shape in wanted.items():
+            tensor = getattr(self, name)
+            if tensor is None or tensor.shape != shape or not tensor.is_contiguous():
+                raise ValueError(
+                    f"slots for states of shape {tuple(self.ssm_SHNP.shape)} were given {name} of shape "
+                    f"{None if tensor is None else tuple(tensor.shape)}; make it contiguous, of shape {shape}"
+                )
+
+    @property
+    def window(self) -> int:
+        """M, 0 where no token can be taken back."""
+        return 0 if self.kept_SMK is None else self.kept_SMK.shape[1]
+
+    @property
+    def taps(self) -> int:
+        return self.tail_SRC.shape[1] - self.window + 1
+
+    @property
+    def groups(self) -> int:
+        _, heads, state, head_width = self.ssm_SHNP.shape
+        return (self.tail_SRC.shape[2] - heads * head_width) // (2 * state)
+
+    def clear(self, slot: int) -> None:
+        for tensor in (self.tail_SRC, self.ssm_SHNP, self.pending_S):
+            if tensor is not None:
+                tensor[slot].zero_()
+
+
+def new_slots(
+    count: int, *, heads: int, head_width: int, groups: int, state: int, taps: int, window: int = 0,
+    dtype: torch.dtype, wide: torch.dtype, device=None,
+) -> MambaSlots:  # fmt: skip
+    """Of zeros. Tails are as the activations, the rest is wide."""
+    zeros, inner = functools.partial(torch.zeros, device=device), heads * head_width + groups * state
+    here = device is None or torch.device(device).type == "cpu"
+    ssm = (roomy if here else zeros)(count, heads, state, head_width, dtype=wide)
+    tail = zeros(count, taps - 1 + window, inner + groups * state, dtype=dtype)
+    if window == 0:
+        return MambaSlots(tail_SRC=tail, ssm_SHNP=ssm)
+    kept, pending = zeros(count, window, inner + heads, dtype=wide), zeros(count, dtype=torch.int32)
+    return MambaSlots(tail_SRC=tail, ssm_SHNP=ssm, kept_SMK=kept, pending_S=pending)
 
 
 def mamba_native(
@@ -55,21 +128,39 @@ def mamba_native(
     return run(sizes, inputs, tail, last)[0], tail, last.mT
 
 
-def slots_native(*tensors: Tensor, groups: int, eps: float) -> Tensor:
-    *_, tail_SRC, state_SHNP, slot_B = tensors
-    sizes, inputs = prepared(tensors[:-1], None, groups, eps)
-    return run(sizes, [*inputs[:-1], slot_B], tail_SRC, state_SHNP)[0]
+def slots_native(*tensors, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative=False) -> Tensor:
+    sizes, inputs = prepared((*tensors, slots.tail_SRC, slots.ssm_SHNP), None, groups, eps)
+    sizes.window = slots.window
+    inputs[-1] = slot_B
+    return run(sizes, inputs, slots.tail_SRC, slots.ssm_SHNP, slots=slots, tentative=tentative)[0]
 
 
-def slots_refuse(*tensors: Tensor, groups: int, eps: float) -> str | None:
-    *of_mamba, tail_SRC, state_SHNP, slot_B = tensors
-    rows, pools = tensors[0].shape[0], (tail_SRC, state_SHNP)
-    if slot_B.shape != (rows,) or slot_B.dtype != torch.int32 or len(tail_SRC) != len(state_SHNP):
-        return f"slots of {slot_B.dtype} and shape {tuple(slot_B.shape)} do not fit {rows} rows"
-    if tail_SRC.dtype != tensors[0].dtype or not all(t.is_contiguous() for t in (*pools, slot_B)):
-        return "the pools are not contiguous, or the tails not of the activations' type"
-    one = {"tail_BRC": tail_SRC[:1].expand(rows, -1, -1), "state_BHPN": state_SHNP.mT[:1].expand(rows, -1, -1, -1)}
-    return mamba_refuses(*of_mamba, groups=groups, eps=eps, **one)
+def fold_native(slots: MambaSlots, slot_B: Tensor) -> None:
+    """A call of no tokens."""
+    _, heads, state, head_width = slots.ssm_SHNP.shape
+    bf16 = slots.tail_SRC.dtype == torch.bfloat16
+    sizes = Sizes(len(slot_B), 0, heads, head_width, slots.groups, state, slots.taps, slots.window, bf16)
+    inputs = [*[None] * 7, slots.tail_SRC, slots.ssm_SHNP, None, slot_B]
+    run(sizes, inputs, slots.tail_SRC, slots.ssm_SHNP, slots=slots)
+
+
+def slots_refuse(*tensors, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative=False) -> str | None:
+    rows, (tail_SRC, state_SHNP) = tensors[0].shape[0], (slots.tail_SRC, slots.ssm_SHNP)
+    if slot_B.shape != (rows,) or tail_SRC.dtype != tensors[0].dtype:
+        return f"{tuple(slot_B.shape)} slots, tails in {tail_SRC.dtype} do not fit {rows} rows in {tensors[0].dtype}"
+    one = {"tail_BRC": tail_SRC[:1, : slots.taps - 1], "state_BHPN": state_SHNP.mT[:1]}
+    each = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in one.items()}
+    return mamba_refuses(*tensors, groups=groups, eps=eps, **each) or fold_refuses(slots, slot_B)
+
+
+def fold_refuses(slots: MambaSlots, slot_B: Tensor) -> str | None:
+    if slot_B.dtype != torch.int32 or not slot_B.is_contiguous():
+        return f"the numbers of slots are {slot_B.dtype} with strides {slot_B.stride()}, not contiguous int32"
+    wanted = [(slots.ssm_SHNP, torch.float32), (slots.kept_SMK, torch.float32), (slots.pending_S, torch.int32)]
+    for tensor, dtype in wanted:
+        if tensor is not None and tensor.dtype != dtype:
+            return f"a tensor of the slots is {tensor.dtype}, not {dtype}"
+    return refuses(slots.tail_SRC, slots.ssm_SHNP, slots.kept_SMK)
 
 
 def mamba_refuses(
@@ -99,9 +190,10 @@ def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple
     rows, time, _ = input_BTE.shape
     inner, channels, dtype = len(norm_I), len(bias_C), input_BTE.dtype
     sizes = Sizes(
-        rows, time, len(a_H), inner // len(a_H), groups, (channels - inner) // (2 * groups), weight_CW.shape[1],
+        rows, time, len(a_H), inner // len(a_H), groups, (channels - inner) // (2 * groups), weight_CW.shape[1], 0,
         dtype == torch.bfloat16, eps,
     )  # fmt: skip
+    parameters[0] = weight_CW.mT  # a group takes some channels of all taps
     parameters[-1] = norm_I.to(dtype)  # applied in the activations' precision
     wanted = [
         (input_BTE, dtype),
@@ -114,15 +206,18 @@ def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple
 
 
 def run(
-    sizes: Sizes, inputs: list[Tensor | None], tail: Tensor | None, last: Tensor, *, keep: bool = False
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    sizes: Sizes, inputs: list[Tensor | None], tail: Tensor | None, last: Tensor, *,
+    keep: bool = False, slots: MambaSlots | None = None, tentative: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
     """Writes tail and last state, gives the output; and, if `keep`, what the backward reads: the scan's output, the
     states before chunks."""
-    s, new = sizes, inputs[0].new_empty  # type: ignore[union-attr]
-    output = new(s.rows, s.time, s.heads * s.head_width)
+    s, dtype = sizes, torch.bfloat16 if sizes.bf16 else torch.float32
+    output = last.new_empty(s.rows, s.time, s.heads * s.head_width, dtype=dtype)
     y = torch.empty_like(output, dtype=torch.float32) if keep else None
     borders = last.new_empty(s.rows, -(-s.time // CHUNK), *last.shape[1:]) if keep else None
-    call("nautilus_mamba_forward", Forward(sizes, *map(pointer, (*inputs, output, tail, last, y, borders)), len(last)))
+    kept = (None, None) if slots is None else (slots.kept_SMK, slots.pending_S)
+    tensors = map(pointer, (*inputs, output, tail, last, y, borders))
+    call("nautilus_mamba_forward", Forward(sizes, *tensors, len(last), *map(pointer, kept), tentative))
     return output, y, borders
 
 
@@ -150,7 +245,8 @@ class Mixer(torch.autograd.Function):
         record = Forward(ctx.sizes, *map(pointer, (*inputs, None, None, None, y, borders)))
         given = (doutput, dlast, dinput, *apart, dtail, dstate)
         call("nautilus_mamba_backward", Backward(record, *map(pointer, given)))
-        found = (dinput, *(t.sum(0) for t in apart), dtail, dstate)
+        dweight_WC, *others = (t.sum(0) for t in apart)
+        found = (dinput, dweight_WC.mT, *others, dtail, dstate)
         return (
             *(None if d is None else d.to(dtype) for d, dtype in zip(found, ctx.dtypes, strict=True)),
             None,

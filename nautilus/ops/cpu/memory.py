@@ -24,10 +24,10 @@ class ReadAll(ctypes.Structure):
 
 
 def roomy(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
-    """A tensor of this shape; of zeros where it is large."""
+    """A tensor of zeros."""
     size = math.prod(shape) * dtype.itemsize
     if size < HUGE or sys.platform != "linux":
-        return torch.empty(shape, dtype=dtype)
+        return torch.zeros(shape, dtype=dtype)
     # Private: shared memory has large pages only where the system was told so. Freed with the last tensor in it.
     block = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)

@@ -7,7 +7,16 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 
-from nautilus.ops.cpu.mamba import CHUNK, mamba_native, mamba_refuses, slots_native, slots_refuse
+from nautilus.ops.cpu.mamba import (
+    CHUNK,
+    MambaSlots,
+    fold_native,
+    mamba_native,
+    mamba_refuses,
+    new_slots,
+    slots_native,
+    slots_refuse,
+)
 from nautilus.ops.mamba import mamba, mamba_composed, mamba_taken_out
 
 EPS = 1e-5
@@ -226,6 +235,12 @@ def test_numbers_that_are_not_finite_show_where_they_are_felt_and_nowhere_else(l
         assert torch.equal(out[0, :, 16:], clean[0, :, 16:])
 
 
+def slots_for(size, *, count=6, window=0, dtype=torch.float32):
+    _, _, heads, width, groups, state, taps = size
+    sizes = {"heads": heads, "head_width": width, "groups": groups, "state": state, "taps": taps}
+    return new_slots(count, **sizes, window=window, dtype=dtype, wide=torch.float32)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", [64, 12], ids=str)  # in place, and through scratch
 def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width):
@@ -233,30 +248,113 @@ def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width
         size = (3, time, 4, width, 2, 6, 4)
         t = inputs(size, dtype=dtype)
         want = call(mamba_native, size)(**t)
-        slot_B = torch.tensor([4, 0, 2], dtype=torch.int32)
-        tails, states = torch.full((6, *t["tail_BRC"].shape[1:]), 3, dtype=dtype), torch.full((6, 4, 6, width), 5.0)
+        slot_B, slots = torch.tensor([4, 0, 2], dtype=torch.int32), slots_for(size, dtype=dtype)
+        slots.tail_SRC.fill_(3), slots.ssm_SHNP.fill_(5)
         for mixer in (slots_native, mamba_taken_out):
-            tails[slot_B], states[slot_B] = t["tail_BRC"], t["state_BHPN"].mT
-            out = mixer(*list(t.values())[:-2], tails, states, slot_B, groups=size[4], eps=EPS)
+            slots.tail_SRC[slot_B], slots.ssm_SHNP[slot_B] = t["tail_BRC"], t["state_BHPN"].mT
+            out = mixer(*list(t.values())[:-2], slots=slots, slot_B=slot_B, groups=size[4], eps=EPS)
             assert torch.equal(out, want[0])
-            assert torch.equal(tails[slot_B], want[1]) and torch.equal(states[slot_B].mT, want[2])
-            assert (tails[[1, 3, 5]] == 3).all() and (states[[1, 3, 5]] == 5).all()
+            assert torch.equal(slots.tail_SRC[slot_B], want[1]) and torch.equal(slots.ssm_SHNP[slot_B].mT, want[2])
+            assert (slots.tail_SRC[[1, 3, 5]] == 3).all() and (slots.ssm_SHNP[[1, 3, 5]] == 5).all()
+
+
+def step(mixer, tensors, input_BTE, slots, slot_B, **named):
+    return mixer(input_BTE, *tensors[1:], slots=slots, slot_B=slot_B, groups=slots.groups, eps=EPS, **named)
+
+
+# Widths of heads that are whole vectors of every level, of some, of none; one tap; as many tokens as one call may have.
+WINDOWS = [
+    ((4, 16, 4, 64, 2, 6, 4), 16),
+    ((3, 5, 4, 12, 2, 7, 4), 5),
+    ((2, 3, 2, 24, 1, 9, 2), 8),
+    ((2, 4, 3, 5, 3, 1, 1), 4),
+    ((2, CHUNK, 2, 16, 1, 4, 4), CHUNK),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("size", "window"), WINDOWS, ids=str)
+def test_tokens_that_stay_leave_the_bits_of_tokens_read_one_by_one(level, size, window, dtype):
+    """Cycles of a tentative call and a verdict, a different one for each row, all of them met; now and then a fold or a
+    plain call comes between."""
+    rows, time = size[:2]
+    slot_B = torch.arange(rows, dtype=torch.int32).flip(0) + 1
+    slots, serial = slots_for(size, window=window, dtype=dtype), slots_for(size, dtype=dtype)
+    for cycle in range(time // rows + 3):
+        tensors = list(inputs(size, dtype=dtype, seed=cycle).values())[:-2]
+        tensors[1:] = list(inputs(size, seed=0).values())[1:-2]
+        ssm, tail = slots.ssm_SHNP.clone(), slots.tail_SRC[:, : slots.taps - 1].clone()
+        out_BTI = step(slots_native, tensors, tensors[0], slots, slot_B, tentative=True)
+        if cycle == 0:
+            assert torch.equal(slots.ssm_SHNP, ssm) and torch.equal(slots.tail_SRC[:, : slots.taps - 1], tail)
+        assert (slots.pending_S[slot_B] == -time).all() and not slots.pending_S[[0, *range(rows + 1, 6)]].any()
+        count_B = (torch.arange(rows) + cycle * rows) % (time + 1)
+        slots.pending_S[slot_B] = count_B.int()
+        for row, count in enumerate(count_B.tolist()):
+            for t in range(count):
+                token, slot = tensors[0][row : row + 1, t : t + 1], slot_B[row : row + 1]
+                assert torch.equal(step(slots_native, tensors, token, serial, slot)[0, 0], out_BTI[row, t])
+        if cycle % 3 == 1:
+            fold_native(slots, slot_B)
+            assert torch.equal(slots.ssm_SHNP, serial.ssm_SHNP)
+        if cycle % 3 == 2:
+            plain = [step(slots_native, tensors, tensors[0], each, slot_B) for each in (slots, serial)]
+            assert torch.equal(*plain)
+    fold_native(slots, slot_B)
+    assert torch.equal(slots.ssm_SHNP, serial.ssm_SHNP) and slots.ssm_SHNP[slot_B].any()
+    assert torch.equal(slots.tail_SRC[:, : slots.taps - 1], serial.tail_SRC) and not slots.pending_S.any()
+
+
+def test_tokens_without_a_verdict_hold_up_the_next_call(built):
+    size = (2, 3, 4, 8, 2, 6, 4)
+    tensors, slots, slot_B = list(inputs(size).values())[:-2], slots_for(size, window=3), torch.tensor([1, 3]).int()
+    for mixer in (slots_native, mamba_taken_out):
+        step(mixer, tensors, tensors[0], slots, slot_B, tentative=True)
+        for tentative in (True, False):
+            with pytest.raises(RuntimeError, match="how many of them stay"):
+                step(mixer, tensors, tensors[0], slots, slot_B, tentative=tentative)
+        slots.pending_S[1] = 0
+        with pytest.raises(RuntimeError, match="how many of them stay"):
+            fold_native(slots, slot_B)
+        slots.clear(3)
+        fold_native(slots, slot_B)
+    slots.pending_S[3] = 4  # more than it can keep
+    with pytest.raises(IndexError):
+        fold_native(slots, slot_B)
+
+
+def test_slots_that_do_not_fit_together_cannot_be_made():
+    size = (2, 3, 4, 8, 2, 6, 4)
+    whole = vars(slots_for(size, window=3))
+    for name, tensor in whole.items():
+        for strange in (tensor[:-1], tensor.repeat_interleave(2, -1)[..., ::2]):
+            with pytest.raises(ValueError, match="contiguous"):
+                MambaSlots(**whole | {name: strange})
+    for name in ("kept_SMK", "pending_S"):
+        with pytest.raises(ValueError, match="contiguous"):
+            MambaSlots(**whole | {name: None})
+    with pytest.raises(ValueError, match="keep 65 tokens"):
+        slots_for(size, window=CHUNK + 1)
 
 
 def test_slots_that_do_not_fit_are_refused(built):
-    t = inputs((2, 3, 4, 8, 2, 6, 4))
-    pools = {"tail_SRC": torch.zeros(5, *t["tail_BRC"].shape[1:]), "state_SHNP": torch.zeros(5, 4, 6, 8)}
-    pools["slot_B"] = torch.zeros(2, dtype=torch.int32)
-    refuses = lambda **changed: slots_refuse(*list(t.values())[:-2], *(pools | changed).values(), groups=2, eps=EPS)
+    size = (2, 3, 4, 8, 2, 6, 4)
+    tensors, slots, slot_B = list(inputs(size).values())[:-2], slots_for(size, window=2), torch.zeros(2).int()
+    named = {"slots": slots, "slot_B": slot_B, "groups": 2, "eps": EPS}
+    refuses = lambda **changed: slots_refuse(*tensors, **named | changed)
     assert refuses() is None
-    for strange in (5, -1):
+    for strange in (6, -1):
         with pytest.raises(IndexError):
-            wrong = torch.tensor([0, strange], dtype=torch.int32)
-            slots_native(*list(t.values())[:-2], *list(pools.values())[:2], wrong, groups=2, eps=EPS)
+            slots_native(*tensors, **named | {"slot_B": torch.tensor([0, strange], dtype=torch.int32)})
     assert "do not fit 2 rows" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
     assert "int64" in refuses(slot_B=torch.zeros(2, dtype=torch.int64))
-    assert "tails" in refuses(tail_SRC=pools["tail_SRC"].bfloat16())
-    assert "fit together" in refuses(state_SHNP=torch.zeros(5, 4, 6, 9))
+    assert "tails" in refuses(slots=slots_for(size, dtype=torch.bfloat16))
+    assert "fit together" in refuses(slots=slots_for((2, 3, 4, 9, 2, 6, 4)))
+    assert "fit together" in refuses(slots=slots_for((2, 3, 4, 8, 2, 6, 3)))
+    kept = vars(slots_for(size, window=2))
+    assert "int64" in refuses(slots=MambaSlots(**kept | {"pending_S": kept["pending_S"].long()}))
+    wide = {name: tensor.double() for name, tensor in vars(slots_for(size)).items() if tensor is not None}
+    assert "float64" in refuses(slots=MambaSlots(**wide | {"tail_SRC": wide["tail_SRC"].float()}))
 
 
 def test_what_native_refuses_it_names_and_reads_no_memory_for(built):

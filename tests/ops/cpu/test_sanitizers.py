@@ -21,7 +21,7 @@ from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool, positions_native
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
-from nautilus.ops.cpu.mamba import mamba_native
+from nautilus.ops.cpu.mamba import fold_native, mamba_native, new_slots, slots_native
 from nautilus.ops.cpu.norm import rms_norm_native
 from nautilus.ops.cpu.quant import NUMBERS, experts_quant, linear_quant, repacked
 from nautilus.ops.cpu.rotary import rotate_native
@@ -58,6 +58,19 @@ def mixer(dtype, rows, time, heads, width, groups, state, taps):
     back(mamba_native(*tensors, groups=groups, eps=1e-5, **named), [*tensors, tail, before])
     with torch.no_grad():
         assert all(t.isfinite().all() for t in mamba_native(*tensors, groups=groups, eps=1e-5, **named))
+        trial(dtype, [t[:, :9] if t is tensors[0] else t for t in tensors], heads, width, groups, state, taps)
+
+
+def trial(dtype, tensors, heads, width, groups, state, taps):
+    (rows, time), sizes = tensors[0].shape[:2], {"heads": heads, "head_width": width, "groups": groups, "state": state}
+    slots = new_slots(rows, **sizes, taps=taps, window=time, dtype=dtype, wide=torch.float32)
+    at = {"slots": slots, "slot_B": torch.arange(rows, dtype=torch.int32)}
+    for cycle in range(3):
+        out = slots_native(*tensors, **at, groups=groups, eps=1e-5, tentative=True)
+        slots.pending_S.copy_((torch.arange(rows) + cycle) % (time + 1))
+        assert out.isfinite().all()
+    fold_native(**at)
+    assert all(t.isfinite().all() for t in (slots.ssm_SHNP, slots.tail_SRC, slots.kept_SMK))
 
 
 def experts(dtype, tokens, width, hidden, count, active):
