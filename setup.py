@@ -24,10 +24,15 @@ COMMON = [
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-Wno-maybe-uninitialized"),
 ]
 EXTRA = shlex.split(os.environ.get("NAUTILUS_CXXFLAGS", ""))  # for sanitizers
+MACHINE = os.environ.get("NAUTILUS_MACHINE") or platform.machine()  # another one for a cross-compiler in CC and CXX
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni", "bf16", "vbmi")]
+# Instructions are put in order after registers are given out: before, GCC spills half of what the kernels hold in them.
+NEON = ["-DNAUTILUS_NEON", "-fno-schedule-insns"]
 LEVELS: dict[str, list[str]] = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
+if MACHINE in ("x86_64", "AMD64"):
     LEVELS |= {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx512": [*AVX512, "-mfma", "-mf16c"]}
+elif MACHINE in ("aarch64", "arm64"):
+    LEVELS |= {"neon": ["-march=armv8-a", *NEON], "neon_dot": ["-march=armv8.2-a+dotprod", *NEON]}
 # Compiled once for each level.
 KERNELS = ("activation", "attention", "experts", "linear", "mamba", "norm", "quant", "rotary", "route")
 ONCE = ("entry", "pool")

@@ -1,6 +1,7 @@
 """What every test runs under: checked shapes, one thread, no network, a fixed seed."""
 
 import os
+import platform
 
 # Before torch or nautilus is imported anywhere. Workers share the cores, so one thread each is fastest.
 os.environ["NAUTILUS_CHECK"] = "1"
@@ -47,7 +48,10 @@ def fixed_seeds():
             seed(sys.modules[name])
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline"])
+ARM = platform.machine() in ("aarch64", "arm64")
+
+
+@pytest.fixture(params=["neon_dot", "neon", "baseline"] if ARM else ["avx512", "avx2", "baseline"])
 def level(request):
     """Runs the test with native kernels of one instruction level, and leaves the best one behind."""
     from nautilus.ops.cpu.library import FILE, native

@@ -53,7 +53,8 @@ constexpr bf16 bf16_of(bool negative, int magnitude, int exponent) {
 // The bf16 number of each byte, low and high bytes apart.
 struct Codes {
   uint8_t low[256], high[256];
-  constexpr explicit Codes(int format) : low{}, high{} {
+  int format;
+  constexpr explicit Codes(int of) : low{}, high{}, format(of) {
     for (int code = 0; code < 256; code++) {
       int exponent = code >> 3 & 15, mantissa = code & 7;
       bf16 number = format == KV_INT8 ? bf16_of(code > 127, code > 127 ? 256 - code : code, 0)
@@ -88,6 +89,10 @@ void decode(bf16* to, const uint8_t* from, int64_t count, const Codes& codes) {
     _mm512_storeu_si512(to + i, _mm512_unpacklo_epi8(lows, highs));
     _mm512_storeu_si512(to + i + 32, _mm512_unpackhi_epi8(lows, highs));
   }
+#elif defined(NAUTILUS_NEON)
+  for (int64_t i = 0; i < count; i += 16)
+    codes.format == KV_INT8 ? unpack_int8(to + i, to + i + 8, from + i)
+                            : unpack_e4m3(to + i, to + i + 8, from + i, codes.low, codes.high);
 #else
   for (int64_t i = 0; i < count; i++) to[i] = static_cast<bf16>(codes.low[from[i]] | codes.high[from[i]] << 8);
 #endif

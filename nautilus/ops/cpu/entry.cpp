@@ -2,6 +2,13 @@
 #include <stdlib.h>
 #include <string.h>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+
 #include "kernels.h"
 #include "pool.h"
 #include "scratch.h"
@@ -38,6 +45,9 @@ LEVEL(baseline)
 #if defined(__x86_64__)
 LEVEL(avx2)
 LEVEL(avx512)
+#elif defined(__aarch64__)
+LEVEL(neon)
+LEVEL(neon_dot)
 #endif
 
 namespace {
@@ -47,6 +57,21 @@ struct Level {
   void (*fill)(Kernels*);
   bool here;  // this machine can run it
 };
+
+#if defined(__aarch64__)
+// Whether the processor has the dot product of bytes.
+bool has_dot() {
+#if defined(__linux__)
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#elif defined(__APPLE__)
+  int found = 0;
+  size_t size = sizeof found;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &found, &size, nullptr, 0) == 0 && found;
+#else
+  return false;
+#endif
+}
+#endif
 
 // Best first.
 const Level* levels(int* count) {
@@ -60,6 +85,9 @@ const Level* levels(int* count) {
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
       {"baseline", fill_baseline, true},
   };
+#elif defined(__aarch64__)
+  static const Level all[] = {
+      {"neon_dot", fill_neon_dot, has_dot()}, {"neon", fill_neon, true}, {"baseline", fill_baseline, true}};
 #else
   static const Level all[] = {{"baseline", fill_baseline, true}};
 #endif

@@ -41,10 +41,8 @@ def experts_native(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX=None) -
     sizes, inputs = prepared(*tensors)
     for place, matrix in ((3, up_EFX), (4, down_EXF), (5, gate_EFX)):
         panels = None if matrix is None else packed_panels(matrix, x_RX.dtype)
-        inputs[place], sizes.packed = (
-            panels if panels is not None else inputs[place],
-            panels is not None or sizes.packed,
-        )
+        if panels is not None:
+            inputs[place], sizes.packed = panels, True
     return run(sizes, inputs)[0]
 
 

@@ -1,6 +1,7 @@
 """The native library: found, checked, and told which instruction level and which threads to use.
 
-NAUTILUS_NATIVE chooses: `off` for none, or the name of a level (avx512, avx2, baseline) below the best one.
+NAUTILUS_NATIVE chooses: `off` for none, or the name of a level below the best one: avx512, avx2 and baseline on x86,
+neon_dot, neon and baseline on ARM.
 """
 
 from __future__ import annotations

@@ -377,6 +377,9 @@ inline void decode_two_steps(const uint8_t* codes, bf16* part, int64_t step, int
   high = _mm512_ternarylogic_epi32(high, code, _mm512_set1_epi8(-128), 0xF8);  // high | (code & sign)
   _mm512_storeu_si512(pair_of(part, step, column), _mm512_unpacklo_epi8(low, high));
   _mm512_storeu_si512(pair_of(part, step + 1, column), _mm512_unpackhi_epi8(low, high));
+#elif defined(NAUTILUS_NEON)
+  for (int r = 0; r < ROWS; r += 4)
+    unpack_e4m3(pair_of(part, step, column + r), pair_of(part, step + 1, column + r), codes + 4 * r, E4M3.low, E4M3.high);
 #else
   for (int r = 0; r < ROWS; r++)
     for (int h = 0; h < 2; h++)

@@ -3,6 +3,9 @@
 // Every kernel is written once in terms of F and compiled once per level. A level is a translation unit of its own with
 // its own compiler flags, so nothing here may have external linkage: a function shared between levels would be kept by
 // the linker in one version only, perhaps one that the machine cannot run.
+//
+// ARM has two levels in NEON, with and without the dot product of bytes. F has eight lanes there, two registers side by
+// side: as many as with AVX2, whose bits both give, and more chains at a time than one register's lanes would be.
 #pragma once
 
 #include <math.h>
@@ -13,7 +16,7 @@
 #include <immintrin.h>
 #elif defined(__AVX2__)
 #include <immintrin.h>
-#elif defined(__ARM_NEON)
+#elif defined(NAUTILUS_NEON)
 #include <arm_neon.h>
 #endif
 
@@ -93,37 +96,51 @@ inline float largest_lane(F a) {
   return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-#elif defined(__ARM_NEON)
+#elif defined(NAUTILUS_NEON)
 
 struct F {
-  static constexpr int W = 4;
-  float32x4_t v;
+  static constexpr int W = 8;
+  float32x4_t low, high;
 };
-inline F load(const float* p) { return {vld1q_f32(p)}; }
-inline void store(float* p, F a) { vst1q_f32(p, a.v); }
-inline F set(float x) { return {vdupq_n_f32(x)}; }
-inline F operator+(F a, F b) { return {vaddq_f32(a.v, b.v)}; }
-inline F operator-(F a, F b) { return {vsubq_f32(a.v, b.v)}; }
-inline F operator*(F a, F b) { return {vmulq_f32(a.v, b.v)}; }
-inline F operator/(F a, F b) { return {vdivq_f32(a.v, b.v)}; }
-inline F fma(F a, F b, F c) { return {vfmaq_f32(c.v, a.v, b.v)}; }
-inline F larger(F a, F b) { return {vbslq_f32(vcgtq_f32(a.v, b.v), a.v, b.v)}; }
-inline F smaller(F a, F b) { return {vbslq_f32(vcltq_f32(a.v, b.v), a.v, b.v)}; }
-inline F round_whole(F a) { return {vrndnq_f32(a.v)}; }
+inline F load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+inline void store(float* p, F a) {
+  vst1q_f32(p, a.low);
+  vst1q_f32(p + 4, a.high);
+}
+inline F set(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+inline F operator+(F a, F b) { return {vaddq_f32(a.low, b.low), vaddq_f32(a.high, b.high)}; }
+inline F operator-(F a, F b) { return {vsubq_f32(a.low, b.low), vsubq_f32(a.high, b.high)}; }
+inline F operator*(F a, F b) { return {vmulq_f32(a.low, b.low), vmulq_f32(a.high, b.high)}; }
+inline F operator/(F a, F b) { return {vdivq_f32(a.low, b.low), vdivq_f32(a.high, b.high)}; }
+inline F fma(F a, F b, F c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
+// Not vmaxq and vminq, which make NaN of NaN in either operand.
+inline float32x4_t larger(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+inline float32x4_t smaller(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+inline F larger(F a, F b) { return {larger(a.low, b.low), larger(a.high, b.high)}; }
+inline F smaller(F a, F b) { return {smaller(a.low, b.low), smaller(a.high, b.high)}; }
+inline F round_whole(F a) { return {vrndnq_f32(a.low), vrndnq_f32(a.high)}; }
+inline float32x4_t times_power_of_two(float32x4_t a, float32x4_t whole) {
+  int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127)), 23);
+  return vmulq_f32(a, vreinterpretq_f32_s32(bits));
+}
 inline F times_power_of_two(F a, F whole) {
-  int32x4_t bits = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole.v), vdupq_n_s32(127)), 23);
-  return {vmulq_f32(a.v, vreinterpretq_f32_s32(bits))};
+  return {times_power_of_two(a.low, whole.low), times_power_of_two(a.high, whole.high)};
 }
-inline F load(const uint16_t* p) { return {vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))}; }
-inline void store(uint16_t* p, F a) {
-  uint32x4_t bits = vreinterpretq_u32_f32(a.v);
-  uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+inline F load(const uint16_t* p) {
+  uint16x8_t half = vld1q_u16(p);
+  return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(half), 16)), vreinterpretq_f32_u32(vshll_high_n_u16(half, 16))};
+}
+inline uint16x4_t narrow(float32x4_t a) {
+  uint32x4_t bits = vreinterpretq_u32_f32(a), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
   uint32x4_t near = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
-  near = vbslq_u32(vceqq_f32(a.v, a.v), near, vdupq_n_u32(0x7FC00000));
-  vst1_u16(p, vshrn_n_u32(near, 16));
+  return vshrn_n_u32(vbslq_u32(vceqq_f32(a, a), near, vdupq_n_u32(0x7FC00000)), 16);
 }
-inline float sum_lanes(F a) { return vaddvq_f32(a.v); }
-inline float largest_lane(F a) { return vmaxvq_f32(a.v); }
+inline void store(uint16_t* p, F a) { vst1q_u16(p, vcombine_u16(narrow(a.low), narrow(a.high))); }
+inline float sum_lanes(F a) {
+  float32x4_t s = vaddq_f32(a.low, a.high);
+  return vpadds_f32(vadd_f32(vget_low_f32(s), vget_high_f32(s)));
+}
+inline float largest_lane(F a) { return vmaxvq_f32(larger(a.low, a.high)); }
 
 #else
 
@@ -193,6 +210,22 @@ inline F dot(F acc, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v
 struct Pairs {
   F even, odd;
 };
+#if defined(NAUTILUS_NEON)
+inline float32x4_t even_halves(uint32x4_t pairs) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16)); }
+inline float32x4_t odd_halves(uint32x4_t pairs) {
+  return vreinterpretq_f32_u32(vandq_u32(pairs, vdupq_n_u32(0xFFFF0000)));
+}
+inline Pairs load_pairs(const uint16_t* p) {
+  uint32x4_t low = vreinterpretq_u32_u16(vld1q_u16(p)), high = vreinterpretq_u32_u16(vld1q_u16(p + 8));
+  return {{even_halves(low), even_halves(high)}, {odd_halves(low), odd_halves(high)}};
+}
+inline Pairs set_pair(const uint16_t* p) {
+  uint32_t pair;
+  memcpy(&pair, p, 4);
+  float32x4_t even = even_halves(vdupq_n_u32(pair)), odd = odd_halves(vdupq_n_u32(pair));
+  return {{even, even}, {odd, odd}};
+}
+#else
 inline Pairs load_pairs(const uint16_t* p) {
   float even[W], odd[W];
   for (int i = 0; i < W; i++) {
@@ -209,6 +242,7 @@ inline Pairs set_pair(const uint16_t* p) {
   memcpy(&odd, &high, 4);
   return {set(even), set(odd)};
 }
+#endif
 inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 #endif
 
@@ -286,6 +320,50 @@ inline void store_bytes(int8_t* p, F whole) {
   __m128i halves = _mm_packs_epi32(_mm256_castsi256_si128(ints), _mm256_extracti128_si256(ints, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(halves, halves));
 }
+#elif defined(NAUTILUS_NEON)
+struct Ints {
+  int32x4_t low, high;
+};
+struct Bytes {
+  int8x16_t low, high;
+};
+using Table = int8x16_t;
+constexpr int SIGNED_BIAS = 0;
+inline Ints set_int(int32_t x) { return {vdupq_n_s32(x), vdupq_n_s32(x)}; }
+inline Ints load_ints(const int32_t* p) { return {vld1q_s32(p), vld1q_s32(p + 4)}; }
+inline Ints operator+(Ints a, Ints b) { return {vaddq_s32(a.low, b.low), vaddq_s32(a.high, b.high)}; }
+inline Ints operator*(Ints a, Ints b) { return {vmulq_s32(a.low, b.low), vmulq_s32(a.high, b.high)}; }
+inline F to_float(Ints a) { return {vcvtq_f32_s32(a.low), vcvtq_f32_s32(a.high)}; }
+inline Bytes load_bytes(const void* p) {
+  return {vld1q_s8(static_cast<const int8_t*>(p)), vld1q_s8(static_cast<const int8_t*>(p) + 16)};
+}
+inline Bytes four_bytes(const int8_t* p) {
+  int32_t four;
+  memcpy(&four, p, 4);
+  int8x16_t repeated = vreinterpretq_s8_s32(vdupq_n_s32(four));
+  return {repeated, repeated};
+}
+inline Table table(const int8_t* sixteen) { return vld1q_s8(sixteen); }
+inline int8x16_t low_halves(Table t, int8x16_t b) {
+  return vqtbl1q_s8(t, vandq_u8(vreinterpretq_u8_s8(b), vdupq_n_u8(15)));
+}
+inline int8x16_t high_halves(Table t, int8x16_t b) { return vqtbl1q_s8(t, vshrq_n_u8(vreinterpretq_u8_s8(b), 4)); }
+inline Bytes low_halves(Table t, Bytes b) { return {low_halves(t, b.low), low_halves(t, b.high)}; }
+inline Bytes high_halves(Table t, Bytes b) { return {high_halves(t, b.low), high_halves(t, b.high)}; }
+inline int32x4_t dot(int32x4_t sum, int8x16_t a, int8x16_t b) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return vdotq_s32(sum, a, b);
+#else
+  // Two products are at most 2 * 128 * 127, which 16 bits hold.
+  return vpadalq_s16(sum, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)), vmull_high_s8(a, b)));
+#endif
+}
+inline Ints dot(Ints sum, Bytes a, Bytes b) { return {dot(sum.low, a.low, b.low), dot(sum.high, a.high, b.high)}; }
+inline Ints dot_signed(Ints sum, Bytes a, Bytes b) { return dot(sum, a, b); }
+inline void store_bytes(int8_t* p, F whole) {
+  int16x4_t low = vqmovn_s32(vcvtq_s32_f32(whole.low)), high = vqmovn_s32(vcvtq_s32_f32(whole.high));
+  vst1_s8(p, vqmovn_s16(vcombine_s16(low, high)));
+}
 #else
 struct Ints {
   int32_t v[W];
@@ -353,6 +431,16 @@ inline F bytes_as_floats(const uint8_t* p) {
   __m256i bits = _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), SHIFT);
   return {_mm256_castsi256_ps(LEAST ? _mm256_max_epi32(bits, _mm256_set1_epi32(LEAST)) : bits)};
 }
+#elif defined(NAUTILUS_NEON)
+template <int SHIFT, int32_t LEAST>
+inline F bytes_as_floats(const uint8_t* p) {
+  uint16x8_t wide = vmovl_u8(vld1_u8(p));
+  auto bits = [](uint16x4_t part) {
+    int32x4_t moved = vreinterpretq_s32_u32(vshlq_n_u32(vmovl_u16(part), SHIFT));
+    return vreinterpretq_f32_s32(LEAST ? vmaxq_s32(moved, vdupq_n_s32(LEAST)) : moved);
+  };
+  return {bits(vget_low_u16(wide)), bits(vget_high_u16(wide))};
+}
 #else
 template <int SHIFT, int32_t LEAST>
 inline F bytes_as_floats(const uint8_t* p) {
@@ -371,6 +459,30 @@ constexpr float E4M3_UNIT = 0x1p-120f;
 inline F load_e4m3(const uint8_t* p) { return bytes_as_floats<20, 0>(p); }
 // Powers of two in E8M0: the byte is the exponent of a float, 0 a subnormal one.
 inline F load_e8m0(const uint8_t* p) { return bytes_as_floats<23, 1 << 22>(p); }
+
+#if defined(NAUTILUS_NEON)
+// Sixteen E4M3 numbers as bf16, eight to each place. `low` and `high` hold the bytes of the numbers with codes below 16:
+// among them are the subnormal ones, all others only move and get another bias. The code of NaN becomes one, 0x7FF0.
+inline void unpack_e4m3(uint16_t* first, uint16_t* second, const uint8_t* codes, const uint8_t* low, const uint8_t* high) {
+  uint8x16_t code = vld1q_u8(codes), size = vandq_u8(code, vdupq_n_u8(127)), nan = vceqq_u8(size, vdupq_n_u8(127));
+  uint8x16_t lows = vqtbx1q_u8(vshlq_n_u8(size, 4), vld1q_u8(low), size);
+  uint8x16_t highs = vqtbx1q_u8(vaddq_u8(vshrq_n_u8(size, 4), vdupq_n_u8(120 >> 1)), vld1q_u8(high), size);
+  highs = vorrq_u8(vbslq_u8(nan, size, highs), vandq_u8(code, vdupq_n_u8(128)));
+  vst1q_u16(first, vreinterpretq_u16_u8(vzip1q_u8(lows, highs)));
+  vst1q_u16(second, vreinterpretq_u16_u8(vzip2q_u8(lows, highs)));
+}
+// Sixteen whole numbers as bf16, likewise.
+inline void unpack_int8(uint16_t* first, uint16_t* second, const uint8_t* codes) {
+  auto numbers = [](int16x8_t wide) {
+    F a = to_float(Ints{vmovl_s16(vget_low_s16(wide)), vmovl_high_s16(wide)});
+    uint16x4_t low = vshrn_n_u32(vreinterpretq_u32_f32(a.low), 16);
+    return vshrn_high_n_u32(low, vreinterpretq_u32_f32(a.high), 16);
+  };
+  int8x16_t code = vreinterpretq_s8_u8(vld1q_u8(codes));
+  vst1q_u16(first, numbers(vmovl_s8(vget_low_s8(code))));
+  vst1q_u16(second, numbers(vmovl_high_s8(code)));
+}
+#endif
 
 // Into the second cache: what is read once, far behind, would only push other things out of the first.
 __attribute__((always_inline)) inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
