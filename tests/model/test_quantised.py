@@ -24,8 +24,10 @@ from nautilus.model.quantised import ALGORITHMS, declarations
 from nautilus.model.save import save_model
 from nautilus.model.shards import inventory, read_tensors
 from nautilus.model.weights import load_model
+from nautilus.ops.cpu.library import native
 from nautilus.ops.encode import encode
 from nautilus.ops.formats import Packed, pack, to_modelopt
+from nautilus.ops.linear import packed_once
 from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError
 from nautilus.train.loop import fit
@@ -45,8 +47,8 @@ def one_thread_of_torch(monkeypatch):
     monkeypatch.setenv("NAUTILUS_OPS", "torch")
 
 
-def small(name="super", **changes):
-    config = dataclasses.replace(shrink(preset(name), layers=8, width=32), **changes)
+def small(name="super", width=32, **changes):
+    config = dataclasses.replace(shrink(preset(name), layers=8, width=width), **changes)
     return Language(config, dtype=torch.bfloat16).initialise(seed=3)
 
 
@@ -1013,6 +1015,40 @@ def test_a_model_outlives_the_folder_it_came_from(plain, tmp_path):
     assert torch.equal(logits(load_model(tmp_path / "copy")), want)
     shutil.rmtree(tmp_path / "copy")
     assert torch.equal(logits(model), want)
+
+
+def resident_bytes(file) -> int:
+    """Of the file's mappings, what this process has in its memory."""
+    lines, found = Path("/proc/self/smaps").read_text().splitlines(), 0
+    for number, line in enumerate(lines):
+        if line.endswith(str(file)):
+            found += next(int(later.split()[1]) for later in lines[number:] if later.startswith("Rss:")) * 1024
+    return found
+
+
+@pytest.mark.skipif(native().functions is None, reason="only native kernels pack matrices")
+def test_a_model_is_saved_as_it_was_read_though_its_files_left_memory_once_it_was_packed(tmp_path, monkeypatch):
+    monkeypatch.delenv("NAUTILUS_OPS")
+    folder = tmp_path / "read"
+    mamba, experts = small("nano").config.layers[:2]
+    experts = dataclasses.replace(experts, hidden=512, shared=512)
+    save_model(small("nano", width=1024, layers=(mamba, experts)), folder)
+    spell, format, how = SPELLINGS["NVFP4"]
+    quantise(folder, spell, format, roles=[role for role in EVERY if role != "lm_head"], **how)
+    declare(folder, "NVFP4", exclude=["lm_head"])
+    model = load_model(folder)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 1  # what was changed must not be read from the file again
+    with torch.no_grad(), packed_once({}):
+        model(TOKENS)
+    assert resident_bytes(folder / MODEL) < (folder / MODEL).stat().st_size / 2
+    assert (model.lm_head.weight[5] == 1).all()
+    save_model(model, tmp_path / "written")
+    read, written = (load_file(place / MODEL) for place in (folder, tmp_path / "written"))
+    read["lm_head.weight"][5] = 1
+    assert read.keys() == written.keys()
+    for name, tensor in read.items():
+        assert torch.equal(tensor.flatten().view(torch.uint8), written[name].flatten().view(torch.uint8)), name
 
 
 def test_types_and_devices_may_be_chosen_for_quantised_models_too(mixed):

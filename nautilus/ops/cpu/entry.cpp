@@ -140,7 +140,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 14; }
+EXPORT int nautilus_interface() { return 15; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -316,8 +316,7 @@ EXPORT int64_t nautilus_quant_sizes(const QuantMatrix* w, int64_t* scales) {
 }
 
 EXPORT int nautilus_quant_pack(const QuantPack* p, int threads) {
-  int64_t panels = blocks(p->to.outputs, QUANT_COLUMNS) * (QUANT_COLUMNS / QUANT_ROWS);
-  return share_out_plainly(kernels.quant_pack, p, panels, threads);
+  return share_out_plainly(kernels.quant_pack, p, p->to.count * blocks(p->to.outputs, QUANT_COLUMNS), threads);
 }
 
 namespace {

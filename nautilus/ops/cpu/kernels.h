@@ -121,12 +121,13 @@ struct QuantMatrix {
   const float* tensor_scale;  // (count); null: 1
 };
 
-// One matrix as it is stored: codes (outputs, inputs), two in a byte where they have four bits, the even one low; scale
-// (outputs, inputs / group), zero likewise in bytes or null. `to` is a matrix of which `count` is 1.
+// `to.count` matrices as they are stored, each where its file has it, and where they go: codes (outputs, inputs), two in a
+// byte where they have four bits, the even one low, in rows of whole bytes; scale (outputs, inputs / group), zero likewise
+// in bytes or null.
 struct QuantPack {
   QuantMatrix to;
-  const uint8_t *codes, *zero;
-  const void* scale;
+  const uint8_t *const *codes, *const *zero;
+  const void* const* scale;
 };
 
 // Rows of activations as int8, with a scale for 32 neighbours.
@@ -313,7 +314,7 @@ struct Kernels {
   void (*linear_forward)(const LinearForward*, int64_t item);  // item: row block * panels + panel
   int64_t (*quant_codes)(const QuantMatrix*);   // bytes of the codes of one repacked matrix,
   int64_t (*quant_scales)(const QuantMatrix*);  // and how many scales it has
-  void (*quant_pack)(const QuantPack*, int64_t panel);
+  void (*quant_pack)(const QuantPack*, int64_t item);  // item: matrix * column blocks + column block
   void (*quant_rows)(const QuantRows*, int64_t row);
   void (*quant_forward)(const QuantForward*, int64_t item);  // item: span * column blocks + column block
   void (*norm_forward)(const NormForward*, int64_t block);

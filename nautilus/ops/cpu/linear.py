@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.library import call, native, pointer, refuses
-from nautilus.ops.cpu.memory import roomy
+from nautilus.ops.cpu.memory import let_go, roomy
 from nautilus.ops.cpu.packs import packed_form
 
 
@@ -64,6 +64,8 @@ def pack_all(weight_EOI: Tensor, dtype: torch.dtype, *, kept: bool = True) -> Te
     packed_EB = (roomy if kept else torch.empty)(len(weight_EOI), size, dtype=torch.uint8)
     for weight_OI, packed_B in zip(weight_EOI, packed_EB, strict=True):
         call("nautilus_linear_pack", Pack(*sizes, pointer(weight_OI), pointer(packed_B)))
+    if kept:
+        let_go([weight_EOI])
     return packed_EB
 
 

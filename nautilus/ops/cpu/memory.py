@@ -1,15 +1,19 @@
 """Memory for what is read again and again, such as packed matrices: in pages of 2 MiB where the system has them.
 
-With pages of 4 KiB every core looks up so many addresses that it reads a tenth more slowly.
+With pages of 4 KiB every core looks up so many addresses that it reads a tenth more slowly. And what they were packed
+from need not stay in memory beside them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import mmap
+import os
 import sys
 import time
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -33,6 +37,35 @@ def roomy(*shape: int, dtype: torch.dtype = torch.uint8) -> Tensor:
     block.madvise(mmap.MADV_HUGEPAGE)
     begin = -ctypes.addressof(ctypes.c_char.from_buffer(block)) % HUGE
     return torch.frombuffer(block, dtype=torch.uint8, offset=begin, count=size).view(dtype).view(shape)
+
+
+def let_go(tensors: Iterable[Tensor]) -> None:
+    """Take tensors that lie in mapped files out of memory; what was taken comes back from the file when it is read.
+
+    Only contiguous tensors, and of these the pages that no other tensor has a part of. The system says of each page
+    whether it still is the file's own. One that was written to is not, nor is any other memory: whoever let go of those
+    would find zeros or what the file holds. A tensor with a single such page stays as it is, and every one does where
+    the system does not say.
+    """
+    with contextlib.suppress(OSError), open("/proc/self/pagemap", "rb", buffering=0) as pages:
+        madvise = ctypes.CDLL(None).madvise
+        for tensor in tensors:
+            first = -(-tensor.data_ptr() // mmap.PAGESIZE)
+            count = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE - first
+            if count <= 0 or not tensor.is_contiguous():
+                continue
+            if files_own(os.pread(pages.fileno(), 8 * count, 8 * first), count):
+                begin, size = (ctypes.c_size_t(number * mmap.PAGESIZE) for number in (first, count))
+                madvise(begin, size, mmap.MADV_DONTNEED)
+
+
+def files_own(entries: bytes, count: int) -> bool:
+    """Whether each of so many pages is a file's or is not there. entries: as pagemap.rst of the Linux kernel has them,
+    where bit 61 means a file's, 62 swapped out and 63 in memory."""
+    if len(entries) != 8 * count:
+        return False
+    page = torch.frombuffer(bytearray(entries), dtype=torch.int64) >> 61 & 7
+    return bool(((page & 1 == 1) | (page == 0)).all())
 
 
 def read_speed(memory: Tensor) -> float:

@@ -103,53 +103,84 @@ struct Sizes {
 };
 int64_t scale_bytes(const QuantMatrix& w) { return w.format == QUANT_NVFP4 || w.format == QUANT_MXFP4 ? 1 : 4; }
 
-void pack_codes(const QuantPack* p, int64_t panel, uint8_t* block) {
-  const QuantMatrix& w = p->to;
+constexpr int64_t PIECE = 256;  // words of a row that are moved at a time: those of 64 rows stay near
+
+// Eight codes of four bits: the first four to the low halves of the bytes, the others to the high ones.
+inline uint32_t regroup(uint32_t word) {
+  uint32_t other = (word ^ word >> 8) & 0x0000FF00;
+  word ^= other ^ other << 8;
+  other = (word ^ word >> 4) & 0x00F000F0;
+  return word ^ other ^ other << 4;
+}
+
+// A word of each of sixteen rows, 64 bytes, behind each other; or for FP8 each half of them behind each other in fours.
+template <bool FP8>
+inline void put_line(uint8_t* to, const uint32_t* from, int64_t stride) {
+  for (int r = 0; r < ROWS; r++) {
+    uint32_t word = from[r * stride];
+    if (!FP8) {
+      memcpy(to + r * 4, &word, 4);
+    } else {
+      memcpy(to + r / 4 * 16 + r % 4 * 2, &word, 2);
+      memcpy(to + r / 4 * 16 + 8 + r % 4 * 2, reinterpret_cast<const char*>(&word) + 2, 2);
+    }
+  }
+}
+
+// 64 rows of a matrix. They are read as one stream, for memory is fastest so, and change places in the cache.
+void pack_codes(const QuantMatrix& w, const uint8_t* codes, int64_t block, uint8_t* to) {
   Sizes sizes(w);
   bool narrow = w.format != QUANT_INT8 && w.format != QUANT_FP8;
-  for (int64_t u = 0; u < sizes.units; u++) {
-    uint8_t* to = block + (u * PANELS + panel % PANELS) * sizes.unit;
-    memset(to, w.format == QUANT_INT4 ? 0x88 : 0, sizes.unit);
-    for (int64_t r = 0; r < ROWS && panel * ROWS + r < w.outputs; r++) {
-      int64_t row = (panel * ROWS + r) * w.inputs + u * sizes.inputs, left = w.inputs - u * sizes.inputs;
-      for (int64_t k = 0; k < sizes.inputs && k < left; k++)
-        if (narrow) {
-          uint8_t code = p->codes[(row + k) / 2] >> (k % 2 * 4) & 15;
-          uint8_t* at = to + k / 8 * 64 + r * 4 + k % 4;
-          *at = k % 8 < 4 ? (*at & 0xF0) | code : (*at & 0x0F) | code << 4;
-        } else if (w.format == QUANT_INT8) {
-          to[k / 4 * 64 + r * 4 + k % 4] = p->codes[row + k];
-        } else {
-          to[r / 4 * 16 + k / 2 * 8 + r % 4 * 2 + k % 2] = p->codes[row + k];
-        }
+  int64_t stored = narrow ? w.inputs / 2 : w.inputs, lines = sizes.unit / 64, words = sizes.units * lines;
+  // Rows at a distance of their length would meet in a few places of the cache.
+  alignas(64) uint32_t part[QUANT_COLUMNS][PIECE + 16];
+  for (int64_t begin = 0; begin < words; begin += PIECE) {
+    int64_t count = words - begin < PIECE ? words - begin : PIECE;
+    for (int64_t r = 0; r < QUANT_COLUMNS; r++) {
+      int64_t row = block * QUANT_COLUMNS + r, bytes = row < w.outputs ? stored - begin * 4 : 0;
+      bytes = bytes < 0 ? 0 : bytes < count * 4 ? bytes : count * 4;
+      if (bytes) memcpy(part[r], codes + row * stored + begin * 4, bytes);
+      memset(reinterpret_cast<char*>(part[r]) + bytes, w.format == QUANT_INT4 ? 0x88 : 0, count * 4 - bytes);
+      for (int64_t i = 0; narrow && i < count; i++) part[r][i] = regroup(part[r][i]);
     }
+    for (int64_t i = 0; i < count; i++)
+      for (int64_t p = 0; p < PANELS; p++) {
+        uint8_t* line = to + ((begin + i) / lines * PANELS + p) * sizes.unit + (begin + i) % lines * 64;
+        w.format == QUANT_FP8 ? put_line<true>(line, part[p * ROWS] + i, PIECE + 16)
+                              : put_line<false>(line, part[p * ROWS] + i, PIECE + 16);
+      }
   }
 }
 
 // (outputs, stored) to (scale, row of the block); what lies outside has zeros.
 template <class To, class From>
-void pack_scales(To* to, const From* from, int64_t panel, int64_t outputs, int64_t stored, int64_t scales) {
-  for (int64_t s = 0; s < scales; s++)
-    for (int64_t r = 0; r < ROWS; r++) {
-      int64_t n = panel * ROWS + r;
-      to[s * QUANT_COLUMNS + n % QUANT_COLUMNS] = n < outputs && s < stored ? static_cast<To>(from[n * stored + s]) : To();
-    }
+void pack_scales(To* to, const From* from, int64_t block, int64_t outputs, int64_t stored, int64_t scales) {
+  constexpr int64_t SOME = 8;
+  for (int64_t s = 0; s < scales; s += SOME) {
+    From part[QUANT_COLUMNS][SOME] = {};
+    int64_t some = stored - s < SOME ? stored - s : SOME;
+    for (int64_t r = 0; r < QUANT_COLUMNS && block * QUANT_COLUMNS + r < outputs; r++)
+      memcpy(part[r], from + (block * QUANT_COLUMNS + r) * stored + s, some * sizeof(From));
+    for (int64_t i = 0; i < SOME && s + i < scales; i++)
+      for (int64_t r = 0; r < QUANT_COLUMNS; r++) to[(s + i) * QUANT_COLUMNS + r] = static_cast<To>(part[r][i]);
+  }
 }
 
-// A panel of the matrix, or one that only fills up the last block.
-void quant_pack(const QuantPack* p, int64_t panel) {
+// A block of 64 rows of one of the matrices.
+void quant_pack(const QuantPack* p, int64_t item) {
   const QuantMatrix& w = p->to;
   Sizes sizes(w);
-  int64_t block = panel / PANELS, at = block * sizes.block_scales();
-  pack_codes(p, panel, const_cast<uint8_t*>(w.codes) + block * sizes.block());
+  int64_t matrix = item / block_count(w.outputs), block = item % block_count(w.outputs), at = item * sizes.block_scales();
+  pack_codes(w, p->codes[matrix], block, const_cast<uint8_t*>(w.codes) + item * sizes.block());
+  void* scale = const_cast<void*>(w.scale);
   if (scale_bytes(w) == 1)
-    pack_scales(static_cast<uint8_t*>(const_cast<void*>(w.scale)) + at, static_cast<const uint8_t*>(p->scale), panel,
-                w.outputs, w.format == QUANT_NVFP4 ? (w.inputs + 15) / 16 : sizes.scales, sizes.scales);
+    pack_scales(static_cast<uint8_t*>(scale) + at, static_cast<const uint8_t*>(p->scale[matrix]), block, w.outputs,
+                w.format == QUANT_NVFP4 ? (w.inputs + 15) / 16 : sizes.scales, sizes.scales);
   else
-    pack_scales(static_cast<float*>(const_cast<void*>(w.scale)) + at, static_cast<const float*>(p->scale), panel,
-                w.outputs, sizes.scales, sizes.scales);
+    pack_scales(static_cast<float*>(scale) + at, static_cast<const float*>(p->scale[matrix]), block, w.outputs,
+                sizes.scales, sizes.scales);
   if (w.zero)
-    pack_scales(const_cast<int32_t*>(w.zero) + at, p->zero, panel, w.outputs, sizes.scales, sizes.scales);
+    pack_scales(const_cast<int32_t*>(w.zero) + at, p->zero[matrix], block, w.outputs, sizes.scales, sizes.scales);
 }
 
 // ----- activations ---------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor
 from nautilus.ops.cpu.experts import Forward as Pairs
 from nautilus.ops.cpu.experts import Sizes, index_refuses
 from nautilus.ops.cpu.library import call, native, pointer, refuses
-from nautilus.ops.cpu.memory import roomy
+from nautilus.ops.cpu.memory import let_go, roomy
 from nautilus.ops.cpu.packs import packed_form
 from nautilus.ops.formats import Packed, columns
 
@@ -34,7 +34,7 @@ class Matrix(ctypes.Structure):
 
 
 class Pack(ctypes.Structure):
-    _fields_ = [("to", Matrix), *((name, ctypes.c_void_p) for name in ("codes", "zero", "scale"))]
+    _fields_ = [("to", Matrix), *((name, ctypes.POINTER(ctypes.c_void_p)) for name in ("codes", "zero", "scale"))]
 
 
 class Linear(ctypes.Structure):
@@ -78,37 +78,46 @@ def repack_refuses(matrices: Sequence[Packed]) -> str | None:
 
 def repacked_form(matrices: Packed | tuple[Packed, ...]) -> Repacked:
     """Repacked once where that is said; see `packs.py`."""
-    return packed_form(("repacked", id(matrices)), matrices, lambda kept: repacked(matrices))
+    return packed_form(("repacked", id(matrices)), matrices, lambda kept: repacked(matrices, kept=kept))
 
 
-def repacked(matrices: Packed | Sequence[Packed]) -> Repacked:
-    """From the released layout, one matrix or the matrices of all experts. ValueError where `repack_refuses`."""
+def repacked(matrices: Packed | Sequence[Packed], *, kept: bool = False) -> Repacked:
+    """From the released layout, one matrix or the matrices of all experts. ValueError where `repack_refuses`.
+
+    kept: for many uses, so that what was read for it from a file need not stay in memory."""
     matrices = [matrices] if isinstance(matrices, Packed) else matrices
     refusal = repack_refuses(matrices)
     if refusal is not None:
         raise ValueError(f"quantised matrices cannot be repacked: {refusal}")
-    functions, first = native().functions, matrices[0]
+    functions, first, count = native().functions, matrices[0], len(matrices)
     assert functions is not None
     outputs, inputs = first.shape
     group = min(columns(first.tile, inputs), inputs) if first.format in ("int4", "int8") else GROUP
-    sizes = (inputs, outputs, NUMBERS[first.format], math.ceil(group / GROUP) * GROUP)
+    sizes = (count, inputs, outputs, NUMBERS[first.format], math.ceil(group / GROUP) * GROUP)
     scales = ctypes.c_int64()
-    codes = functions.nautilus_quant_sizes(ctypes.byref(Matrix(1, *sizes)), ctypes.byref(scales))
+    codes = functions.nautilus_quant_sizes(ctypes.byref(Matrix(*sizes)), ctypes.byref(scales))
     kind = torch.uint8 if first.format in ("nvfp4", "mxfp4") else torch.float32
-    to_codes, to_scale = roomy(len(matrices), codes), roomy(len(matrices), scales.value, dtype=kind)
-    to_zero = None if first.zero is None else roomy(len(matrices), scales.value, dtype=torch.int32)
-    for i, matrix in enumerate(matrices):
-        to = Matrix(1, *sizes, *map(pointer, (to_codes[i], to_scale[i], None if to_zero is None else to_zero[i])))
-        scale = matrix.scale if matrix.tile != "tensor" else matrix.scale.expand(outputs)
-        given = [None if t is None else t.contiguous() for t in (matrix.codes, matrix.zero, scale)]
-        call("nautilus_quant_pack", Pack(to, *map(pointer, given)))
+    to_codes, to_scale = roomy(count, codes), roomy(count, scales.value, dtype=kind)
+    to_zero = None if first.zero is None else roomy(count, scales.value, dtype=torch.int32)
     one = torch.ones(())
     tensor_scale = torch.stack([one if m.tensor_scale is None else m.tensor_scale for m in matrices])
+    record = Matrix(*sizes, *map(pointer, (to_codes, to_scale, to_zero, tensor_scale)))
+    given = [stored_parts(matrix, first.tile) for matrix in matrices]
+    lists = ((ctypes.c_void_p * count)(*map(pointer, parts)) for parts in zip(*given, strict=True))
+    call("nautilus_quant_pack", Pack(record, *lists))
+    if kept:
+        let_go(part for parts in given for part in parts if part is not None)
     return Repacked(
-        format=first.format, count=len(matrices), inputs=inputs, outputs=outputs,
-        codes=to_codes, scale=to_scale, zero=to_zero, tensor_scale=tensor_scale,
-        record=Matrix(len(matrices), *sizes, *map(pointer, (to_codes, to_scale, to_zero, tensor_scale))),
+        format=first.format, count=count, inputs=inputs, outputs=outputs,
+        codes=to_codes, scale=to_scale, zero=to_zero, tensor_scale=tensor_scale, record=record,
     )  # fmt: skip
+
+
+def stored_parts(matrix: Packed, tile: str) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Codes, zero points and scales as `quant_pack` reads them."""
+    scale = matrix.scale.expand(matrix.shape[0]) if tile == "tensor" else matrix.scale
+    zero = None if matrix.zero is None else matrix.zero.contiguous()
+    return matrix.codes.contiguous(), zero, scale.contiguous()
 
 
 def quant_refuses(x: Tensor, matrix: Repacked) -> str | None:

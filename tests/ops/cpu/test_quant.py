@@ -7,6 +7,7 @@ from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.quant import experts_quant, linear_quant, quant_refuses, repack_refuses, repacked
 from nautilus.ops.encode import encode
 from nautilus.ops.experts import experts_reference
+from nautilus.ops.formats import unpack
 
 # rows, inputs, outputs: below, at and beside groups of inputs, panels and blocks of outputs, tiles and spans of rows
 SIZES = [(1, 16, 1), (2, 48, 17), (15, 64, 64), (70, 160, 130), (1, 1856, 80)]
@@ -53,6 +54,54 @@ def test_weights_are_exact_and_activations_are_int8_or_bf16(level, kind, size):
     squared = want.clamp(min=0).square()
     wrong = (linear_quant(x, packed, squared_relu=True).double() - squared).abs()
     assert (wrong <= EXACT * squared + 3 * want.abs() * bound(kind, 0 * want, x, weight) + 1e-6).all()
+
+
+def laid_out(matrix):
+    """Codes and scales in the order that quant.cpp describes, number by number."""
+    (outputs, inputs), name = matrix.shape, matrix.format
+    unit, size, bits = {"int8": (32, 512, 8), "fp8_e4m3": (4, 64, 8)}.get(name, (32, 256, 4))
+    number = unpack(matrix.codes) if bits == 4 else matrix.codes.view(torch.uint8)
+    units, blocks = -(-inputs // unit), -(-outputs // 64)
+    outside = 8 if name == "int4" else 0
+    number = torch.nn.functional.pad(number, (0, units * unit - inputs, 0, blocks * 64 - outputs), value=outside).long()
+    n, k = torch.arange(blocks * 64)[:, None], torch.arange(units * unit)
+    r, i = n % 16, k % unit
+    place = {
+        "int8": 64 * (i // 4) + 4 * r + i % 4,
+        "fp8_e4m3": 16 * (r // 4) + 8 * (i // 2) + 2 * (r % 4) + i % 2,
+    }.get(name, 64 * (i // 8) + 4 * r + i % 4)
+    place = ((n // 64 * units + k // unit) * 4 + n % 64 // 16) * size + place
+    codes = torch.zeros(blocks * units * 4 * size, dtype=torch.int64)
+    codes.index_add_(0, place.flatten(), (number << 4 * (i % 8 // 4) if bits == 4 else number).flatten())
+    scale = matrix.scale.expand(outputs, 1) if matrix.tile == "tensor" else matrix.scale
+    scales = 2 * units if name == "nvfp4" else scale.shape[1]
+
+    def columns(t):
+        padded = torch.nn.functional.pad(t, (0, scales - t.shape[1], 0, blocks * 64 - outputs))
+        return padded.unflatten(0, (blocks, 64)).mT.flatten()
+
+    scale = scale.view(torch.uint8) if name == "nvfp4" else scale
+    return codes.to(torch.uint8), columns(scale), None if matrix.zero is None else columns(matrix.zero.int())
+
+
+# outputs, inputs: at and beside bytes, words, units, panels and blocks, and more than is moved at a time
+@pytest.mark.parametrize("size", [(1, 2), (17, 50), (64, 32), (70, 62), (130, 2048), (64, 2086), (200, 4160)], ids=str)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_matrices_are_repacked_to_the_last_byte(level, kind, size):
+    matrices = [quantised(kind, *size, seed=seed) for seed in range(3)]
+    packed = repacked(matrices)
+    for number, matrix in enumerate(matrices):
+        codes, scale, zero = laid_out(matrix)
+        assert torch.equal(packed.codes[number], codes)
+        assert torch.equal(packed.scale[number], scale)
+        assert zero is None or torch.equal(packed.zero[number], zero)
+
+
+@pytest.mark.parametrize("outputs", [3, 80])
+def test_a_row_of_bytes_may_end_anywhere(level, outputs):
+    for inputs in (1, 3, 33, 1025, 1031):
+        matrix = quantised(("int8", "row", None), outputs, inputs)
+        assert torch.equal(repacked(matrix).codes[0], laid_out(matrix)[0])
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
