@@ -22,6 +22,7 @@ RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__in
 SMALL = "steps=2 rows=2 micro=1 length=48 save_every=1 optim.warmup=0 optim.decay=0.5 model.vocab=400 prompts=a"
 # How each recipe is tried; {text} is a folder of text files, {out} a new folder, {model} what pretrain left.
 TRIED = {
+    "curate": "data={text} out={out} filters=repetition workers=1",
     "pretrain": f"toy data={{text}} out={{out}} {SMALL}",
     "demo": f"data={{text}} out={{out}} {SMALL}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",

@@ -28,10 +28,12 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "demo": Command("nautilus.recipes.demo", "train a small model here, write its report, let it talk"),
+    "curate": Command("nautilus.recipes.curate", "make text worth training on out of raw text"),
     "pretrain": Command("nautilus.recipes.pretrain", "train a model of any preset from plain text"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
+    "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),
     "bench speed": Command("nautilus.cli.bench", "how fast a model decodes here, beside what memory allows"),
 }
 

@@ -32,6 +32,7 @@ EXTRAS = {
     "serve": Extra("the HTTP server", ("fastapi", "uvicorn", "pydantic", "llguidance", "prometheus_client", "orjson")),
     "rl": Extra("reinforcement learning tasks and actors", ("ray", "reasoning_gym", "math_verify", "jsonschema")),
     "data": Extra("Hugging Face datasets and large corpora", ("datasets", "datatrove")),
+    "html": Extra("text out of web pages", ("trafilatura", "lxml_html_clean")),
     "compress": Extra("search for formats and architectures", ("scipy",)),
     "omni": Extra("images, sound and video", ("PIL", "av", "soundfile", "scipy")),
     "vlm": Extra("studies of other people's models", ("transformers", "py3langid", "num2words", "babel")),

@@ -20,7 +20,7 @@ from nautilus.runtime import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
 EMBEDDED = {"python": embedded.code, "docstrings": embedded.docstrings, "reference": embedded.reference}
-KINDS = (*EMBEDDED, "files", "jsonl", "dataset")
+KINDS = (*EMBEDDED, "files", "jsonl", "dataset", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,8 @@ def sources(
     """Sources as people write them: `[weight*]place[#field]`.
 
     A place is `embedded` (or one of python, docstrings, reference), a text file or folder, a .jsonl file or a folder of
-    them, a folder written by `datasets`, or `hub:owner/name[:split]`. `max_bytes` limits each source.
+    them, a folder written by `datasets`, `hub:owner/name[:split]`, or a pair of Megatron's token files, NAME.bin and
+    NAME.idx, by either name or none. `max_bytes` limits each source of text.
     """
     found = []
     for text in places:
@@ -108,6 +109,9 @@ def locate(place: str) -> list[tuple[str, str, str, str]]:
         name, _, split = place.removeprefix("hub:").partition(":")
         return [("dataset", name.replace("/", "-"), name, split or "train")]
     path = Path(place).expanduser()
+    base = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    if not path.is_dir() and base.with_name(base.name + ".idx").is_file():
+        return [("tokens", base.name, str(base), "train")]
     if not path.exists():
         raise UserError(f"no text at {place!r}: no such file or folder; use 'embedded', a path, or hub:owner/name")
     return [(kind_of(path), path.resolve().name, str(path), "train")]
@@ -122,6 +126,8 @@ def kind_of(path: Path) -> str:
 
 def read(source: Source, skipped: list[str] | None = None) -> Iterator[Document]:
     """Every document that is not blank, in a fixed order. What is left out as undecodable is named in `skipped`."""
+    if source.kind == "tokens":
+        raise UserError(f"source {source.name!r} is tokens, {source.where}.bin, where text is needed; give its text")
     decode = Decoder(undecodable=source.undecodable, skipped=[] if skipped is None else skipped)
     if source.kind == "files":
         pairs = read_files(source.where, source.suffixes, decode)

@@ -7,11 +7,15 @@ owns an interval as long as its weight, and after any number of draws every sour
 How many draws a source had before `index` is a sum that Euclid's algorithm gives at once, so nothing is replayed.
 Within a source each pass is a seeded permutation of its rows. So the state of a stream is how many rows it has given,
 and nothing of it depends on the number of ranks.
+
+Weights may change at given rows: each phase draws from the same points by edges of its own, and a source goes on in its
+pass where the phase before left it. A border is a row number, so it too holds wherever and however wide one starts.
 """
 
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
@@ -42,30 +46,56 @@ class Place(NamedTuple):
     row: int
 
 
+class Phase(NamedTuple):
+    """From row `start` on, sources are drawn by these weights; one that is not named is not drawn."""
+
+    start: int
+    weights: Mapping[str, float]
+
+
 @dataclass(frozen=True)
 class Mix:
-    """The pure function: sources by name with (weight, rows), and a seed."""
+    """The pure function: sources by name with (weight, rows), and a seed. `later` are the phases after the first."""
 
     sources: Mapping[str, tuple[float, int]]
     seed: int
+    later: tuple[Phase, ...] = ()
 
     def __post_init__(self):
         if not self.sources:
             raise UserError("a mixture of no sources; name at least one")
         for name, (weight, rows) in self.sources.items():
-            if not 0 < weight < float("inf") or rows < 1:
-                raise UserError(f"source {name!r} has weight {weight} and {rows} rows; both must be positive")
+            weights = [weight, *(phase.weights.get(name, 0) for phase in self.later)]
+            if not all(0 <= each < float("inf") for each in weights) or not any(weights) or rows < 1:
+                raise UserError(
+                    f"source {name!r} has weight {', then '.join(map(str, weights))} and {rows} rows; weights must be"
+                    " finite, one of them and the rows positive"
+                )
+        for before, phase in itertools.pairwise(self.phases):
+            if phase.start <= before.start or not set(phase.weights) <= set(self.sources):
+                raise UserError(
+                    f"the phase from row {phase.start} on draws from {sorted(phase.weights)}; it must begin after row"
+                    f" {before.start} and name only {self.names}"
+                )
+        if not all(any(phase.weights.values()) for phase in self.phases):
+            raise UserError("a phase gives weight to no source; give it to at least one")
 
     @property
     def names(self) -> list[str]:
         return sorted(self.sources)
 
-    @property
-    def edges(self) -> list[int]:
-        """Where each source's interval ends on the circle, as whole numbers; the last is the whole circle."""
-        total = sum(weight for weight, _ in self.sources.values())
-        ends = [*itertools.accumulate(self.sources[name][0] for name in self.names)]
-        return [*(round(end / total * CIRCLE) for end in ends[:-1]), CIRCLE]
+    @functools.cached_property
+    def phases(self) -> tuple[Phase, ...]:
+        return Phase(0, {name: weight for name, (weight, _) in self.sources.items()}), *self.later
+
+    @functools.cached_property
+    def edges(self) -> list[list[int]]:
+        """By phase, where each source's interval ends on the circle, as whole numbers; the last is the whole circle."""
+        found = []
+        for phase in self.phases:
+            ends = [*itertools.accumulate(phase.weights.get(name, 0.0) for name in self.names)]
+            found.append([*(round(end / ends[-1] * CIRCLE) for end in ends[:-1]), CIRCLE])
+        return found
 
     @property
     def offset(self) -> int:
@@ -73,14 +103,22 @@ class Mix:
 
     def counts(self, index: int) -> dict[str, int]:
         """How many of the first `index` rows come from each source."""
-        below = [0, *(points_below(edge, index, self.offset) for edge in self.edges)]
-        return {name: high - low for name, (low, high) in zip(self.names, itertools.pairwise(below), strict=True)}
+        counts = dict.fromkeys(self.names, 0)
+        stops = [*(phase.start for phase in self.phases[1:]), index]
+        for phase, stop, edges in zip(self.phases, stops, self.edges, strict=True):
+            first, last = min(phase.start, index), min(stop, index)
+            below = [0, *(points_below(e, last, self.offset) - points_below(e, first, self.offset) for e in edges)]
+            for name, (low, high) in zip(self.names, itertools.pairwise(below), strict=True):
+                counts[name] += high - low
+        return counts
 
     def places(self, start: int, stop: int) -> list[Place]:
         """What the rows start .. stop-1 are."""
-        counts, edges, names, offset = self.counts(start), self.edges, self.names, self.offset
+        counts, names, offset = self.counts(start), self.names, self.offset
+        begins = [phase.start for phase in self.phases]
         found = []
         for index in range(start, stop):
+            edges = self.edges[bisect.bisect_right(begins, index) - 1]
             name = names[bisect.bisect_right(edges, (offset + index * GOLDEN) % CIRCLE)]
             rows = self.sources[name][1]
             epoch, position = divmod(counts[name], rows)
@@ -145,7 +183,8 @@ class Stream:
     """Steps of training data: each `next` is this rank's list of micro-batches.
 
     `rows` is the number of rows of one step over all ranks, `micro` that of one micro-batch. Ranks take equal slices of
-    the same rows, so the rows of step n are the same on any number of ranks.
+    the same rows, so the rows of step n are the same on any number of ranks. `later` are phases after the first, in
+    rows of the stream.
     """
 
     def __init__(
@@ -156,6 +195,7 @@ class Stream:
         micro: int,
         seed: int,
         weights: Mapping[str, float] | None = None,
+        later: Sequence[Phase] = (),
         rank: int = 0,
         ranks: int = 1,
     ):
@@ -168,11 +208,12 @@ class Stream:
         if set(weights) != set(sources):
             raise UserError(f"weights are for {sorted(weights)} but sources are {sorted(sources)}; name the same ones")
         self.sources = dict(sources)
-        self.mix = Mix({name: (weights[name], len(source)) for name, source in self.sources.items()}, seed)
+        self.mix = Mix({name: (weights[name], len(source)) for name, source in self.sources.items()}, seed, (*later,))
         self.rows, self.micro, self.rank, self.ranks = rows, micro, rank, ranks
         self.consumed = 0
         parts = [(name, float(weights[name]), sources[name].fingerprint) for name in sorted(sources)]
-        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        phases = [(phase.start, sorted(phase.weights.items())) for phase in self.mix.later]
+        self.fingerprint = hashlib.sha256(repr(parts + phases).encode()).hexdigest()[:16]
 
     def __iter__(self) -> Stream:
         return self

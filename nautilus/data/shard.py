@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from nautilus.data.batch import Batch
+from nautilus.data.card import encoded_card
 from nautilus.data.corpus import Corpus, Document
 from nautilus.data.pack import cut_rows
 from nautilus.data.tokenizer import Tokenizer
@@ -78,9 +79,7 @@ def encode_corpus(
     corpus: Corpus, tokenizer: Tokenizer, cache: str | Path, *, report: Callable[[int, int], None] | None = None
 ) -> dict[str, Shard]:
     """The shards `train` and (unless nothing is held out) `held_out` of a corpus; encoded now, or found in the cache.
-
-    `report` is called with (bytes done, bytes in all).
-    """
+    `report` is called with (bytes done, bytes in all)."""
     key = hashlib.sha256(f"{corpus.fingerprint} {tokenizer.fingerprint}".encode()).hexdigest()[:12]
     folder = Path(cache) / f"{corpus.source.name}-{key}"
     if (folder / "index.json").exists():
@@ -102,6 +101,7 @@ def encode_corpus(
             "skipped": len(corpus.skipped),
             "parts": written,
         }
+        (fresh / "README.md").write_text(encoded_card(index))
         write_atomic(fresh / "index.json", json.dumps(index, indent=2) + "\n")
     return open_shards(folder)
 

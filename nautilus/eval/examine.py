@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from nautilus.data.prepare import bars
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import charts
+from nautilus.eval.figures import with_total
 from nautilus.eval.loss import HeldOut, held_out
 from nautilus.eval.material import Sample
 from nautilus.eval.report import gather, write_picture, write_report
+from nautilus.model.card import add_to_card
 from nautilus.model.language import Language
-from nautilus.runtime import Run, program
+from nautilus.runtime import Run, flat_settings, program
 from nautilus.serve import Engine, Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=96)
@@ -56,7 +58,20 @@ def write_all(
     write_report(run.report, report)
     if charts.missing() is None:
         write_picture(run.picture, report)
+    complete_card(run, scores)
     return samples
+
+
+def complete_card(run: Run, scores: HeldOut | None) -> None:
+    """To the model's card: every setting of the run but the sizes, which it has, and what was measured."""
+    settings = {name: value for name, value in flat_settings(run.settings) if not name.startswith("model.")}
+    add_to_card(run.model, "Training", settings, f"The settings of the run `{run.folder.name}`.")
+    rows = {
+        score.source: f"{score.bits_per_byte:.4f} (`xz -9e` {score.xz_bits_per_byte:.4f}) on {score.bytes:,} bytes"
+        for score in (with_total(scores) if scores else [])
+    }
+    words = "Bits per byte of held-out text; lower is better." if rows else "Nothing was held out, nothing measured."
+    add_to_card(run.model, "Measures", rows, words)
 
 
 def talk(run: Run) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from nautilus.config import Config, weight_count
+from nautilus.runtime import read_text, write_atomic
 
 CARD = """\
 ---
@@ -71,5 +75,20 @@ def model_card(config: Config, *, family: str, facts: dict[str, str], quantised:
     return CARD.format(library=library, rows=table(rows | facts), opens=opens)
 
 
-def table(rows: dict[str, str]) -> str:
+def add_to_card(folder: str | Path, title: str, rows: Mapping[str, object], words: str = "") -> None:
+    """A section at the end of the folder's card: some words, and a table. A section of that title is replaced."""
+    path = Path(folder) / "README.md"
+    head, *sections = read_text(path).split("\n## ")
+    kept = [part for part in sections if part.partition("\n")[0] != title]
+    cells = {cell(name): cell(value) for name, value in rows.items()}
+    fresh = "\n\n".join([title, *([words] if words else []), table(cells)])
+    write_atomic(path, "\n## ".join([head, *kept, fresh]).rstrip("\n") + "\n")
+
+
+def cell(value: object) -> str:
+    """Text that cannot end its cell."""
+    return str(value).replace("|", "\\|").replace("\n", "\\n")
+
+
+def table(rows: Mapping[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])

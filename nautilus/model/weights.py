@@ -41,11 +41,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     the model is in use.
     """
     folder = local_folder(source)
-    document = read_json(folder / "config.json")
-    found = contents(folder, document)
-    refuse_faults(folder, "has quantised matrices that cannot be read", faults(found))
-    refuse_differences(folder, found.config, found.plain_slots, found.plain)
-    refuse_faults(folder, "does not hold what it says", clashes(found))
+    found = check_folder(folder)
     held, schemes, wrong = read_modules(found, device)
     refuse_faults(folder, "has quantised matrices that cannot be read", wrong)
     model = Language(found.config, device="meta", dtype=dtype or main_type(found))
@@ -54,6 +50,15 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     fill(model, found, held, device)
     model.quantised = record(found, schemes)
     return model
+
+
+def check_folder(folder: Path) -> Contents:
+    """What the folder holds, once that is what its config says, by name and shape; no weight is read."""
+    found = contents(folder, read_json(folder / "config.json"))
+    refuse_faults(folder, "has quantised matrices that cannot be read", faults(found))
+    refuse_differences(folder, found.config, found.plain_slots, found.plain)
+    refuse_faults(folder, "does not hold what it says", clashes(found))
+    return found
 
 
 def contents(folder: Path, document: dict) -> Contents:

@@ -13,7 +13,7 @@ from pathlib import Path
 from rich.console import Console
 
 from nautilus.config import Config, to_dict
-from nautilus.data.corpus import sources
+from nautilus.data.blend import phases_of, sources_of
 from nautilus.data.prepare import Prepared, prepare
 from nautilus.eval.examine import examine, talk
 from nautilus.eval.loss import HeldOut
@@ -36,6 +36,7 @@ class Settings:
     model: Config = setting(toy(), "a preset, or sizes: model.width=384, model.layers=MEM*E, model.layers.E.active=2")
     out: Path = setting(Path("runs/pretrain"), "the run's folder; resumed if it is there")
     data: tuple[str, ...] = setting(("embedded",), "text: [weight*]place[#field]; embedded, paths, hub:owner/name")
+    blend: Path | None = setting(None, "file of sources and their shares by phase, in place of data")
     undecodable: str = setting("error", "text that is not UTF-8: error, skip or replace")
     max_bytes: int = setting(0, "of each source, 0: all")
     tokenizer: Path | None = setting(None, "folder of a tokenizer to use; none: learn one")
@@ -86,12 +87,10 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
         raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings))
-    found = sources(settings.data, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
+    found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
     prepared = prepare(found, run.folder / "data", vocab=settings.model.vocab, tokenizer=settings.tokenizer)
     model = train(settings, run, prepared).eval()
-    texts = {name: corpus.fingerprint[:12] for name, corpus in prepared.corpora.items()}
-    facts = {"text": ", ".join(f"{name} {mark}" for name, mark in texts.items()), "steps": f"{settings.steps:,}"}
-    model.save(run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=facts)
+    model.save(run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=prepared.facts())
     start = None if settings.reset else prepared.tokenizer.document_end
     asked = examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
     return run, *asked
@@ -101,10 +100,11 @@ def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
     model = Language(replace(settings.model, eos=prepared.tokenizer.stop)).initialise(settings.seed)
     model.compute = compute_dtype(settings.compute)
     size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
+    phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
     kept = settings.average_every if settings.average else 0
     fit(
         model,
-        prepared.stream(**size, seed=settings.seed, reset=settings.reset),
+        prepared.stream(**size, seed=settings.seed, reset=settings.reset, phases=phases),
         objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         adamw(model, settings.optim),
         steps=settings.steps,

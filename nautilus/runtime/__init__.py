@@ -5,7 +5,7 @@ from nautilus.runtime.files import atomic_folder, read_json, read_text, repair, 
 from nautilus.runtime.hub import HUB_ID, hub_folder
 from nautilus.runtime.memory import keep_memory
 from nautilus.runtime.progress import Progress, read_metrics
-from nautilus.runtime.run import Run, continue_or_create, is_run, program
+from nautilus.runtime.run import Run, continue_or_create, flat_settings, is_run, program
 
 __all__ = [
     "DISK_FULL",
@@ -17,6 +17,7 @@ __all__ = [
     "continue_or_create",
     "disk_errors",
     "disk_full",
+    "flat_settings",
     "hub_folder",
     "is_run",
     "keep_memory",

@@ -114,3 +114,11 @@ def test_shards_feed_a_stream(corpus, tokenizer, tmp_path):
     assert [tuple(batch.tokens.shape) for batch in batches] == [(4, 16), (2, 16)]
     with pytest.raises(ValueError, match="fingerprint"):
         Stream({name: shard.rows(8) for name, shard in shards.items()}, rows=6, micro=4, seed=1).restore(stream.state())
+
+
+def test_a_data_card_lies_beside_the_tokens(corpus, tokenizer, tmp_path):
+    encode_corpus(corpus, tokenizer, tmp_path / "cache")
+    (folder,) = (tmp_path / "cache").iterdir()
+    card = (folder / "README.md").read_text()
+    assert corpus.fingerprint in card and tokenizer.fingerprint in card
+    assert f"| train | {len(corpus.train):,} documents, {corpus.train_bytes:,} bytes, " in card

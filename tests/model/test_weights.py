@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from nautilus.config import Linear, Mamba, Nothing, lay, weight_count
 from nautilus.model import shards, weights
+from nautilus.model.card import add_to_card
 from nautilus.model.language import Language
 from nautilus.model.layout import PREFIX, name_map, parameter_table, place_of, tensor_table
 from nautilus.model.save import save_model
@@ -270,6 +271,17 @@ def test_the_card_says_what_is_inside_and_what_was_told(tmp_path, saved):
     numbers = (counts["main"] + counts["mtp"], counts["mtp"], counts["active"])
     for part in (*(f"{number:,}" for number in numbers), "bf16", "12,345", "drops"):
         assert part in card
+
+
+def test_a_section_of_the_card_is_added_once_and_keeps_the_others(tmp_path, saved):
+    save_model(saved[1], tmp_path / "model")
+    before = (tmp_path / "model" / "README.md").read_text()
+    add_to_card(tmp_path / "model", "Training", {"steps": 3})
+    add_to_card(tmp_path / "model", "Measures", {"a|b": 0.5}, "Of text.")
+    add_to_card(tmp_path / "model", "Training", {"steps": 4})
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.startswith(before.rstrip("\n")) and card.count("## Training") == 1 and "| steps | 3 |" not in card
+    assert "| steps | 4 |" in card and "Of text." in card and "| a\\|b | 0.5 |" in card
 
 
 @pytest.mark.parametrize("precision,value", [(None, math.nan), ("bf16", math.inf), ("fp16", 1e6)])

@@ -1,0 +1,37 @@
+"""Make text worth training on out of raw text: extraction, quality, duplicates, evaluation sets kept out.
+
+The same command again goes on where an interrupted one stopped. The texts are in out/text, to be given to `pretrain`
+as data=OUT/text; report.html says what each filter dropped, with examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from nautilus.config import to_dict
+from nautilus.data.card import curated_card
+from nautilus.data.curate import Plan, curate
+from nautilus.eval.curation import funnel, write_curation
+from nautilus.runtime import continue_or_create, write_atomic
+from nautilus.train.optim import setting
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Plan):
+    out: Path = setting(Path("runs/curate"), "the run's folder; resumed if it is there")
+
+
+def main(settings: Settings) -> None:
+    asked = to_dict(settings)
+    del asked["workers"]  # more or fewer give the same text
+    run = continue_or_create(settings.out, asked)
+    result = curate(run, settings)
+    write_atomic(run.folder / "README.md", curated_card(result, asked))
+    write_curation(run, result)
+    say = Console(soft_wrap=True, highlight=False).print
+    for step, documents, size in funnel(result):
+        say(f"{step:<24}{documents:>12,} documents  {size / 1e6:>12,.1f} MB")
+    say(f"report {run.report}\ntrain on it: data={run.folder / 'text'}")
