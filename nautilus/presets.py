@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 
-from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing, Rotary, lay
+from nautilus.config import Attention, Config, Experts, Layer, Linear, Mamba, Mlp, Nothing, PrecisionTable, Rotary, lay
 
 NANO_PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 SUPER_PATTERN = "MEMEMEM*E" + "MEMEMEM*E" * 2 + "MEMEMEMEM*E" * 4 + "MEMEMEM*EMEMEMEME"
@@ -139,6 +139,13 @@ PRESETS = {
     "llama_3_1_8b": llama_3_1_8b,
     "qwen3_30b_a3b": qwen3_30b_a3b,
     "gpt_oss_20b": gpt_oss_20b,
+}
+
+
+# How the published models were trained; the others in bf16 (Nano) or unknown.
+PRECISION = {
+    "super": PrecisionTable(format="nvfp4", last_layers=14),
+    "ultra": PrecisionTable(format="nvfp4", last_layers=16),
 }
 
 

@@ -16,6 +16,7 @@ from nautilus.config.layer import (
 )
 from nautilus.config.model import Config, from_dict, to_dict, weight_count
 from nautilus.config.override import apply_overrides
+from nautilus.config.precision import PrecisionTable
 
 __all__ = [
     "KINDS",
@@ -27,6 +28,7 @@ __all__ = [
     "Mamba",
     "Mlp",
     "Nothing",
+    "PrecisionTable",
     "Rotary",
     "apply_overrides",
     "describe",

@@ -25,6 +25,7 @@ from nautilus.model.mlp import LinearMixer, MlpMixer
 from nautilus.model.moe import ExpertsMixer
 from nautilus.model.mtp import MtpBlock
 from nautilus.model.norm import RmsNorm
+from nautilus.model.precision import Lowered
 from nautilus.model.quantised import Quantisation
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, StoredMamba, advance, place
@@ -110,6 +111,7 @@ class Language(nn.Module):
         super().__init__()
         self.config, self.compute = config, dtype
         self.quantised: Quantisation | None = None  # what `load_model` read of it
+        self.lowered: Lowered | None = None  # trains in few bits; see `lower.py`
         where = {"device": device, "dtype": dtype}
         self.backbone = Backbone(config, **where)
         if not config.tied:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from nautilus.model.precision import Site
 from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
+from nautilus.ops.low_precision import low_linear
 
 
 class Matrix(nn.Module):
@@ -34,10 +36,18 @@ class Matrix(nn.Module):
 
 
 class Linear(Matrix):
-    """y = x W^T, no bias. W may be stored wider than x (float32 masters, bf16 compute): it is cast at use."""
+    """y = x W^T, no bias. W may be stored wider than x (float32 masters, bf16 compute): it is cast at use.
+
+    With a `site` (see `lower.py`) it trains in few bits.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, device=None, dtype=None):
         super().__init__(outputs, inputs, device=device, dtype=dtype)
+        self.site: Site | None = None
 
     def forward(self, x: Tensor, *, squared_relu: bool = False) -> Tensor:
-        return linear(x, self.weight, squared_relu=squared_relu)
+        how = None if self.site is None else self.site.how(self.training)
+        if how is None or isinstance(self.weight, Packed):
+            return linear(x, self.weight, squared_relu=squared_relu)
+        y = low_linear(x, self.weight, how)
+        return y.relu().square() if squared_relu else y

@@ -8,11 +8,13 @@ from torch import Tensor, nn
 from nautilus.config import Experts, Mlp
 from nautilus.model.linear import Linear
 from nautilus.model.mlp import MlpMixer
+from nautilus.model.precision import Site
 from nautilus.model.state import Span
 from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.experts import experts, route
 from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
+from nautilus.ops.low_precision import low_experts
 from nautilus.ops.residual import add
 
 
@@ -59,8 +61,9 @@ class ExpertsMixer(nn.Module):
         if self.training:
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
-        matrices = self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
-        routed = experts(inner_RX, index_RK, weight_RK, *matrices)
+        tensors = inner_RX, index_RK, weight_RK, self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
+        how = None if self.experts.site is None else self.experts.site.how(self.training)
+        routed = experts(*tensors) if how is None else low_experts(*tensors, how)
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
             out = add(out, self.shared_experts(hidden_RD)[0])
@@ -102,6 +105,7 @@ class ExpertWeights(nn.Module):
         gate = nn.Parameter(torch.empty(layer.experts, layer.hidden, width, **place)) if layer.gated else None
         self.register_parameter("gate_proj", gate)
         self.input_scales: dict[str, tuple[Tensor | None, ...]] = {}
+        self.site: Site | None = None  # with one they train in few bits; see `lower.py`
 
     def hold(
         self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...] = ()

@@ -76,16 +76,19 @@ def encode(
 def hadamard(x: Tensor) -> Tensor:
     """x (diag(signs) H_16) / 4 on groups of 16 along the last axis: spreads outliers, x y^T stays what it is.
 
-    H is Sylvester's matrix, the signs are fixed. Sums are float32 (float64 for float64); the result has x's dtype, so
-    bf16 is rounded once, before any scale is chosen from it.
+    H is Sylvester's matrix, the signs are fixed. Sums are float32 (float64 for float64), of neighbours, then of
+    neighbouring sums, so that every machine finds the same bits; the result has x's dtype, so bf16 is rounded once,
+    before any scale is chosen from it.
     """
     clash = f"{x.shape[-1] if x.ndim else 0} columns are not groups of 16"
     require(x.ndim > 0 and x.shape[-1] % 16 == 0, "hadamard", clash, "pad x with zeros, which stay zeros as a group")
     require(x.is_floating_point(), "hadamard", f"x is {x.dtype}", "convert it to bfloat16 or float32")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    rows = [[SIGNS[i] * (-1) ** (i & j).bit_count() / 4 for j in range(16)] for i in range(16)]
-    mix = torch.tensor(rows, dtype=wide, device=x.device)
-    return (x.to(wide).unflatten(-1, (-1, 16)) @ mix).flatten(-2).to(x.dtype)
+    mixed = x.to(wide).unflatten(-1, (-1, 16)) * torch.tensor(SIGNS, dtype=wide, device=x.device)
+    for half in (1, 2, 4, 8):
+        first, second = mixed.unflatten(-1, (-1, 2, half)).unbind(-2)
+        mixed = torch.stack((first + second, first - second), -2).flatten(-3)
+    return (mixed / 4).flatten(-2).to(x.dtype)
 
 
 # ----- what is asked -------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nautilus.config import Config, to_dict
+from nautilus.config import Config, PrecisionTable, to_dict
 from nautilus.data.blend import phases_of, sources_of
 from nautilus.data.prepare import Prepared, prepare
 from nautilus.eval.examine import examine, talk
 from nautilus.eval.loss import HeldOut
 from nautilus.eval.material import Sample
 from nautilus.model.language import Language
+from nautilus.model.lower import lower
 from nautilus.ops.precision import compute_dtype
 from nautilus.presets import toy
 from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
@@ -47,6 +48,7 @@ class Settings:
     reset: bool = setting(True, "documents of a row do not see each other; false: one running text")
     seed: int = setting(0, "of the initial weights and the order of the text")
     compute: str = setting("auto", "bf16 or fp32 activations; auto: what is faster here")
+    precision: PrecisionTable = PrecisionTable()
     optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=50)
     mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
@@ -92,8 +94,7 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
     model = train(settings, run, prepared).eval()
     model.save(run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=prepared.facts())
     start = None if settings.reset else prepared.tokenizer.document_end
-    asked = examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
-    return run, *asked
+    return run, *examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
 
 
 def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
@@ -103,7 +104,7 @@ def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
     phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
     kept = settings.average_every if settings.average else 0
     fit(
-        model,
+        lower(model, settings.precision, seed=settings.seed),
         prepared.stream(**size, seed=settings.seed, reset=settings.reset, phases=phases),
         objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         adamw(model, settings.optim),

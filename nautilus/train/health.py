@@ -3,6 +3,7 @@
     grad_norm.<role>    norm of the gradient, by layer kind and weight, before clipping
     zero_grad.<role>    share of its elements that are exactly zero
     residual_rms.<i>    root mean square of the residual after layer i
+    flush.<role>.<x>    share of an operand's numbers that few bits made zero, where the model trains in few bits
     max_vio.<mixer>     largest load of an expert over the mean load; 1 is perfect balance
     dead_experts        experts, over all mixers in use, that saw no token in this step
 

@@ -133,7 +133,9 @@ class Job:
         speed_only = {"params", "foreach", "fused", "capturable", "differentiable"}
         ours = speed_only if self.schedule is None else speed_only | {"lr", "initial_lr"}
         groups = [{k: v for k, v in group.items() if k not in ours} for group in self.optimizer.param_groups]
-        return {
+        lowered = self.model.lowered
+        few = {} if lowered is None else {"precision": to_dict(lowered.table) | {"seed": lowered.seed}}
+        return few | {
             "model": to_dict(self.model.config) | {"compute": str(self.model.compute)},
             "optimizer": {"kind": type(self.optimizer).__name__, "groups": groups},
             "objective": dict(self.objective.coefficients),
@@ -162,6 +164,9 @@ class Sums:
 def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], stop: Stop) -> dict | None:
     """One update and its metrics. None, with the model as it was, if a stop was asked for between micro-batches."""
     begin = time.perf_counter()
+    checked = job.health_every > 0 and step % job.health_every == 0
+    if job.model.lowered is not None:
+        job.model.lowered.begin(step, tokens, watched=checked)
     batches = [job.objective.weigh(batch) for batch in next_step(stream, step)]
     counts = count_weights(batches, job.over_ranks)
     sums = add_gradients(job, batches, counts, stop)
@@ -173,7 +178,7 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise UserError(divergence(job, step, batches, sums))
     loads = take_loads(job.model, job.over_ranks)
-    health = check_up(job, batches[0], loads) if job.health_every and step % job.health_every == 0 else {}
+    health = check_up(job, batches[0], loads) if checked else {}
     update(job, step, norm, loads)
     fed = int(job.over_ranks(torch.tensor(sum(batch.tokens.numel() for batch in batches))))
     return {
@@ -246,6 +251,8 @@ def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop
         if loss.requires_grad:
             loss.backward()
         sums.add(loss, terms | watched)
+        if job.model.lowered is not None:
+            job.model.lowered.passed(batch.tokens.numel())
     return sums
 
 
@@ -284,6 +291,7 @@ def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
     found = gradient_health(job.model, job.model.config) | load_health(loads)
+    found |= {} if job.model.lowered is None else job.model.lowered.flush_rates()
     return found | residual_rms(job.model, batch.to(job.parameters[0].device))
 
 

@@ -29,6 +29,7 @@
   void fill_attention_##name(Kernels*); \
   void fill_activation_##name(Kernels*);\
   void fill_rotary_##name(Kernels*);    \
+  void fill_lowbit_##name(Kernels*);    \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
@@ -39,6 +40,7 @@
     fill_attention_##name(k);           \
     fill_activation_##name(k);          \
     fill_rotary_##name(k);              \
+    fill_lowbit_##name(k);              \
   }
 
 LEVEL(baseline)
@@ -140,7 +142,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 15; }
+EXPORT int nautilus_interface() { return 16; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -430,6 +432,96 @@ EXPORT int nautilus_quant_experts(const QuantExperts* e, int threads) {
   QuantForward down{e->down, count, 0, 0, spans, nullptr, 1, nullptr, nullptr, nullptr, nullptr, y};
   quant_multiply(down, act, threads);
   combine(&sorted, y, sorted.output, 1, threads);
+  return 0;
+}
+
+namespace {
+
+// Every group's rows in pieces of at most LOWBIT_BLOCK.
+struct LowBitWork {
+  LowBitSpan* spans;
+  int64_t count = 0;
+  uint32_t* largest;  // of each span, then amax as a float
+  int64_t* flushed;
+  uint16_t* packed;
+
+  bool lay(const int64_t* first, int64_t groups, int64_t numbers) {
+    int64_t most = groups + first[groups] / LOWBIT_BLOCK;
+    if (!arena.lay([&](Scratch& pieces) {
+          spans = pieces.take<LowBitSpan>(most);
+          largest = pieces.take<uint32_t>(most);
+          flushed = pieces.take<int64_t>(most);
+          packed = pieces.take<uint16_t>(numbers);
+        }))
+      return false;
+    for (int64_t g = 0; g < groups; g++)
+      for (int64_t row = first[g]; row < first[g + 1]; row += LOWBIT_BLOCK, count++)
+        spans[count] = {g, row, first[g + 1] - row < LOWBIT_BLOCK ? first[g + 1] - row : LOWBIT_BLOCK};
+    return true;
+  }
+};
+
+template <class Each>
+void each_item(int threads, int64_t items, Each each) {
+  run_pieces(
+      threads, items, [](void* context, int64_t item, int) { (*static_cast<Each*>(context))(item); }, &each);
+}
+
+// amax of each group to its spans.
+void share_largest(const LowBit* f, LowBitWork& work) {
+  for (int64_t i = 0, g = 0; g < f->groups; g++) {
+    uint32_t most = 0;
+    int64_t begin = i;
+    for (; i < work.count && work.spans[i].group == g; i++) most = work.largest[i] > most ? work.largest[i] : most;
+    for (int64_t j = begin; j < i; j++) work.largest[j] = most;
+    float amax;
+    memcpy(&amax, &most, 4);
+    f->top[g] = most >= 0x7F800000 ? amax - amax : amax;
+  }
+}
+
+}  // namespace
+
+EXPORT int nautilus_lowbit(LowBit* f, int threads) {
+  LowBitWork work;
+  if (!work.lay(f->first, f->groups, 0)) return 1;
+  if (f->format == LOWBIT_NVFP4) {
+    each_item(threads, work.count, [&](int64_t i) { work.largest[i] = kernels.lowbit_largest(f, work.spans + i); });
+    share_largest(f, work);
+  } else {
+    for (int64_t g = 0; g < f->groups; g++) f->top[g] = LOWBIT_TOP;
+  }
+  each_item(threads, work.count, [&](int64_t i) {
+    float amax;
+    memcpy(&amax, work.largest + i, 4);
+    work.flushed[i] = kernels.lowbit_round(f, work.spans + i, amax);
+  });
+  f->flushed = 0;
+  for (int64_t i = 0; i < work.count; i++) f->flushed += work.flushed[i];
+  return 0;
+}
+
+EXPORT int nautilus_lowbit_product(const LowBitProduct* p, int threads) {
+  int64_t across = kernels.lowbit_panels(p);
+  if (p->kind == LOWBIT_WEIGHTS)
+    return share_out(
+        [](void* context, int64_t item, int thread) {
+          auto* call = static_cast<Call*>(context);
+          auto* p = static_cast<const LowBitProduct*>(call->arguments);
+          int64_t across = kernels.lowbit_panels(p);
+          kernels.lowbit_outer(p, item / across, item % across, call->scratch + call->bytes * thread);
+        },
+        p, kernels.lowbit_scratch(p), across * p->groups, threads);
+  LowBitWork work;
+  int64_t size = kernels.lowbit_packed(p);
+  if (!work.lay(p->first, p->groups, size * p->groups)) return 1;
+  each_item(threads, across * p->groups, [&](int64_t item) {
+    kernels.lowbit_pack(p, item / across, item % across, work.packed + size * (item / across));
+  });
+  each_item(threads, across * work.count, [&](int64_t item) {
+    const LowBitSpan* span = work.spans + item / across;
+    kernels.lowbit_rows(p, span, item % across, work.packed + size * span->group);
+  });
   return 0;
 }
 

@@ -296,6 +296,40 @@ struct AttentionForward {
   float scale, v_scale;          // of scores and of outputs
 };
 
+// Low-precision training; see lowbit.cpp. Rows come in groups, those of group g are first[g] .. first[g + 1] - 1: the
+// tokens of an expert, or one group of all. Blocks start at a group's first row.
+enum { LOWBIT_NVFP4, LOWBIT_MXFP8 };
+enum { LOWBIT_ROWS, LOWBIT_COLUMNS, LOWBIT_TILES };  // what lies in a block: neighbours of a row, of a column, 16 x 16
+enum { LOWBIT_FORWARD, LOWBIT_INPUTS, LOWBIT_WEIGHTS };
+enum { LOWBIT_BLOCK = 192, LOWBIT_TOP = 2688 };  // rows worked on at a time; the largest value of NVFP4, 6 x 448
+
+// y = the values of x in a format, without the tensor scale, which is top / LOWBIT_TOP. Groups have multiples of 16 rows where they
+// are turned by Hadamard's matrix, and even numbers where the result is zipped: rows in twos, as products over rows want it.
+struct LowBit {
+  int64_t groups, columns, bf16, format, axis, turn, stochastic, zipped;
+  int64_t seed, step, stream, first_row;  // where the random bits lie that are drawn
+  const int64_t* first;                   // (groups + 1)
+  const void* x;                          // (rows, columns), bf16, or float that is rounded to bf16 first
+  const uint8_t* bits;                    // as x, random bits to use instead; null: drawn
+  uint16_t* y;                            // as x
+  float* top;                             // (groups): the largest magnitude; NaN where x is not finite; MXFP8: LOWBIT_TOP
+  int64_t flushed;                        // written: numbers that were not zero and became zero
+};
+
+struct LowBitSpan {
+  int64_t group, row, rows;
+};
+
+// forward: y = a b^T, a (rows, inputs), b (groups, outputs, inputs). inputs: y = a b, a (rows, outputs), b as before.
+// weights: y = a^T b for each group, a (rows, outputs) and b (rows, inputs) zipped. Times both tensor scales; null: 1.
+struct LowBitProduct {
+  int64_t groups, outputs, inputs, kind, wide;
+  const int64_t* first;
+  const uint16_t *a, *b;
+  const float *a_top, *b_top;  // (groups)
+  void* y;                         // float where `wide`, else bf16
+};
+
 // One level's kernels. Each source file fills in its own; which level it is compiled for is in its function's name.
 struct Kernels {
   void (*mamba_forward)(const MambaForward*, int64_t item, void* scratch);  // item: row and group
@@ -333,6 +367,14 @@ struct Kernels {
   int64_t (*attention_items)(const AttentionForward*);
   void (*attention_forward)(const AttentionForward*, int64_t item, void* scratch);
   int64_t (*attention_scratch)(const AttentionForward*);
+  uint32_t (*lowbit_largest)(const LowBit*, const LowBitSpan*);  // bits of the largest magnitude
+  int64_t (*lowbit_round)(const LowBit*, const LowBitSpan*, float amax);
+  int64_t (*lowbit_panels)(const LowBitProduct*);
+  int64_t (*lowbit_packed)(const LowBitProduct*);  // numbers of one packed weight matrix
+  void (*lowbit_pack)(const LowBitProduct*, int64_t group, int64_t panel, uint16_t* to);
+  void (*lowbit_rows)(const LowBitProduct*, const LowBitSpan*, int64_t panel, const uint16_t* packed);
+  int64_t (*lowbit_scratch)(const LowBitProduct*);
+  void (*lowbit_outer)(const LowBitProduct*, int64_t group, int64_t panel, void* scratch);
 };
 
 #define NAUTILUS_JOIN(a, b) a##_##b

@@ -24,6 +24,7 @@ from nautilus.ops.cpu.quant import NUMBERS, experts_quant, linear_quant, repacke
 from nautilus.ops.cpu.rotary import rotate_native
 from nautilus.ops.cpu.route import route_native
 from nautilus.ops.encode import encode
+from nautilus.ops.low_precision import How, low_experts, low_linear
 
 # rows, time, heads, head width, groups, state width, taps
 MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 4), (2, 63, 1, 1, 1, 1, 4),
@@ -31,6 +32,7 @@ MIXERS = ((2, 65, 4, 5, 2, 7, 4), (1, 1, 2, 16, 1, 3, 2), (1, 130, 2, 33, 2, 8, 
 EXPERTS = ((5, 18, 34, 4, 2), (230, 66, 130, 3, 2), (1, 2, 2, 5, 1))
 NORMS = ((131, 19), (1, 1), (128, 16), (300, 70))
 LINEARS = ((1, 2, 1), (7, 18, 33), (200, 130, 66))
+LOWBITS = ((1, 2, 2), (7, 18, 34), (200, 130, 66), (33, 16, 258))
 QUANTS = ((1, 16, 2), (2, 48, 18), (70, 160, 130), (1, 2086, 66))
 # positions of each row, new ones, heads, groups, head width, window
 ATTENTIONS = (((1,), (1,), 1, 1, 2, 0), ((70, 5, 130), (70, 0, 7), 6, 2, 18, 0), ((200,), (33,), 16, 1, 64, 50),
@@ -112,6 +114,15 @@ def linear(dtype, rows, inputs, outputs):
             finite(linear_native(*tensors, **named))
 
 
+def lowbit(dtype, rows, inputs, outputs):
+    for format in ("nvfp4", "mxfp8"):
+        x, w, back_w = draw(rows, inputs, dtype=dtype), draw(outputs, inputs), draw(inputs, outputs)
+        back([low_linear(x, w, How(format=format))], [x, w])
+        index, weight = torch.rand(rows, 4).topk(2).indices.sort().values, draw(rows, 2)
+        stacks = [torch.stack([m] * 4).detach().requires_grad_() for m in (w, back_w)]
+        back([low_experts(x, index, weight, *stacks, None, How(format=format))], [x, weight, *stacks])
+
+
 def quant(dtype, rows, inputs, outputs):
     x = torch.randn(rows, inputs).bfloat16()
     index = torch.randint(3, (rows, 1)).expand(rows, 2).contiguous()
@@ -156,7 +167,7 @@ def route(tokens, count, active):
 
 def everything():
     for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS),
-                          (attention, ATTENTIONS), (number_by_number, NORMS)):  # fmt: skip
+                          (attention, ATTENTIONS), (number_by_number, NORMS), (lowbit, LOWBITS)):  # fmt: skip
         for size in sizes:
             kernel(torch.float32, *size)
             kernel(torch.bfloat16, *size)

@@ -1,0 +1,52 @@
+"""A model made to train in few bits: its matrices are told which of them, by a table of roles."""
+
+from __future__ import annotations
+
+import torch
+
+from nautilus.config import Config, PrecisionTable
+from nautilus.model.language import Language
+from nautilus.model.layout import role
+from nautilus.model.linear import Linear
+from nautilus.model.moe import ExpertWeights
+from nautilus.model.precision import Lowered, Site
+from nautilus.ops.low_precision import How, low_linear
+
+
+def lower(model: Language, table: PrecisionTable, *, seed: int = 0) -> Language:
+    """The model, whose matrices that the table names multiply in few bits while it trains; none, if the table is off.
+
+    seed: of stochastic rounding. ValueError where the probe finds that rounding gives zeros. A matrix has the same
+    number, and so the same random bits, under every table.
+    """
+    model.lowered = Lowered(table=table, seed=seed) if table.on else None
+    if model.lowered is not None:
+        probe()
+    sites = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear | ExpertWeights))
+    for number, (name, module) in enumerate(sites):
+        format = format_of(name, model.config, table)
+        lowered = model.lowered if format != "bf16" else None
+        module.site = None if lowered is None else Site(role(name, model.config), format, number, lowered)
+    return model
+
+
+def format_of(name: str, config: Config, table: PrecisionTable) -> str:
+    """Of the matrix, or the stack of them, that a module of this name holds."""
+    parts = name.split(".")
+    if parts[:2] != ["backbone", "layers"] or not table.lowered(int(parts[2]), len(config.layers)):
+        return "bf16"
+    return table.format_of(role(name, config))
+
+
+def probe() -> None:
+    """A known gradient through both products of the backward; stochastic rounding was seen to give zeros only on some
+    devices."""
+    x = torch.linspace(-1, 1, 32 * 16).view(32, 16).bfloat16().requires_grad_()
+    weight = torch.linspace(1, -2, 32 * 16).view(32, 16).requires_grad_()
+    low_linear(x, weight, How(format="nvfp4")).backward(torch.full((32, 32), 2.0**-10).bfloat16())
+    for name, gradient in (("inputs", x.grad), ("weights", weight.grad)):
+        if gradient is None or not gradient.isfinite().all() or not gradient.any():
+            raise ValueError(
+                f"training in nvfp4: the gradient of the {name} of a known product is zero or no number here; train in "
+                f"bf16, or force the reference with NAUTILUS_OPS=reference and report it"
+            )
