@@ -26,7 +26,16 @@ class Prepared:
     shards: Mapping[str, Mapping[str, Shard]]
 
     def stream(
-        self, *, length: int, rows: int, micro: int, seed: int, reset: bool, phases: Sequence[Phase] = ()
+        self,
+        *,
+        length: int,
+        rows: int,
+        micro: int,
+        seed: int,
+        reset: bool,
+        phases: Sequence[Phase] = (),
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Stream:
         """Training steps of `rows` rows of `length` tokens, mixed by the weights of the phases or, where there are
         none, of the sources (None: by their size)."""
@@ -35,7 +44,7 @@ class Prepared:
         sizes = {name: weight if weight is not None else float(len(parts[name])) for name, weight in given.items()}
         if phases:
             sizes = {name: phases[0].weights.get(name, 0.0) for name in parts}
-        return Stream(parts, rows=rows, micro=micro, seed=seed, weights=sizes, later=phases[1:])
+        return Stream(parts, rows=rows, micro=micro, seed=seed, weights=sizes, later=phases[1:], rank=rank, ranks=ranks)
 
     def facts(self) -> dict[str, str]:
         """What a model card says of the text: every source with the hash of it, and how much of it there is."""

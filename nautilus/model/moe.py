@@ -61,9 +61,12 @@ class ExpertsMixer(nn.Module):
         if self.training:
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
-        tensors = inner_RX, index_RK, weight_RK, self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
         how = None if self.experts.site is None else self.experts.site.how(self.training)
-        routed = experts(*tensors) if how is None else low_experts(*tensors, how)
+        if how is None:
+            routed = self.experts(inner_RX, index_RK, weight_RK)
+        else:
+            matrices = self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
+            routed = low_experts(inner_RX, index_RK, weight_RK, *matrices, how)
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
             out = add(out, self.shared_experts(hidden_RD)[0])
@@ -106,6 +109,9 @@ class ExpertWeights(nn.Module):
         self.register_parameter("gate_proj", gate)
         self.input_scales: dict[str, tuple[Tensor | None, ...]] = {}
         self.site: Site | None = None  # with one they train in few bits; see `lower.py`
+
+    def forward(self, x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
+        return experts(x_RX, index_RK, weight_RK, self.up_proj, self.down_proj, self.gate_proj)
 
     def hold(
         self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...] = ()

@@ -1,7 +1,8 @@
 """Train a model from plain text: tokenizer, packed rows, AdamW under a warm-up, stable, decay schedule, report.
 
 MODEL is a preset; its sizes are settings too: model.width=384 model.layers.E.active=2. The same command again goes on
-where an interrupted run stopped. The output folder opens with `nautilus chat` and `nautilus.load`.
+where an interrupted run stopped. The output folder opens with `nautilus chat` and `nautilus.load`. With layout.dp=4 and
+the like it trains on as many processes; `torchrun --nproc-per-node 4 -m nautilus pretrain …` starts them elsewhere.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from nautilus.train.checkpoint import Checkpoints, snapshots
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.parallel import Layout, start
+from nautilus.train.ranks import Ranks
 
 LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
 
@@ -49,6 +52,7 @@ class Settings:
     seed: int = setting(0, "of the initial weights and the order of the text")
     compute: str = setting("auto", "bf16 or fp32 activations; auto: what is faster here")
     precision: PrecisionTable = PrecisionTable()
+    layout: Layout = Layout()
     optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=50)
     mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
@@ -67,6 +71,11 @@ class Settings:
             raise UserError(
                 f"average={self.average} snapshots, one every average_every={self.average_every} updates, do not fit "
                 f"into steps={self.steps}; lower one of them or raise steps"
+            )
+        if self.layout.size > 1 and self.precision.on:
+            raise UserError(
+                f"precision.format={self.precision.format} was asked for on {self.layout.size} processes, which do not "
+                f"share their scales yet: train in one process, or in bf16"
             )
         schedule(self.optim, self.steps)
         compute_dtype(self.compute)
@@ -88,24 +97,33 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
     if settings.mtp_depths and not settings.model.mtp:
         raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
-    run = continue_or_create(settings.out, to_dict(settings))
+    ranks = start(settings.layout)
+    begun = {name: value for name, value in to_dict(settings).items() if name != "layout"}
+    run = ranks.on_first(lambda: continue_or_create(settings.out, begun))
     found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
-    prepared = prepare(found, run.folder / "data", vocab=settings.model.vocab, tokenizer=settings.tokenizer)
-    model = train(settings, run, prepared).eval()
+    prepared = ranks.first_then_all(
+        lambda: prepare(found, run.folder / "data", vocab=settings.model.vocab, tokenizer=settings.tokenizer)
+    )
+    model = train(settings, run, prepared, ranks).eval()
     model.save(run.model, precision="fp32", tokenizer=prepared.tokenizer, facts=prepared.facts())
-    start = None if settings.reset else prepared.tokenizer.document_end
-    return run, *examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=start)
+    opening = None if settings.reset else prepared.tokenizer.document_end
+    return run, *examine(run, model, prepared.tokenizer, prepared.held_out(), prompts=settings.prompts, start=opening)
 
 
-def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
-    model = Language(replace(settings.model, eos=prepared.tokenizer.stop)).initialise(settings.seed)
-    model.compute = compute_dtype(settings.compute)
+def train(settings: Settings, run: Run, prepared: Prepared, ranks: Ranks) -> Language:
+    """The trained model, on the first process; the others end here."""
+    config = replace(settings.model, eos=prepared.tokenizer.stop)
+    model = Language(config).initialise(settings.seed)
+    model.compute = ranks.on_first(lambda: compute_dtype(settings.compute))
+    model = ranks.distribute(model)
     size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
     phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
     kept = settings.average_every if settings.average else 0
     fit(
         lower(model, settings.precision, seed=settings.seed),
-        prepared.stream(**size, seed=settings.seed, reset=settings.reset, phases=phases),
+        prepared.stream(
+            **size, seed=settings.seed, reset=settings.reset, phases=phases, rank=ranks.row, ranks=ranks.rows
+        ),
         objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         adamw(model, settings.optim),
         steps=settings.steps,
@@ -114,7 +132,9 @@ def train(settings: Settings, run: Run, prepared: Prepared) -> Language:
         balance=settings.balance,
         checkpoints=Checkpoints(run=run, every=settings.save_every, snapshots=kept),
         health_every=10,
+        ranks=ranks,
     )
+    model = ranks.gathered(model)
     if settings.average:
         model.load_state_dict(average_checkpoints(snapshots(run)[-settings.average :]))
     return model

@@ -4,7 +4,9 @@
         model.safetensors           parameters (float32 masters) and buffers (load-balancing biases)
         training.safetensors        optimiser moments and random states, by parameter name
         state.json                  step, tokens, position in the data, the settings that shape the curve
-        sha256.json                 of the other three
+        sha256.json                 of the others
+    Where many processes train, `shards/` (torch.distributed.checkpoint) stands in place of the two tensor files. Either
+    kind is read by any number of processes, in any layout.
     run/snapshots/step_000001000/   model.safetensors only, kept for averaging
 
 A folder appears whole or not at all, and is read only if its checksums hold; otherwise the one before it is used.
@@ -23,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nautilus.config.keys import short
 from nautilus.model.shards import write_file
-from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_json, repair
+from nautilus.runtime import Progress, Run, UserError, read_json, repair
+from nautilus.train.ranks import ALONE, Ranks
 
 log = logging.getLogger("nautilus.train")
 RECORD = {"step": int, "tokens": int, "stream": dict, "settings": dict}
@@ -71,37 +73,49 @@ class Position:
 
 
 def save_state(
-    run: Run, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
+    run: Run,
+    position: Position,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: dict,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Writes the state and forgets all but this one and the one before."""
     target = run.state / step_name(position.step)
     training = moments(model, optimizer) | {f"random.{name}": value for name, value in position.random.items()}
     record = {"step": position.step, "tokens": position.tokens, "stream": position.stream, "settings": settings}
-    with atomic_folder(target) as folder:
-        write_file(folder / "model.safetensors", model.state_dict())
-        write_file(folder / "training.safetensors", training)
-        (folder / "state.json").write_text(json.dumps(record, indent=1))
-        sums = {file.name: sha256(file) for file in sorted(folder.iterdir())}
-        (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
-    earlier = [folder for folder in state_folders(run) if folder < target]
-    for folder in set(state_folders(run)) - {target, *earlier[-1:]}:
-        shutil.rmtree(folder)
+    with ranks.folder(target) as folder:
+        ranks.write(folder, model, training)
+        if ranks.index == 0:
+            (folder / "state.json").write_text(json.dumps(record, indent=1))
+            files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+            sums = {name: sha256(folder / name) for name in files}
+            (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
+    ranks.on_first(lambda: forget_states_before(run, target))
     return target
 
 
-def load_state(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict) -> Position | None:
+def forget_states_before(run: Run, target: Path) -> None:
+    """All but the one before."""
+    earlier = [folder for folder in state_folders(run) if folder < target]
+    for folder in set(state_folders(run)) - {target, *earlier[-1:]}:
+        shutil.rmtree(folder)
+
+
+def load_state(
+    run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, settings: dict, ranks: Ranks = ALONE
+) -> Position | None:
     """Puts the newest sound state into model and optimiser and gives its position; None where there is no state.
 
     UserError when `settings` differ from those it was saved under, or when no state is sound.
     """
-    folder = newest_sound(run)
+    folder = ranks.on_first(lambda: newest_sound(run))
     if folder is None:
         return None
     record = read_record(folder)
     refuse_other_settings(run, record["settings"], settings)
-    training = load_file(folder / "training.safetensors")
     try:
-        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        training = ranks.read(folder, model)
     except RuntimeError as bad:
         raise UserError(f"cannot resume {run.folder}: its state is of another model. {bad}; start a new run") from bad
     restore_moments(model, optimizer, training)
@@ -159,7 +173,8 @@ def damage(folder: Path) -> str | None:
         wrong = [name for name, want in sums.items() if sha256(folder / name) != want]
     except (OSError, ValueError, AttributeError) as bad:
         return str(bad)
-    missing = {"model.safetensors", "training.safetensors", "state.json"} - set(sums)
+    tensors = {"shards/.metadata"} if (folder / "shards").is_dir() else {"model.safetensors", "training.safetensors"}
+    missing = {*tensors, "state.json"} - set(sums)
     return f"wrong checksum of {', '.join(sorted({*wrong, *missing}))}" if wrong or missing else None
 
 
@@ -239,11 +254,13 @@ def restore_random_states(states: dict[str, Tensor]) -> None:
 # ----- snapshots ----------------------------------------------------------------------------------------------------
 
 
-def save_snapshot(run: Run, step: int, model: nn.Module) -> Path:
+def save_snapshot(run: Run, step: int, model: nn.Module, ranks: Ranks = ALONE) -> Path:
     """The weights after `step` updates, kept for averaging."""
     target = run.folder / "snapshots" / step_name(step)
-    with atomic_folder(target) as folder:
-        write_file(folder / "model.safetensors", model.state_dict())
+    weights = ranks.weights(model)
+    with ranks.folder(target) as folder:
+        if ranks.index == 0:
+            write_file(folder / "model.safetensors", weights)
     return target
 
 
@@ -267,12 +284,13 @@ class Saver:
     optimizer: torch.optim.Optimizer
     stream: Any
     settings: dict
+    ranks: Ranks = ALONE
 
     def resume(self) -> Position:
         """Continues from the newest sound state: weights, moments, data and random states; else from the start."""
         if self.checkpoints is None:
             return Position()
-        found = load_state(self.checkpoints.run, self.model, self.optimizer, self.settings)
+        found = load_state(self.checkpoints.run, self.model, self.optimizer, self.settings, self.ranks)
         if found is None:
             return self.position(0, 0)
         self.stream.restore(found.stream)
@@ -289,18 +307,18 @@ class Saver:
         if self.checkpoints is None:
             return
         if self.checkpoints.snapshots and position.step % self.checkpoints.snapshots == 0:
-            save_snapshot(self.checkpoints.run, position.step, self.model)
+            save_snapshot(self.checkpoints.run, position.step, self.model, self.ranks)
         if last or (self.checkpoints.every and position.step % self.checkpoints.every == 0):
             self.save(position)
 
     def save(self, position: Position) -> None:
         if self.checkpoints is not None:
-            save_state(self.checkpoints.run, position, self.model, self.optimizer, self.settings)
+            save_state(self.checkpoints.run, position, self.model, self.optimizer, self.settings, self.ranks)
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[Callable[[dict], None]]:
         """The run's progress line and metrics file."""
-        if self.checkpoints is None:
+        if self.checkpoints is None or self.ranks.index:
             yield lambda metrics: None
             return
         with Progress(self.checkpoints.run.metrics, steps, start) as show:

@@ -13,6 +13,8 @@ Growing zero gradients, early layers' residual norms and the worst layer's MaxVi
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -20,35 +22,42 @@ from nautilus.config import Config
 from nautilus.data.batch import Batch
 from nautilus.model.layout import role
 from nautilus.train.balance import max_violation
+from nautilus.train.optim import gradient_norm
+from nautilus.train.ranks import ALONE, Ranks
 
 
-def gradient_health(model: nn.Module, config: Config) -> dict[str, float]:
+def gradient_health(model: nn.Module, config: Config, ranks: Ranks = ALONE) -> dict[str, float]:
     """Norm and share of exact zeros of the gradient, per role."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
-            groups.setdefault(role(name, config), []).append(parameter.grad)
+            groups.setdefault(role(name, config), []).append(parameter)
     out = {}
-    for group, gradients in sorted(groups.items()):
-        zeros = sum(g.numel() - torch.count_nonzero(g).item() for g in gradients)
-        out[f"grad_norm.{group}"] = torch.nn.utils.get_total_norm(gradients).item()
-        out[f"zero_grad.{group}"] = zeros / sum(g.numel() for g in gradients)
+    for group, parameters in sorted(groups.items()):
+        gradients = [ranks.own(p.grad) for p in parameters]  # type: ignore[arg-type]
+        zeros = torch.stack([(g == 0).sum() for g in gradients]).double()
+        sizes = torch.tensor([float(g.numel()) for g in gradients], dtype=torch.float64)
+        out[f"grad_norm.{group}"] = gradient_norm(parameters, ranks).item()
+        out[f"zero_grad.{group}"] = ranks.whole(parameters, zeros).item() / ranks.whole(parameters, sizes).item()
     return out
 
 
 @torch.no_grad()
-def residual_rms(model, batch: Batch) -> dict[str, float]:
+def residual_rms(model, batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
     """Size of the residual after each layer, from one extra forward that leaves no trace in the model."""
-    seen: dict[str, float] = {}
+    seen: dict[str, Tensor] = {}
 
     def tap(index: int, residual_BTD: Tensor) -> None:
-        seen[f"residual_rms.{index}"] = residual_BTD.float().square().mean().sqrt().item()
+        size = residual_BTD.new_tensor(residual_BTD.numel(), dtype=torch.float64)
+        seen[f"residual_rms.{index}"] = torch.stack([residual_BTD.double().square().sum(), size])
 
     training = model.training
     model.eval()
     model.hidden(batch.tokens, document_BT=batch.document, taps=(tap,))
     model.train(training)
-    return seen
+    ranks.forget(model)
+    sums = {name: ranks.total(pair).tolist() for name, pair in seen.items()}
+    return {name: math.sqrt(squares / size) for name, (squares, size) in sums.items()}
 
 
 def load_health(loads: dict[str, Tensor]) -> dict[str, float]:

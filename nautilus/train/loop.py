@@ -33,12 +33,7 @@ from nautilus.train.health import gradient_health, load_health, residual_rms
 from nautilus.train.interrupt import Stop, stop_signals
 from nautilus.train.objective import Objective, Terms
 from nautilus.train.optim import clip_gradients, gradient_norm
-
-OverRanks = Callable[[Tensor], Tensor]
-
-
-def one_rank(number: Tensor) -> Tensor:
-    return number
+from nautilus.train.ranks import ALONE, Ranks
 
 
 def silent(metrics: dict) -> None:
@@ -58,7 +53,7 @@ def fit(
     checkpoints: Checkpoints | None = None,
     health_every: int = 0,
     peak_flops: float = 0.0,
-    over_ranks: OverRanks = one_rank,
+    ranks: Ranks = ALONE,
     log: Callable[[dict], None] = silent,
 ) -> dict:
     """Trains until `steps` updates are made, and returns the last one's metrics (none if none was left to make).
@@ -66,7 +61,7 @@ def fit(
     stream: gives the list of micro-batches of one step at a time; with `checkpoints` it must also have state() and
     restore(dict). schedule: update number → learning rate. balance: move of the load-balancing biases, 0: none.
     checkpoints: save there, continue from what is there, and stop cleanly (SystemExit) on SIGINT and SIGTERM.
-    over_ranks: adds a tensor up over ranks, as the gradients must be. log: is handed each step's metrics.
+    ranks: the processes that train together, which have shared the model out. log: is handed each step's metrics.
     """
     refuse_training(model)
     job = Job(
@@ -78,28 +73,31 @@ def fit(
         balance=balance,
         health_every=health_every,
         peak_flops=peak_flops,
-        over_ranks=over_ranks,
+        ranks=ranks,
     )
     settings = {"fit": job.settings()} | (checkpoints.settings if checkpoints else {})
-    saver = Saver(checkpoints=checkpoints, model=model, optimizer=optimizer, stream=stream, settings=settings)
-    position, metrics = saver.resume(), {}
+    saver = Saver(
+        checkpoints=checkpoints, model=model, optimizer=optimizer, stream=stream, settings=settings, ranks=ranks
+    )
+    position, metrics, asked = saver.resume(), {}, False
     batches = iter(stream)
     model.train()
     with saver.progress(position.step, steps) as show, stop_signals(checkpoints is not None) as stop:
         for step in range(position.step, steps):
-            done = train_step(job, step, position.tokens, batches, stop)
+            done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
             if done is None:
                 saver.save(position)
+                asked = True
                 break
             metrics = done
             show(metrics)
             log(metrics)
             position = saver.position(step + 1, metrics["tokens"])
-            asked = bool(stop.asked)
+            asked = ranks.agree(bool(stop.asked))
             saver.after_step(position, last=asked or step + 1 == steps)
             if asked:
                 break
-        if stop.asked:
+        if asked:
             leave(stop, position, checkpoints)
     return metrics
 
@@ -122,7 +120,7 @@ class Job:
     balance: float
     health_every: int
     peak_flops: float
-    over_ranks: OverRanks
+    ranks: Ranks
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -167,20 +165,20 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
     checked = job.health_every > 0 and step % job.health_every == 0
     if job.model.lowered is not None:
         job.model.lowered.begin(step, tokens, watched=checked)
-    batches = [job.objective.weigh(batch) for batch in next_step(stream, step)]
-    counts = count_weights(batches, job.over_ranks)
+    batches = [job.ranks.part(job.objective.weigh(batch)) for batch in next_step(stream, step)]
+    counts = count_weights(batches, job.ranks)
     sums = add_gradients(job, batches, counts, stop)
     if sums is None:
         forget_gradients(job)
         return None
-    norm = gradient_norm(job.parameters)
-    loss = job.over_ranks(torch.stack(sums.losses).sum()).item()
+    norm = gradient_norm(job.parameters, job.ranks)
+    loss = job.ranks.total(torch.stack(sums.losses).sum()).item()
     if not (math.isfinite(loss) and math.isfinite(norm.item())):
         raise UserError(divergence(job, step, batches, sums))
-    loads = take_loads(job.model, job.over_ranks)
+    loads = take_loads(job.model, job.ranks.total)
     health = check_up(job, batches[0], loads) if checked else {}
     update(job, step, norm, loads)
-    fed = int(job.over_ranks(torch.tensor(sum(batch.tokens.numel() for batch in batches))))
+    fed = int(job.ranks.total(torch.tensor(sum(batch.tokens.numel() for batch in given)))) // job.ranks.readers
     return {
         "step": step,
         "loss": loss,
@@ -188,7 +186,7 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
         "grad_norm": norm.item(),
         "tokens": tokens + fed,
         **speed(job, fed / (time.perf_counter() - begin)),
-        **means(sums, counts, job.over_ranks),
+        **means(sums, counts, job.ranks),
         **health,
     }
 
@@ -206,7 +204,7 @@ def update(job: Job, step: int, norm: Tensor, loads: dict[str, Tensor]) -> None:
     if job.schedule is not None:
         for group in job.optimizer.param_groups:
             group["lr"] = job.schedule(step)
-    clip_gradients(job.parameters, job.clip, norm)
+    clip_gradients(job.parameters, job.clip, norm, job.ranks)
     job.optimizer.step()
     job.optimizer.zero_grad(set_to_none=True)
     update_biases(job.model, loads, job.balance)
@@ -214,15 +212,15 @@ def update(job: Job, step: int, norm: Tensor, loads: dict[str, Tensor]) -> None:
 
 def forget_gradients(job: Job) -> None:
     job.optimizer.zero_grad(set_to_none=True)
-    take_loads(job.model, one_rank)
+    take_loads(job.model, ALONE.total)
 
 
-def count_weights(batches: list[Batch], over_ranks: OverRanks) -> dict[str, float]:
+def count_weights(batches: list[Batch], ranks: Ranks) -> dict[str, float]:
     """The count of every term: the sum of its weights over the whole step."""
     names = sorted({name for batch in batches for name in batch.weights})
     weights = {name: [batch.weights[name] for batch in batches if name in batch.weights] for name in names}
     totals = torch.stack([torch.stack([w.double().sum() for w in weights[name]]).sum() for name in names])
-    counts = dict(zip(names, over_ranks(totals).tolist(), strict=True))
+    counts = dict(zip(names, ranks.total(totals).tolist(), strict=True))
     if not any(counts.values()):
         raise UserError(
             f"a step of {len(batches)} micro-batches has no token to learn from: the weights of {', '.join(names)} "
@@ -256,14 +254,14 @@ def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop
     return sums
 
 
-def means(sums: Sums, counts: dict[str, float], over_ranks: OverRanks) -> dict[str, float]:
+def means(sums: Sums, counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
     """Every term and metric, divided by its count; those that counted nothing are left out.
 
     An objective that counts otherwise than by the weights it is named after would have trained on a wrong mean.
     """
     out = {}
     for name, pair in sorted(sums.pairs.items()):
-        total, count = over_ranks(pair).tolist()
+        total, count = ranks.total(pair).tolist()
         if name in counts and abs(count - counts[name]) > 1e-5 * counts[name]:
             raise ValueError(
                 f"the objective counted {count:g} for term {name} but the weights of that name sum to "
@@ -290,9 +288,9 @@ def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
 
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
-    found = gradient_health(job.model, job.model.config) | load_health(loads)
+    found = gradient_health(job.model, job.model.config, job.ranks) | load_health(loads)
     found |= {} if job.model.lowered is None else job.model.lowered.flush_rates()
-    return found | residual_rms(job.model, batch.to(job.parameters[0].device))
+    return found | residual_rms(job.model, batch.to(job.parameters[0].device), job.ranks)
 
 
 def divergence(job: Job, step: int, batches: list[Batch], sums: Sums) -> str:
@@ -304,7 +302,9 @@ def divergence(job: Job, step: int, batches: list[Batch], sums: Sums) -> str:
         where = f" (batch {batches[bad[0]].fingerprint}, {tuple(batches[bad[0]].tokens.shape)} tokens)"
     else:
         bad_names = [
-            name for name, p in job.model.named_parameters() if p.grad is not None and not p.grad.isfinite().all()
+            name
+            for name, p in job.model.named_parameters()
+            if p.grad is not None and not job.ranks.own(p.grad).isfinite().all()
         ]
         what = f"the loss is finite but the gradient is not, in {', '.join(bad_names[:4])}"
         where = f" ({len(bad_names)} parameters; batches {', '.join(b.fingerprint for b in batches)})"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nautilus.model.held import refuse_training
+from nautilus.train.ranks import ALONE, Ranks
 
 SHAPES: dict[str, Callable[[float], float]] = {
     "minus_sqrt": lambda x: 1 - math.sqrt(x),
@@ -107,12 +108,15 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith("bias")
 
 
-def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
-    """The norm of all gradients as one vector."""
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(parameters: Iterable[Tensor], ranks: Ranks = ALONE) -> Tensor:
+    """The norm of all gradients as one vector, float64."""
+    trained = [p for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(ranks.own(p.grad)) for p in trained]  # type: ignore[arg-type]
+    return ranks.whole(trained, torch.stack(norms).double().square()).sqrt()
 
 
-def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor) -> None:
+def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor, ranks: Ranks = ALONE) -> None:
     """Scales all gradients by limit / norm where the norm exceeds the limit; limit = 0 leaves them alone."""
     if limit > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        gradients = [ranks.own(p.grad) for p in parameters if p.grad is not None]
+        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

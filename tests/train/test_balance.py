@@ -4,9 +4,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nautilus.train.balance import experts_mixers, max_violation, take_loads, update_biases
-from nautilus.train.loop import fit, one_rank
+from nautilus.train.loop import fit
 from nautilus.train.objective import next_token, pretrain
 from nautilus.train.optim import OptimConfig, adamw
+from nautilus.train.ranks import ALONE
 
 
 def first_mixer(model):
@@ -53,7 +54,7 @@ def test_loads_add_up_over_micro_batches_and_ranks_and_start_again_from_zero(sma
     active = first_mixer(model).layer.active
     assert loads["backbone.layers.1.mixer"].sum() == 2 * 4 * 10 * active
     assert loads["mtp.layers.1.mixer"].sum() == 0
-    assert take_loads(model, one_rank)["backbone.layers.1.mixer"].sum() == 0
+    assert take_loads(model, ALONE.total)["backbone.layers.1.mixer"].sum() == 0
 
 
 def test_fit_updates_the_bias_once_a_step_even_when_all_router_weights_are_frozen(small_model, random_rows):

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 
 import nautilus.model.shards as shards
 import nautilus.train.checkpoint as checkpoint
+import nautilus.train.ranks as ranks
 from nautilus.runtime import Run, UserError, read_metrics
 from nautilus.train.checkpoint import Checkpoints, newest_sound, state_folders
 from nautilus.train.loop import fit
@@ -226,10 +227,14 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", ["write_file", "sha256", "atomic_folder"])
-def test_a_crash_at_any_point_of_a_save_leaves_the_state_before(tmp_path, train, untouched, monkeypatch, moment):
+@pytest.mark.parametrize(
+    ("module", "moment"), [(ranks, "write_file"), (checkpoint, "sha256"), (ranks, "atomic_folder")]
+)
+def test_a_crash_at_any_point_of_a_save_leaves_the_state_before(
+    tmp_path, train, untouched, monkeypatch, module, moment
+):
     run = new_run(tmp_path)
-    usual, calls = vars(checkpoint)[moment], []
+    usual, calls = vars(module)[moment], []
 
     def crash(*args, **named):
         calls.append(args)
@@ -238,7 +243,7 @@ def test_a_crash_at_any_point_of_a_save_leaves_the_state_before(tmp_path, train,
         return usual(*args, **named)
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, moment, crash)
+        patched.setattr(module, moment, crash)
         with pytest.raises(Killed):
             train(run, every=1)
     assert 1 <= len(state_folders(run)) <= 2 and all(checkpoint.damage(folder) is None for folder in state_folders(run))

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from nautilus.runtime import UserError
 from nautilus.train.balance import experts_mixers
 from nautilus.train.interrupt import Stop
-from nautilus.train.loop import Job, fit, one_rank, train_step
+from nautilus.train.loop import Job, fit, train_step
 from nautilus.train.objective import Objective, next_token, pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule
+from nautilus.train.ranks import ALONE, Ranks
 
 TIMES = {"tokens_per_s", "memory_gb", "mfu"}
 
@@ -56,12 +57,17 @@ def test_an_unequal_split_would_show_if_micro_batches_were_averaged(small_model,
     assert abs(line["next_token"] - mean_of_means) > 1e-3
 
 
+class Twice(Ranks):
+    def total(self, number):
+        return 2 * number
+
+
 def test_sums_and_counts_go_over_ranks(small_model, random_rows):
     """Two ranks with the same rows: every mean stays, tokens double, and each rank's share of the gradient halves."""
     one, two = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
     data = [[random_rows(dtype=torch.float64)]]
     alone = trained(one, data, pretrain(mtp_depths=1, aux_weight=0.1), clip=0.0)[0]
-    pair = trained(two, data, pretrain(mtp_depths=1, aux_weight=0.1), clip=0.0, over_ranks=lambda x: 2 * x)[0]
+    pair = trained(two, data, pretrain(mtp_depths=1, aux_weight=0.1), clip=0.0, ranks=Twice())[0]
     assert pair["tokens"] == 2 * alone["tokens"]
     assert pair["grad_norm"] == pytest.approx(alone["grad_norm"] / 2, rel=1e-10)
     for name in ("loss", "next_token", "mtp_1", "balance"):
@@ -209,7 +215,7 @@ def test_a_stop_between_micro_batches_leaves_the_model_as_it_was(small_model, ra
         balance=1e-3,
         health_every=0,
         peak_flops=0.0,
-        over_ranks=one_rank,
+        ranks=ALONE,
     )
     assert train_step(job, 0, 0, iter([[random_rows(), random_rows()]]), stop) is None
     assert all(p.grad is None for p in model.parameters())

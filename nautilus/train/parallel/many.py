@@ -1,0 +1,140 @@
+"""The loop's questions, answered by many processes; see `nautilus.train.ranks`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from nautilus.data.batch import Batch
+from nautilus.model.language import Language
+from nautilus.runtime import atomic_folder
+from nautilus.train.parallel.context import stretch
+from nautilus.train.parallel.cuts import Cut
+from nautilus.train.parallel.layout import Layout
+from nautilus.train.parallel.mesh import Meshes, device, meshes
+from nautilus.train.parallel.shard import distribute
+from nautilus.train.parallel.state import on_first, read_shards, whole, write_shards
+from nautilus.train.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManyRanks(Ranks):
+    """Of `layout.size` processes. `share`, by parameter: 1 / how many processes hold the same part of it."""
+
+    layout: Layout
+    meshes: Meshes
+    cuts: dict[str, Cut] = field(default_factory=dict)
+    share: dict[Tensor, float] = field(default_factory=dict)
+
+    @property
+    def index(self) -> int:  # type: ignore[override]
+        return dist.get_rank()
+
+    @property
+    def size(self) -> int:  # type: ignore[override]
+        return self.layout.size
+
+    @property
+    def row(self) -> int:  # type: ignore[override]
+        return self.meshes.rows["dp"].get_local_rank()
+
+    @property
+    def rows(self) -> int:  # type: ignore[override]
+        return self.layout.dp
+
+    @property
+    def readers(self) -> int:  # type: ignore[override]
+        return self.layout.cp
+
+    def part(self, batch: Batch) -> Batch:
+        return batch if self.layout.cp == 1 else stretch(batch, self.meshes.rows["cp"].get_group())
+
+    def total(self, number: Tensor) -> Tensor:
+        return summed(number, self.meshes.data["data"].get_group())
+
+    def own(self, tensor: Tensor) -> Tensor:
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def whole(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
+        shares = torch.tensor([self.share[parameter] for parameter in parameters], dtype=torch.float64)
+        return summed((numbers.double() * shares.to(numbers.device)).sum(), None)
+
+    def agree(self, asked: bool) -> bool:
+        return bool(summed(torch.tensor(float(asked)), None))
+
+    def on_first(self, function):
+        return on_first(function)
+
+    def first_then_all(self, function):
+        found = []
+        on_first(lambda: found.append(function()))
+        return found[0] if found else function()
+
+    @contextlib.contextmanager
+    def folder(self, path: Path) -> Iterator[Path]:
+        with contextlib.ExitStack() as stack:
+            yield on_first(lambda: stack.enter_context(atomic_folder(path)))
+            dist.barrier()
+        dist.barrier()
+
+    def write(self, folder: Path, model: nn.Module, training: dict[str, Tensor]) -> None:
+        write_shards(folder, model.state_dict() | training, self.cuts)
+        dist.barrier()
+
+    def read(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
+        return read_shards(folder, model, self.cuts)
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        found = {}
+        for name, tensor in model.state_dict().items():
+            value = whole(tensor, self.cuts.get(name))
+            if self.index == 0:
+                found[name] = value.cpu()
+        return found
+
+    def distribute(self, model: Language) -> Language:
+        cuts, share = distribute(model, self.layout, self.meshes)
+        self.cuts.update(cuts)
+        self.share.update(share)
+        return model
+
+    def gathered(self, model: Language) -> Language:
+        weights = self.weights(model)
+        first = self.index == 0
+        dist.destroy_process_group()
+        if not first:
+            raise SystemExit(0)
+        one = Language(model.config)
+        one.compute = model.compute
+        one.load_state_dict(weights)
+        return one
+
+    def forget(self, model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def summed(number: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over a group (None: all). Counts may be on the CPU although the group speaks on GPUs only."""
+    there = number.to(device(), copy=True)
+    dist.all_reduce(there, group=group)
+    return there.to(number.device)
+
+
+def join(layout: Layout) -> ManyRanks:
+    if not dist.is_initialized():
+        gpu = torch.cuda.is_available()
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if gpu else "gloo")
+    return ManyRanks(layout=layout, meshes=meshes(layout))

@@ -1,0 +1,95 @@
+"""What the loop asks of the processes that train together. One process holds everything and has nobody to ask;
+`nautilus.train.parallel` has the answers of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from nautilus.data.batch import Batch
+from nautilus.model.language import Language
+from nautilus.model.shards import write_file
+from nautilus.runtime import atomic_folder
+
+T = TypeVar("T")
+
+
+class Ranks:
+    """A single process.
+
+    index, size: which process this is, of how many. rows, row: into how many streams the rows of a step are dealt, and
+    which of them this process reads. readers: how many processes read the same one.
+    """
+
+    index, size = 0, 1
+    row, rows = 0, 1
+    readers = 1
+
+    def distribute(self, model: Language) -> Language:
+        """Leaves in the model what this process is to hold. Make the optimiser after this: its parameters are new."""
+        return model
+
+    def gathered(self, model: Language) -> Language:
+        """The whole model again, on the first process. The others have no more to do and end here."""
+        return model
+
+    def part(self, batch: Batch) -> Batch:
+        """What of a batch this process computes with."""
+        return batch
+
+    def total(self, number: Tensor) -> Tensor:
+        """The sum over the processes that see other tokens. Gradients are added up the same way."""
+        return number
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """What of a weight, or of its gradient, lies here."""
+        return tensor
+
+    def whole(self, parameters: Sequence[Tensor], numbers: Tensor) -> Tensor:
+        """The sum over all processes of one number for the own part of each parameter, every element counted once."""
+        return numbers.sum()
+
+    def agree(self, asked: bool) -> bool:
+        """Whether any process was asked."""
+        return asked
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """What the call gives on the first process, which alone makes it."""
+        return function()
+
+    def first_then_all(self, function: Callable[[], T]) -> T:
+        """The call's value on every process; the first makes it before the others, so that they find its files."""
+        return function()
+
+    def folder(self, path: Path) -> AbstractContextManager[Path]:
+        """A folder that all write into and that appears whole; see `atomic_folder`."""
+        return atomic_folder(path)
+
+    def write(self, folder: Path, model: nn.Module, training: dict[str, Tensor]) -> None:
+        """Writes a state's tensors, each process its part. training: moments and random states, by name."""
+        write_file(folder / "model.safetensors", model.state_dict())
+        write_file(folder / "training.safetensors", training)
+
+    def read(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
+        """Fills the model from a state of any layout, and gives the training tensors of it."""
+        if not (folder / "model.safetensors").exists():
+            from nautilus.train.parallel.state import read_shards  # costs a second, and is rarely needed
+
+            return read_shards(folder, model, {})
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+        return load_file(folder / "training.safetensors")
+
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The model's tensors as a single process has them, on the first process; the others get nothing."""
+        return model.state_dict()
+
+    def forget(self, model: nn.Module) -> None:
+        """Lets go of weights that a forward without a backward has gathered; they are about to change."""
+
+
+ALONE = Ranks()

@@ -1,0 +1,134 @@
+"""Processes for the tests of `train/parallel`: gloo on loopback, one torch thread each, ended after a while.
+
+python ranks.py FOLDER SETTINGS      one process's work; its curve goes to FOLDER/rank_<rank>.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import nautilus
+
+PATIENCE = 240  # seconds
+ALIKE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(Path(nautilus.__file__).parents[1])}
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def together(folder: Path, ranks: int, **settings) -> list[dict]:
+    """The curve of `ranks` processes that train together, as the first one saw it; each must end well."""
+    folder.mkdir(parents=True, exist_ok=True)
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ALIKE
+    logs = [folder / f"log_{rank}.txt" for rank in range(ranks)]
+    command = [sys.executable, __file__, str(folder), json.dumps(settings)]
+    processes = []
+    try:
+        for rank, log in enumerate(logs):
+            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as file:
+                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
+        status = [process.wait(PATIENCE) for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    assert not any(status), "\n".join(log.read_text()[-2500:] for log in logs)
+    curves = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
+    clock = {"tokens_per_s", "memory_gb"}
+    plain = [[{k: v for k, v in line.items() if k not in clock} for line in curve] for curve in curves]
+    assert all(curve == plain[0] for curve in plain), "ranks report different numbers"
+    return plain[0]
+
+
+def work(
+    folder: Path,
+    *,
+    layout: dict,
+    like: str = "toy",
+    compute: str = "float32",
+    steps: int = 4,
+    rows: int = 4,
+    micro: int = 2,
+    health: int = 0,
+    documents: bool = False,
+    state: str = "",
+    every: int = 0,
+    die: int = -1,
+) -> None:
+    """Trains a small model like a preset; `die`: the last rank kills itself after that step, the first time."""
+    import torch
+
+    from nautilus.config import Mamba
+    from nautilus.data.mix import Stream
+    from nautilus.model.language import Language
+    from nautilus.presets import preset, shrink
+    from nautilus.runtime import Run
+    from nautilus.train.checkpoint import Checkpoints
+    from nautilus.train.loop import fit
+    from nautilus.train.objective import pretrain
+    from nautilus.train.optim import OptimConfig, adamw, schedule
+    from nautilus.train.parallel import Layout, start
+
+    torch.set_num_threads(1)
+    ranks = start(Layout(**layout))
+    config = shrink(preset(like), layers=4, width=32)
+    wide = lambda layer: replace(layer, heads=8, groups=4) if isinstance(layer, Mamba) else layer
+    config = replace(config, layers=tuple(map(wide, config.layers)))
+    model = Language(config).initialise(3)
+    model.compute = getattr(torch, compute)
+    model = ranks.distribute(model)
+    source = {"text": some_rows(config.vocab, documents)}
+    stream = Stream(source, rows=rows, micro=micro, seed=1, rank=ranks.row, ranks=ranks.rows)
+    optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=2)
+    run = Run(state) if state else None
+    lines = []
+
+    def log(line):
+        lines.append(line)
+        if line["step"] == die and ranks.index == ranks.size - 1 and not (folder / "died").exists():
+            (folder / "died").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    fit(
+        model, stream, pretrain(mtp_depths=2 if config.mtp else 0, aux_weight=0.01), adamw(model, optim), steps=steps,
+        schedule=schedule(optim, 20), balance=1e-3, clip=0.5, health_every=health, ranks=ranks, log=log,
+        checkpoints=Checkpoints(run=run, every=every) if run else None,
+    )  # fmt: skip
+    (folder / f"rank_{ranks.index}.json").write_text(json.dumps(lines))
+    if ranks.size > 1:
+        torch.distributed.destroy_process_group()
+
+
+def some_rows(vocab: int, documents: bool):
+    """32 rows of 24 random tokens; with `documents` of several, some of them with padding."""
+    import torch
+
+    from nautilus.data.batch import Batch
+
+    g = torch.Generator().manual_seed(5)
+    tokens = torch.randint(0, vocab, (32, 24), generator=g)
+    weight = torch.rand(32, 24, generator=g).mul(4).round() / 4
+    document = None
+    if documents:
+        document = (torch.rand(32, 24, generator=g) < 0.15).long().cumsum(1) + 1
+        document[::3, 20:] = 0
+        weight[:, 1:][document[:, 1:] != document[:, :-1]] = 0
+        weight[document == 0] = 0
+    weight[:, 0] = 0
+    return Batch(tokens, {"next_token": weight}, document=document)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), **json.loads(sys.argv[2]))
