@@ -162,10 +162,10 @@ class Sums:
 def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], stop: Stop) -> dict | None:
     """One update and its metrics. None, with the model as it was, if a stop was asked for between micro-batches."""
     begin = time.perf_counter()
-    checked = job.health_every > 0 and step % job.health_every == 0
+    checked, given = job.health_every > 0 and step % job.health_every == 0, next_step(stream, step)
     if job.model.lowered is not None:
         job.model.lowered.begin(step, tokens, watched=checked)
-    batches = [job.ranks.part(job.objective.weigh(batch)) for batch in next_step(stream, step)]
+    batches = [job.ranks.part(job.objective.weigh(batch)) for batch in given]
     counts = count_weights(batches, job.ranks)
     sums = add_gradients(job, batches, counts, stop)
     if sums is None:
