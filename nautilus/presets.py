@@ -26,6 +26,14 @@ def toy(vocab: int = 4096) -> Config:
     )
 
 
+def toy_1m(vocab: int = 512) -> Config:
+    """A million tokens in one row on a CPU: narrow, with one attention layer of one head, whose work is the square."""
+    mamba = Mamba(heads=4, head_width=32, state=32, groups=1, chunk=64)
+    attention = Attention(heads=1, groups=1, head_width=16)
+    experts = Experts(experts=8, active=2, hidden=64, shared=64, latent=32, scale=2.5)
+    return Config(vocab=vocab, width=64, layers=lay("MEM*ME", mamba, attention, experts), positions=1 << 20)
+
+
 def nano() -> Config:
     """Nemotron 3 Nano 30B-A3B (arXiv 2512.20848)."""
     mamba = Mamba(heads=64)
@@ -125,6 +133,7 @@ def gpt_oss_20b() -> Config:
 
 PRESETS = {
     "toy": toy,
+    "toy_1m": toy_1m,
     "nano": nano,
     "lightning": lightning,
     "super": super_,

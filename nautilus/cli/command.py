@@ -34,6 +34,7 @@ COMMANDS = {
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),
+    "plan": Command("nautilus.cli.plan", "memory and time of a training on any number of devices"),
     "bench speed": Command("nautilus.cli.bench", "how fast a model decodes here, beside what memory allows"),
 }
 

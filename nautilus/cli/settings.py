@@ -6,9 +6,9 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from nautilus.config import KINDS, Config, Layer, apply_overrides, pattern_of
+from nautilus.config import KINDS, Based, Config, Layer, apply_overrides, pattern_of
 from nautilus.presets import preset
 from nautilus.runtime import UserError
 
@@ -18,8 +18,10 @@ TRUTH = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 
 def resolve(kind: type, words: Sequence[str]):
     """The record that the words ask for: `kind()` with MODEL and then every `a.b=v`, `--a.b=v`, `--a.b v` applied."""
-    settings, overrides = kind(), []
-    for name, value in assignments(words, switches(kind)):
+    given, overrides = [*assignments(words, switches(kind))], []
+    asked = {name.replace("-", "_"): value for name, value in given}
+    settings: Any = kind.base(asked) if issubclass(kind, Based) else kind()
+    for name, value in given:
         if name == "model" and typing.get_type_hints(kind).get("model") is Config:
             settings = dataclasses.replace(settings, model=preset(value))
         else:
@@ -67,7 +69,9 @@ class Row(NamedTuple):
 def rows(record, prefix: str = "") -> Iterator[Row]:
     """One row per setting, groups opened up."""
     for field in dataclasses.fields(record):
-        value, name, about = getattr(record, field.name), prefix + field.name, help_of(type(record), field.name)
+        # `from_` is written `from`: the underscore is Python's need.
+        value, name = getattr(record, field.name), prefix + field.name.removesuffix("_")
+        about = help_of(type(record), field.name)
         if dataclasses.is_dataclass(value):
             yield from rows(value, f"{name}.")
         elif isinstance(value, tuple) and value and isinstance(value[0], tuple(KINDS.values())):

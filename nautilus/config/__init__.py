@@ -15,12 +15,13 @@ from nautilus.config.layer import (
     pattern_of,
 )
 from nautilus.config.model import Config, from_dict, to_dict, weight_count
-from nautilus.config.override import apply_overrides
+from nautilus.config.override import Based, apply_overrides
 from nautilus.config.precision import PrecisionTable
 
 __all__ = [
     "KINDS",
     "Attention",
+    "Based",
     "Config",
     "Experts",
     "Layer",

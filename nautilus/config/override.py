@@ -11,13 +11,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import keyword
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from nautilus.config.layer import KINDS, Layer, lay, require
+
+
+class Based:
+    """A settings record whose defaults depend on what is asked for."""
+
+    @classmethod
+    def base(cls, asked: Mapping[str, str]) -> Self:
+        """The record that what was asked for, name by name as it was written, is then applied to."""
+        return cls()
 
 
 class Change(NamedTuple):
@@ -39,9 +49,15 @@ def apply_overrides(settings, overrides: Sequence[str]):
         path, equals, value = text.partition("=")
         require(bool(equals and path), f"{text!r} is not of the form name=value")
         # A hyphen equals an underscore, but alone it is the letter of MLP layers.
-        parts = [part if part == "-" else part.replace("-", "_") for part in path.split(".")]
+        parts = [field_name(part) for part in path.split(".")]
         changes.append(Change(parts, value, path))
     return changed(settings, changes)
+
+
+def field_name(part: str) -> str:
+    """The field that a word stands for: Python's own words, such as `from`, have an underscore behind them there."""
+    name = part if part == "-" else part.replace("-", "_")
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 def changed(settings, changes: Sequence[Change]):

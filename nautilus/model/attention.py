@@ -36,16 +36,22 @@ class AttentionMixer(nn.Module):
         if (r := layer.rotary) is not None:
             self.frequency = rotary_frequencies(layer.head_width, r.theta, r.factor, r.low, r.high, r.original)
 
+    def queries(self, hidden_BTD: Tensor, span: Span) -> Tensor:
+        q_BTHP = self.q_proj(hidden_BTD).unflatten(-1, (-1, self.layer.head_width))
+        q_BTHP = self.q_norm(q_BTHP) if self.layer.head_norm else q_BTHP
+        return q_BTHP if self.frequency is None else rotate(q_BTHP, span.rotary_BT, self.frequency)
+
+    def keys_values(self, hidden_BTD: Tensor, span: Span) -> tuple[Tensor, Tensor]:
+        k, v = (p(hidden_BTD).unflatten(-1, (-1, self.layer.head_width)) for p in (self.k_proj, self.v_proj))
+        k = self.k_norm(k) if self.layer.head_norm else k
+        return k if self.frequency is None else rotate(k, span.rotary_BT, self.frequency), v
+
+    def mix(self, q_BTHP: Tensor, k_BSGP: Tensor, v_BSGP: Tensor, span: Span) -> Tensor:
+        out_BTHP = attention(q_BTHP, k_BSGP, v_BSGP, first_BT=span.first_BT, window=self.layer.window)
+        return self.o_proj(out_BTHP.flatten(-2))
+
     def forward(self, hidden_BTD: Tensor, span: Span, state: Cache | Pool | None):
-        layer = self.layer
-        q, k, v = (
-            projection(hidden_BTD).unflatten(-1, (-1, layer.head_width))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if layer.head_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.frequency is not None:
-            q, k = (rotate(t, span.rotary_BT, self.frequency) for t in (q, k))
+        q, (k, v), layer = self.queries(hidden_BTD, span), self.keys_values(hidden_BTD, span), self.layer
         if isinstance(state, Pool):
             assert span.lanes is not None
             rows, (q, k, v) = span.lanes.rows, (t.flatten(0, 1) for t in (q, k, v))
@@ -53,6 +59,4 @@ class AttentionMixer(nn.Module):
             out_NHP = attention_paged(q, state, rows, window=layer.window)
             return self.o_proj(out_NHP.view(*hidden_BTD.shape[:2], -1)), state
         cache = start_cache(k, v) if state is None else state.append(k, v)
-        keys, values = cache.keys_values
-        out = attention(q, keys, values, first_BT=span.first_BT, window=layer.window)
-        return self.o_proj(out.flatten(-2)), cache
+        return self.mix(q, *cache.keys_values, span), cache

@@ -29,6 +29,7 @@ from nautilus.model.precision import Lowered
 from nautilus.model.quantised import Quantisation
 from nautilus.model.save import save_model
 from nautilus.model.state import Cache, MambaState, Span, State, StoredMamba, advance, place
+from nautilus.model.thrift import thrifty
 from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
@@ -104,8 +105,11 @@ class Language(nn.Module):
     """A model of any Config. Parameters carry the names of the released checkpoints, experts stacked.
 
     `compute` is the dtype of activations. Parameters may be wider: float32 masters with bf16 compute train as the
-    published models did.
+    published models did. In training, `checkpointing` keeps of each layer only what enters it, and `chunk` (0: off)
+    also computes it in pieces of so many tokens of a row; see thrift.py. The prediction block is always kept whole.
     """
+
+    checkpointing, chunk = False, 0
 
     def __init__(self, config: Config, *, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()
@@ -173,13 +177,20 @@ class Language(nn.Module):
         span, remembered = place(state, document_BT, x.shape[0], x.shape[1], x.device), []
         for index, block in enumerate(self.backbone.layers):
             assert isinstance(block, Block)
-            x, kept = block.remembering(x, span, None if state is None else state.layers[index])
+            x, kept = self.through(block, x, span, None if state is None else state.layers[index])
             if isinstance(kept, MambaState) and not state_format.lossless:
                 kept = kept.stored(state_format, layer=index, span=span)
             remembered.append(kept)
             for tap in taps:
                 tap(index, x)
         return self.backbone.norm_f(x), advance(state, span, document_BT, remembered)
+
+    def through(self, block: Block, hidden_BTD: Tensor, span: Span, past):
+        """The block's output and memory. Computed again in the backward, it has no memory: training needs none."""
+        thrift = (self.checkpointing or self.chunk) and self.training and torch.is_grad_enabled()
+        if thrift and past is None and block.mixer is not None:
+            return thrifty(block, hidden_BTD, span, self.chunk), None
+        return block.remembering(hidden_BTD, span, past)
 
     def forward(self, tokens_BT: Tensor, state: State | None = None, document_BT: Tensor | None = None):
         hidden_BTD, state = self.hidden(tokens_BT, state=state, document_BT=document_BT)

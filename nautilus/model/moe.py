@@ -10,7 +10,7 @@ from nautilus.model.linear import Linear
 from nautilus.model.mlp import MlpMixer
 from nautilus.model.precision import Site
 from nautilus.model.state import Span
-from nautilus.ops.balance import sequence_balance_loss
+from nautilus.ops.balance import balance_parts, sequence_balance_loss
 from nautilus.ops.experts import experts, route
 from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
@@ -40,6 +40,7 @@ class ExpertsMixer(nn.Module):
             self.shared_experts = MlpMixer(Mlp(hidden=layer.shared, gated=layer.gated), width, **place)
         self.register_buffer("load_E", torch.zeros(layer.experts, device=device), persistent=False)
         self.balances: list[tuple[Tensor, Tensor]] | None = None
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] | None = None  # of a row that comes in pieces
 
     def choose(self, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each token's experts index_RK, their weights weight_RK, and all scores score_RE."""
@@ -76,7 +77,9 @@ class ExpertsMixer(nn.Module):
         counted = index_RK if text_BT is None else index_RK[text_BT.flatten()]
         with torch.no_grad():
             self.load_E += torch.bincount(counted.flatten(), minlength=self.layer.experts).to(self.load_E.dtype)
-        if self.balances is not None:
+        if self.parts is not None:
+            self.parts.append(balance_parts(score_BTE, self.layer.active, text_BT))
+        elif self.balances is not None:
             self.balances.append(sequence_balance_loss(score_BTE, self.layer.active, text_BT))
 
 

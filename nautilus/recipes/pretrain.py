@@ -1,21 +1,29 @@
 """Train a model from plain text: tokenizer, packed rows, AdamW under a warm-up, stable, decay schedule, report.
 
 MODEL is a preset; its sizes are settings too: model.width=384 model.layers.E.active=2. The same command again goes on
-where an interrupted run stopped. The output folder opens with `nautilus chat` and `nautilus.load`. With layout.dp=4 and
-the like it trains on as many processes; `torchrun --nproc-per-node 4 -m nautilus pretrain …` starts them elsewhere.
+where an interrupted run stopped, and with more steps beyond its end. The output folder opens with `nautilus chat` and
+`nautilus.load`. With layout.dp=4 and the like it trains on as many processes; `torchrun --nproc-per-node 4 -m nautilus
+pretrain …` starts them elsewhere.
+
+recipe=super steps=2000         the published numbers, warm-up and decay having their shares of the steps
+from=runs/a                     a new phase after runs/a, with its settings, at the rate it ended with
+from=runs/a recipe=super_long   the published long-context phase after it: longer rows, so many steps
+from=runs/a anneal=200          its training goes on, the rate falling at once over 200 updates
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from nautilus.config import Config, PrecisionTable, to_dict
+from nautilus.config import Config, PrecisionTable
 from nautilus.data.blend import phases_of, sources_of
 from nautilus.data.prepare import Prepared, prepare
+from nautilus.data.turns import rows_of_lengths
 from nautilus.eval.examine import examine, talk
 from nautilus.eval.loss import HeldOut
 from nautilus.eval.material import Sample
@@ -23,62 +31,59 @@ from nautilus.model.language import Language
 from nautilus.model.lower import lower
 from nautilus.ops.precision import compute_dtype
 from nautilus.presets import toy
-from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
+from nautilus.runtime import Run, UserError, keep_memory
 from nautilus.train.average import average_checkpoints
-from nautilus.train.checkpoint import Checkpoints, snapshots
+from nautilus.train.checkpoint import snapshots
+from nautilus.train.continuing import Following, begin, checkpoints, open_run
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
-from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.optim import adamw, schedule, setting
 from nautilus.train.parallel import Layout, start
 from nautilus.train.ranks import Ranks
 
-LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
+LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "chunk": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(Following):
     model: Config = setting(toy(), "a preset, or sizes: model.width=384, model.layers=MEM*E, model.layers.E.active=2")
-    out: Path = setting(Path("runs/pretrain"), "the run's folder; resumed if it is there")
     data: tuple[str, ...] = setting(("embedded",), "text: [weight*]place[#field]; embedded, paths, hub:owner/name")
     blend: Path | None = setting(None, "file of sources and their shares by phase, in place of data")
     undecodable: str = setting("error", "text that is not UTF-8: error, skip or replace")
     max_bytes: int = setting(0, "of each source, 0: all")
-    tokenizer: Path | None = setting(None, "folder of a tokenizer to use; none: learn one")
-    steps: int = setting(1000, "updates")
     rows: int = setting(16, "rows of a step")
     micro: int = setting(0, "rows of a micro-batch, 0: all of them")
-    length: int = setting(512, "tokens of a row")
     reset: bool = setting(True, "documents of a row do not see each other; false: one running text")
     seed: int = setting(0, "of the initial weights and the order of the text")
     compute: str = setting("auto", "bf16 or fp32 activations; auto: what is faster here")
     precision: PrecisionTable = PrecisionTable()
     layout: Layout = Layout()
-    optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=50)
+    checkpointing: bool = setting(False, "compute layers again in the backward instead of keeping what it needs")
+    chunk: int = setting(0, "tokens of a row that a layer computes at a time, so that rows may be long; 0: all")
     mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
     aux_weight: float = setting(1e-4, "of the sequence balance loss")
     balance: float = setting(1e-3, "step of the load-balancing biases")
-    save_every: int = setting(200, "updates between saved states, 0: only at the end")
-    average: int = setting(0, "of how many snapshots of the last stretch the final weights are made, 0: none")
-    average_every: int = setting(50, "updates between those snapshots")
     prompts: tuple[str, ...] = setting(("def main(",), "texts that the report shows continued")
 
     def __post_init__(self):
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
-        if self.average * self.average_every > self.steps:
-            raise UserError(
-                f"average={self.average} snapshots, one every average_every={self.average_every} updates, do not fit "
-                f"into steps={self.steps}; lower one of them or raise steps"
-            )
-        if self.layout.size > 1 and self.precision.on:
-            raise UserError(
-                f"precision.format={self.precision.format} was asked for on {self.layout.size} processes, which do not "
-                f"share their scales yet: train in one process, or in bf16"
-            )
-        schedule(self.optim, self.steps)
+        super().__post_init__()
+        self.refuse_what_does_not_go_together()
         compute_dtype(self.compute)
+
+    def refuse_what_does_not_go_together(self):
+        alone = {"precision.format": self.precision.on, "from": self.from_ is not None, "chunk": self.chunk > 0}
+        alone |= {"checkpointing": self.checkpointing, "guard.rollbacks": self.guard.rollbacks > 0}
+        if self.layout.size > 1 and any(alone.values()):
+            names = ", ".join(name for name, given in alone.items() if given)
+            raise UserError(f"{names} on {self.layout.size} processes cannot be had yet; leave them out, or layout=")
+        if self.precision.on and self.chunk:
+            raise UserError(f"precision.format={self.precision.format} needs whole rows, not chunk={self.chunk}")
+        if self.blend is not None and self.lengths:
+            raise UserError(f"blend={self.blend} counts rows of one length; leave lengths={','.join(self.lengths)} out")
 
 
 def main(settings: Settings) -> None:
@@ -98,8 +103,7 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
         raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
     ranks = start(settings.layout)
-    begun = {name: value for name, value in to_dict(settings).items() if name != "layout"}
-    run = ranks.on_first(lambda: continue_or_create(settings.out, begun))
+    run = ranks.on_first(lambda: open_run(settings))
     found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
     prepared = ranks.first_then_all(
         lambda: prepare(found, run.folder / "data", vocab=settings.model.vocab, tokenizer=settings.tokenizer)
@@ -112,25 +116,27 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
 
 def train(settings: Settings, run: Run, prepared: Prepared, ranks: Ranks) -> Language:
     """The trained model, on the first process; the others end here."""
-    config = replace(settings.model, eos=prepared.tokenizer.stop)
-    model = Language(config).initialise(settings.seed)
+    model = Language(replace(settings.model, eos=prepared.tokenizer.stop)).initialise(settings.seed)
     model.compute = ranks.on_first(lambda: compute_dtype(settings.compute))
-    model = ranks.distribute(model)
+    model.checkpointing, model.chunk = settings.checkpointing, settings.chunk
+    model = lower(ranks.distribute(model), settings.precision, seed=settings.seed)
     size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
     phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
-    kept = settings.average_every if settings.average else 0
+    mine = {"phases": phases, "rank": ranks.row, "ranks": ranks.rows}
+    stream = partial(prepared.stream, seed=settings.seed, reset=settings.reset, **mine)
+    optimizer = adamw(model, settings.optim)
+    begin(run, settings, model, optimizer)
     fit(
-        lower(model, settings.precision, seed=settings.seed),
-        prepared.stream(
-            **size, seed=settings.seed, reset=settings.reset, phases=phases, rank=ranks.row, ranks=ranks.rows
-        ),
+        model,
+        rows_of_lengths(stream, settings.lengths, mixing=settings.mixing, **size, seed=settings.seed),
         objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
-        adamw(model, settings.optim),
+        optimizer,
         steps=settings.steps,
         schedule=schedule(settings.optim, settings.steps),
         clip=settings.optim.clip,
         balance=settings.balance,
-        checkpoints=Checkpoints(run=run, every=settings.save_every, snapshots=kept),
+        checkpoints=checkpoints(settings, run),
+        guard=settings.guard,
         health_every=10,
         ranks=ranks,
     )

@@ -23,6 +23,7 @@ class Run:
     config.json    the stage's settings          model/         a plain Hugging Face checkpoint folder
     metrics.jsonl  one line per step             state/         what resuming needs
     report.html    for people; report.png is its summary in one picture
+    incidents.jsonl  one line per spike, if there was one; origin.json says where a run that went on from another began
     """
 
     def __init__(self, folder: str | Path):
@@ -31,6 +32,7 @@ class Run:
         self.model = self.folder / "model"
         self.state = self.folder / "state"
         self.metrics = self.folder / "metrics.jsonl"
+        self.incidents = self.folder / "incidents.jsonl"
         self.report = self.folder / "report.html"
         self.picture = self.folder / "report.png"
 

@@ -19,8 +19,8 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from nautilus.config.keys import short
 from nautilus.model.shards import write_file
-from nautilus.runtime import Progress, Run, UserError, read_json, repair
+from nautilus.runtime import Progress, Run, UserError, read_json, read_metrics, repair
+from nautilus.train.guard import Guard, Spike, Watch, endure, note
+from nautilus.train.moments import moments, random_states, restore_moments, restore_random_states
 from nautilus.train.ranks import ALONE, Ranks
 
 log = logging.getLogger("nautilus.train")
@@ -43,13 +45,17 @@ class Checkpoints:
 
     every: updates between saves, 0: none in between. snapshots: updates between weights kept for averaging, 0: none.
     settings: whatever shapes the curve and `fit` cannot see, such as the stage's own settings. Resuming with others is
-    an error that names them.
+    an error that names them. first: save before the first step too, to have somewhere to go back to. hold: numbers of
+    updates after which the state is saved and never removed. most_snapshots: older ones are removed, 0: none is.
     """
 
     run: Run
     every: int = 0
     snapshots: int = 0
     settings: dict = field(default_factory=dict)
+    first: bool = False
+    hold: tuple[int, ...] = ()
+    most_snapshots: int = 0
 
     def __post_init__(self):
         if self.every < 0 or self.snapshots < 0:
@@ -79,8 +85,9 @@ def save_state(
     optimizer: torch.optim.Optimizer,
     settings: dict,
     ranks: Ranks = ALONE,
+    hold: Sequence[int] = (),
 ) -> Path:
-    """Writes the state and forgets all but this one and the one before."""
+    """Writes the state and forgets all but this one, the one before, and those of the steps in `hold`."""
     target = run.state / step_name(position.step)
     training = moments(model, optimizer) | {f"random.{name}": value for name, value in position.random.items()}
     record = {"step": position.step, "tokens": position.tokens, "stream": position.stream, "settings": settings}
@@ -91,14 +98,15 @@ def save_state(
             files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
             sums = {name: sha256(folder / name) for name in files}
             (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
-    ranks.on_first(lambda: forget_states_before(run, target))
+    ranks.on_first(lambda: forget_states_before(run, target, hold))
     return target
 
 
-def forget_states_before(run: Run, target: Path) -> None:
-    """All but the one before."""
+def forget_states_before(run: Run, target: Path, hold: Sequence[int] = ()) -> None:
+    """All but the one before, and those of the steps in `hold`."""
     earlier = [folder for folder in state_folders(run) if folder < target]
-    for folder in set(state_folders(run)) - {target, *earlier[-1:]}:
+    held = {run.state / step_name(step) for step in hold}
+    for folder in set(state_folders(run)) - {target, *earlier[-1:], *held}:
         shutil.rmtree(folder)
 
 
@@ -208,49 +216,6 @@ def flat(value, name: str = "") -> Iterator[tuple[str, object]]:
         yield name, value
 
 
-# ----- optimiser and random states as named tensors ------------------------------------------------------------------
-
-
-def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"optimizer.{names[parameter]}.{key}": value
-        for parameter, values in optimizer.state.items()
-        for key, value in values.items()
-        if value is not None
-    }
-
-
-def restore_moments(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-    state: dict[int, dict[str, Tensor]] = {}
-    for path, value in tensors.items():
-        kind, _, rest = path.partition(".")
-        if kind == "optimizer":
-            name, _, key = rest.rpartition(".")
-            if name not in order:
-                raise UserError(f"cannot resume: {name} was trained before and is not now; train the same parameters")
-            state.setdefault(order.index(name), {})[key] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def random_states() -> dict[str, Tensor]:
-    """The global generators. Nothing of ours draws from them, but a model or objective of the user's may."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def restore_random_states(states: dict[str, Tensor]) -> None:
-    for name, state in states.items():
-        if name == "cpu":
-            torch.set_rng_state(state)
-        elif torch.cuda.is_available():
-            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda.")))
-
-
 # ----- snapshots ----------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +232,13 @@ def save_snapshot(run: Run, step: int, model: nn.Module, ranks: Ranks = ALONE) -
 def snapshots(run: Run) -> list[Path]:
     """The snapshot folders of a run, oldest first."""
     return sorted((run.folder / "snapshots").glob("step_*"))
+
+
+def forget_snapshots(checkpoints: Checkpoints) -> None:
+    """All but the newest `most_snapshots`."""
+    if checkpoints.most_snapshots:
+        for folder in snapshots(checkpoints.run)[: -checkpoints.most_snapshots]:
+            shutil.rmtree(folder)
 
 
 # ----- what the loop calls -------------------------------------------------------------------------------------------
@@ -292,10 +264,33 @@ class Saver:
             return Position()
         found = load_state(self.checkpoints.run, self.model, self.optimizer, self.settings, self.ranks)
         if found is None:
-            return self.position(0, 0)
+            begun = self.position(0, 0)
+            if self.checkpoints.first:
+                self.save(begun)
+            return begun
         self.stream.restore(found.stream)
         restore_random_states(found.random)
         return found
+
+    def recall(self, watch: Watch, step: int) -> None:
+        """What the run's metrics say of the steps before `step`."""
+        watch.refill(read_metrics(self.checkpoints.run.metrics) if self.checkpoints else (), step)
+
+    def roll_back(self, spike: Spike, guard: Guard) -> None:
+        """Notes the spike and saves the newest sound state anew with the stream behind the offending step, so that
+        whatever happens next goes on from there. Raises it where it may not be answered so."""
+        if self.checkpoints is None:
+            raise spike
+        run, behind = self.checkpoints.run, self.stream.state()
+        endure(guard, run.incidents, spike)
+        found = load_state(run, self.model, self.optimizer, self.settings, self.ranks)
+        if found is None:
+            raise UserError(f"{spike}. There is no saved state to go back to") from spike
+        note(run.incidents, spike, found.step, (found.stream, behind))
+        where = run.incidents
+        log.warning("a spike at step %d (see %s). Going back to step %d; the text since then is skipped", spike.step,
+                    where, found.step)  # fmt: skip
+        self.save(replace(found, stream=behind))
 
     def position(self, step: int, tokens: int) -> Position:
         if self.checkpoints is None:
@@ -306,14 +301,17 @@ class Saver:
         """Saves what is due after a step; the last one always is."""
         if self.checkpoints is None:
             return
-        if self.checkpoints.snapshots and position.step % self.checkpoints.snapshots == 0:
-            save_snapshot(self.checkpoints.run, position.step, self.model, self.ranks)
-        if last or (self.checkpoints.every and position.step % self.checkpoints.every == 0):
+        own, step = self.checkpoints, position.step
+        if own.snapshots and step % own.snapshots == 0:
+            save_snapshot(own.run, step, self.model, self.ranks)
+            self.ranks.on_first(lambda: forget_snapshots(own))
+        if last or (own.every and step % own.every == 0) or step in own.hold:
             self.save(position)
 
     def save(self, position: Position) -> None:
         if self.checkpoints is not None:
-            save_state(self.checkpoints.run, position, self.model, self.optimizer, self.settings, self.ranks)
+            run, hold = self.checkpoints.run, self.checkpoints.hold
+            save_state(run, position, self.model, self.optimizer, self.settings, self.ranks, hold)
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[Callable[[dict], None]]:

@@ -29,11 +29,13 @@ from nautilus.model.language import Language
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
 from nautilus.train.checkpoint import Checkpoints, Position, Saver
+from nautilus.train.guard import Guard, Spike, Watch
 from nautilus.train.health import gradient_health, load_health, residual_rms
 from nautilus.train.interrupt import Stop, stop_signals
 from nautilus.train.objective import Objective, Terms
 from nautilus.train.optim import clip_gradients, gradient_norm
 from nautilus.train.ranks import ALONE, Ranks
+from nautilus.train.sums import Sums, means
 
 
 def silent(metrics: dict) -> None:
@@ -51,6 +53,7 @@ def fit(
     clip: float = 1.0,
     balance: float = 1e-3,
     checkpoints: Checkpoints | None = None,
+    guard: Guard | None = None,
     health_every: int = 0,
     peak_flops: float = 0.0,
     ranks: Ranks = ALONE,
@@ -61,6 +64,7 @@ def fit(
     stream: gives the list of micro-batches of one step at a time; with `checkpoints` it must also have state() and
     restore(dict). schedule: update number → learning rate. balance: move of the load-balancing biases, 0: none.
     checkpoints: save there, continue from what is there, and stop cleanly (SystemExit) on SIGINT and SIGTERM.
+    guard: what counts as a spike, and how often the run may go back because of one (needs checkpoints).
     ranks: the processes that train together, which have shared the model out. log: is handed each step's metrics.
     """
     refuse_training(model)
@@ -74,14 +78,26 @@ def fit(
         health_every=health_every,
         peak_flops=peak_flops,
         ranks=ranks,
+        watch=Watch(guard or Guard()),
     )
     settings = {"fit": job.settings()} | (checkpoints.settings if checkpoints else {})
     saver = Saver(
         checkpoints=checkpoints, model=model, optimizer=optimizer, stream=stream, settings=settings, ranks=ranks
     )
-    position, metrics, asked = saver.resume(), {}, False
-    batches = iter(stream)
-    model.train()
+    while True:
+        try:
+            return train_on(job, saver, steps, log)
+        except Spike as spike:
+            forget_gradients(job)
+            saver.roll_back(spike, job.watch.guard)
+
+
+def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) -> dict:
+    """From the newest state, or from the start, to the last step."""
+    position, metrics, checkpoints, ranks, asked = saver.resume(), {}, saver.checkpoints, job.ranks, False
+    saver.recall(job.watch, position.step)
+    batches = iter(saver.stream)
+    job.model.train()
     with saver.progress(position.step, steps) as show, stop_signals(checkpoints is not None) as stop:
         for step in range(position.step, steps):
             done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
@@ -90,6 +106,7 @@ def fit(
                 asked = True
                 break
             metrics = done
+            job.watch.add(metrics)
             show(metrics)
             log(metrics)
             position = saver.position(step + 1, metrics["tokens"])
@@ -121,6 +138,7 @@ class Job:
     health_every: int
     peak_flops: float
     ranks: Ranks
+    watch: Watch = field(default_factory=Watch)
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -142,20 +160,6 @@ class Job:
         }
 
 
-@dataclass
-class Sums:
-    """What a step adds up: the loss of each micro-batch, and (sum, count) of every term and metric."""
-
-    losses: list[Tensor] = field(default_factory=list)
-    pairs: dict[str, Tensor] = field(default_factory=dict)
-
-    def add(self, loss: Tensor, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.losses.append(loss.detach())
-        for name, pair in pairs.items():
-            pair = torch.stack([value.detach().double() for value in pair])
-            self.pairs[name] = self.pairs.get(name, torch.zeros_like(pair)) + pair
-
-
 # ----- one step ------------------------------------------------------------------------------------------------------
 
 
@@ -173,8 +177,7 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
         return None
     norm = gradient_norm(job.parameters, job.ranks)
     loss = job.ranks.total(torch.stack(sums.losses).sum()).item()
-    if not (math.isfinite(loss) and math.isfinite(norm.item())):
-        raise UserError(divergence(job, step, batches, sums))
+    refuse_spikes(job, step, batches, sums, {"loss": loss, "grad_norm": norm.item()})
     loads = take_loads(job.model, job.ranks.total)
     health = check_up(job, batches[0], loads) if checked else {}
     update(job, step, norm, loads)
@@ -254,24 +257,6 @@ def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop
     return sums
 
 
-def means(sums: Sums, counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
-    """Every term and metric, divided by its count; those that counted nothing are left out.
-
-    An objective that counts otherwise than by the weights it is named after would have trained on a wrong mean.
-    """
-    out = {}
-    for name, pair in sorted(sums.pairs.items()):
-        total, count = ranks.total(pair).tolist()
-        if name in counts and abs(count - counts[name]) > 1e-5 * counts[name]:
-            raise ValueError(
-                f"the objective counted {count:g} for term {name} but the weights of that name sum to "
-                f"{counts[name]:g}; weights of tokens that cannot be targets (the first of a row) must be 0"
-            )
-        if count:
-            out[name] = total / count
-    return out
-
-
 def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
     """tokens_per_s, memory_gb (the peak so far) and, where the device's peak is known, mfu.
 
@@ -293,8 +278,16 @@ def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, floa
     return found | residual_rms(job.model, batch.to(job.parameters[0].device), job.ranks)
 
 
+def refuse_spikes(job: Job, step: int, batches: list[Batch], sums: Sums, found: dict[str, float]) -> None:
+    """Raises a Spike where the update must not be made. The weights have not been touched yet."""
+    marks = [batch.fingerprint for batch in batches]
+    if not all(map(math.isfinite, found.values())):
+        raise Spike(divergence(job, step, batches, sums), step, marks, found)
+    job.watch.refuse(step, found, marks)
+
+
 def divergence(job: Job, step: int, batches: list[Batch], sums: Sums) -> str:
-    """The message for a loss or gradient that is no number. The weights have not been touched yet."""
+    """The message for a loss or gradient that is no number."""
     bad = [i for i, loss in enumerate(sums.losses) if not torch.isfinite(loss)]
     if bad:
         terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())

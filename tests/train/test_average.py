@@ -38,6 +38,16 @@ def test_twenty_checkpoints_weigh_the_update_of_each_interval_as_the_decayed_rat
         assert math.fsum(c[j:]) == pytest.approx(1 - math.sqrt(j / 20))
 
 
+def test_the_order_of_the_coefficients_can_be_reversed_or_shuffled_by_a_seed():
+    c = merge_coefficients(20)
+    assert merge_coefficients(20, order="reversed") == c[::-1]
+    shuffles = [merge_coefficients(20, order="random", seed=seed) for seed in (0, 0, 1)]
+    assert shuffles[0] == shuffles[1] != shuffles[2] and all(sorted(s) == sorted(c) for s in shuffles)
+    assert shuffles[0] not in (c, c[::-1])
+    with pytest.raises(ValueError, match="order='backwards'"):
+        merge_coefficients(2, order="backwards")
+
+
 def folders(tmp_path, values):
     made = []
     for i, tensors in enumerate(values):

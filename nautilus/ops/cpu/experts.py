@@ -102,7 +102,8 @@ class Native(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, doutput):  # type: ignore[override]
-        inputs, remembered = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # read once: a checkpoint computes them again for the first reader only
+        inputs, remembered = saved[:6], saved[6:]
         x_RX, _, weight_RK, *matrices = inputs
         doutput, dx_ZX = doutput.contiguous(), x_RX.new_empty(ctx.sizes.tokens * ctx.sizes.active, x_RX.shape[1])
         record = Forward(ctx.sizes, *map(pointer, (*inputs, None, *remembered, dx_ZX)))

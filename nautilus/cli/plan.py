@@ -1,0 +1,96 @@
+"""What a training costs before it is started: memory of a device, communication, time of a step. Nothing is allocated.
+
+MODEL is a preset, a run, a checkpoint folder or a hub id. A layout that cannot be is refused with its reasons.
+
+nautilus plan ultra gpus=2048 tp=8 pp=2 ep=128 device=gb200
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Self
+
+from rich.console import Console
+from rich.table import Table
+
+from nautilus.cli.info import config_of
+from nautilus.config import Based, weight_count
+from nautilus.train.layout import MACHINES, Layout, Machine, Work, refuse
+from nautilus.train.optim import setting
+from nautilus.train.plan import Plan
+from nautilus.train.published import PUBLISHED
+
+DAY = 86400
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Layout, Based):
+    model: str = setting("toy", "preset, run, checkpoint folder or hub id")
+    device: str = setting("h100", f"what machine describes: {', '.join(MACHINES)}")
+    tokens: float = setting(0.0, "of the whole training; 0: the published run's, where there is one")
+    work: Work = Work()
+    machine: Machine = Machine()
+    json: bool = setting(False, "print one JSON object instead of tables")
+
+    @classmethod
+    def base(cls, asked: Mapping[str, str]) -> Self:
+        """The device's own numbers, and the published batch of a published model."""
+        device = asked.get("device", "h100")
+        if device not in MACHINES:
+            raise ValueError(f"no device {device!r}; have {', '.join(MACHINES)}, or set machine.flops and so on")
+        recipe = PUBLISHED.get(asked.get("model", ""))
+        work = Work() if recipe is None else Work(mtp_depths=recipe.mtp_depths, rows=recipe.rows, length=recipe.length)
+        return replace(cls(), machine=MACHINES[device], work=work)
+
+
+def main(settings: Settings) -> None:
+    config = config_of(settings.model)
+    refuse(config, settings, settings.work)
+    facts = examine(settings, Plan(config=config, layout=settings, work=settings.work, machine=settings.machine))
+    print(json.dumps(facts, indent=2)) if settings.json else show(facts)
+
+
+def examine(settings: Settings, plan: Plan) -> dict:
+    """Everything that is shown, as plain values."""
+    layout, step = plan.layout, plan.seconds["step"]
+    recipe = PUBLISHED.get(settings.model)
+    tokens = settings.tokens or (recipe.tokens if recipe else 0)
+    fed = plan.work.rows * plan.work.length
+    memory = sum(plan.memory.values())
+    return {
+        "model": settings.model,
+        "parameters": weight_count(plan.config),
+        "layout": {"gpus": layout.gpus, "dp": layout.dp, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp}
+        | {"ep": layout.ep, "expert_copies": layout.edp, "shard": layout.shard, "least_gpus": layout.least},
+        "micro_batches": plan.microbatches,
+        "memory": plan.memory | {"total": memory},
+        "fits": memory <= settings.machine.memory_gb * 1e9,
+        "memory_gb": settings.machine.memory_gb,
+        "traffic": plan.traffic,
+        "seconds": plan.seconds,
+        "tokens_per_s": fed / step,
+        "mfu": plan.mfu,
+        "days": tokens / fed * step / DAY if tokens else None,
+    }
+
+
+def show(facts: dict) -> None:
+    console = Console(soft_wrap=True, highlight=False)
+    layout = " ".join(f"{name}={value}" for name, value in facts["layout"].items())
+    console.print(f"{facts['model']}: {layout}, micro-batches of a step {facts['micro_batches']}")
+    for title, unit, name, scale in (
+        ("Memory of the busiest device", "GB", "memory", 1e9),
+        ("Sent by the busiest device in a step", "GB", "traffic", 1e9),
+        ("One step", "s", "seconds", 1.0),
+    ):
+        table = Table("", unit, title=title)
+        for part, value in facts[name].items():
+            table.add_row(part, f"{value / scale:,.4g}")
+        console.print(table)
+    fits = "fits" if facts["fits"] else "does not fit"
+    console.print(f"{facts['memory']['total'] / 1e9:.4g} GB {fits} into {facts['memory_gb']:g} GB")
+    days = f", {facts['days']:,.1f} days in all" if facts["days"] is not None else ""
+    console.print(f"{facts['tokens_per_s']:,.0f} tokens/s, {facts['mfu']:.1%} of the peak{days}")
+    console.print("An estimate: peaks and efficiency as in machine, data-parallel traffic hidden behind computing.")

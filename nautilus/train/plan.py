@@ -1,0 +1,322 @@
+"""What a training costs on a layout of devices, before it is started: memory, communication, time of a step.
+
+Parameters, gradients and optimiser are counted tensor by tensor on the real model, built without memory. Activations
+are what the layers keep for the backward, as formulas per token (`kept_by`); `tests/train/test_plan.py` compares both
+with what a training on this machine holds.
+
+The layout, as in Megatron-LM: pipeline stages (pp) of neighbouring layers; inside a stage the dense parts are split
+by tensor (tp), context (cp) and data (dp = gpus / (pp tp cp)), and the experts by expert (ep) over the same devices,
+which leaves gpus / (pp ep) copies of each. Tensor parallelism splits the tokens outside matrices, too (sequence
+parallel). Weights are float32 masters; with shard=full each tensor lies spread over its copies and is gathered, in the
+compute dtype, when its layer runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from nautilus.config import Attention, Config, Experts, Layer, Mamba, Mlp, weight_count
+from nautilus.config.model import idle_weights, layer_weights
+from nautilus.model.language import Language
+from nautilus.ops.loss import ELEMENTS, HELD
+from nautilus.train.layout import Layout, Machine, Work
+
+MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of an element: float32
+SEGMENT = 64  # tokens between kept states of the scan
+EXPERT_WEIGHTS = ("up_proj", "down_proj", "gate_proj")
+
+
+# ----- activations ---------------------------------------------------------------------------------------------------
+
+
+def kept_by(layer: Layer, width: int, compute: int, *, balance: bool = True) -> float:
+    """Bytes per token that one layer keeps for its backward: what enters it, its normed copy, and the mixer's own."""
+    both = 2 * width * compute + 4
+    match layer:
+        case Mamba():
+            projected, states = layer.inner + layer.conv_width + layer.heads, 4 * layer.inner * layer.state / SEGMENT
+            return both + compute * (projected + layer.inner) + 4 * layer.inner + states
+        case Attention():
+            return both + compute * 2 * (layer.heads + layer.groups) * layer.head_width
+        case Experts():
+            matrices = 2 if layer.gated else 1
+            routed = layer.active * (matrices * layer.hidden * compute + 20)
+            shared = (matrices + 1) * layer.shared * compute + 2 * layer.latent * compute
+            router = 4 * layer.experts + (12 if balance else 0) + (4 * width if compute < 4 else 0)
+            return both + routed + shared + router
+        case Mlp():
+            return both + (3 if layer.gated else 2) * layer.hidden * compute
+    return both
+
+
+def kept_at_the_ends(config: Config, compute: int, depths: int) -> float:
+    """Bytes per token of tokens, the final norm and the loss, and of each prediction depth but for its layers."""
+    return 8 + 2 * config.width * compute + 4 + depths * (6 * config.width * compute + 12)
+
+
+def kept_in_all(config: Config, work: Work) -> float:
+    """Bytes per token of a whole model that keeps everything."""
+    layers = [*config.layers, *(config.mtp * work.mtp_depths)]
+    own = sum(kept_by(layer, config.width, work.compute) for layer in layers)
+    return own + kept_at_the_ends(config, work.compute, work.mtp_depths)
+
+
+# ----- the plan ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of the model: how many elements a device computes with, and how many it holds."""
+
+    stage: int
+    layer: str
+    used: int
+    held: int
+    expert: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Every figure is of the busiest device. A layout that `layout.refuse` accepts is taken for granted."""
+
+    config: Config
+    layout: Layout = Layout()
+    work: Work = Work()
+    machine: Machine = field(default_factory=Machine)
+
+    @cached_property
+    def stages(self) -> list[int]:
+        """The stage of each layer: neighbours together, the dearest stage as cheap as can be."""
+        costs = [self.layer_flops(layer) for layer in self.config.layers]
+        head = 6.0 * self.config.vocab * self.config.width * (1 + self.work.mtp_depths)
+        costs[-1] += head + self.work.mtp_depths * sum(map(self.layer_flops, self.config.mtp))
+        return even_stages(costs, self.layout.pp)
+
+    @cached_property
+    def pieces(self) -> list[Piece]:
+        model = Language(self.config, device="meta")
+        return [self.piece(name, p) for name, p in model.named_parameters()]
+
+    def piece(self, name: str, parameter: torch.Tensor) -> Piece:
+        layout, parts = self.layout, name.split(".")
+        inside = parts[:2] == ["backbone", "layers"]
+        index = int(parts[2]) if inside else -1
+        stage = self.stages[index] if inside else 0 if "embeddings" in name else layout.pp - 1
+        expert = parts[-2] == "experts" and parts[-1] in EXPERT_WEIGHTS
+        layer = self.config.layers[index] if inside else None
+        if not inside and parts[0] == "mtp":
+            layer = self.config.mtp[int(parts[2])]
+        ways = layout.ep if expert else self.split(name, layer)
+        copies = (layout.edp if expert else layout.dp * layout.cp) if layout.shard == "full" else 1
+        used = -(-parameter.numel() // ways)
+        return Piece(stage, ".".join(parts[:3]), used, -(-used // copies), expert)
+
+    def split(self, name: str, layer: Layer | None) -> int:
+        """Ways that tensor parallelism splits a dense tensor; norms, routers and latent projections are not split."""
+        tp = self.layout.tp
+        if "embeddings" in name or "lm_head" in name:
+            return tp
+        if isinstance(layer, Attention) and name.endswith(("k_proj.weight", "v_proj.weight")):
+            return min(tp, layer.groups)
+        whole = (".gate.", "latent_proj", "eh_proj", "enorm", "hnorm", "layernorm", "q_norm", "k_norm")
+        if "mixer" not in name or any(word in name for word in whole):
+            return 1
+        return tp
+
+    @property
+    def microbatches(self) -> int:
+        return self.work.rows // (self.layout.dp * self.work.micro)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch on one context-parallel rank."""
+        return self.work.micro * self.work.length // self.layout.cp
+
+    # memory
+
+    @cached_property
+    def memory(self) -> dict[str, int]:
+        """Bytes by what they are for, on the device that needs most."""
+        return max((self.memory_of(stage) for stage in range(self.layout.pp)), key=lambda parts: sum(parts.values()))
+
+    def memory_of(self, stage: int) -> dict[str, int]:
+        mine = [piece for piece in self.pieces if piece.stage == stage]
+        held = sum(piece.held for piece in mine)
+        return {
+            "weights": MASTER * held,
+            "gradients": GRADIENT * held,
+            "optimizer": MOMENTS * held + 4 * len(mine),
+            "gathered": self.gathered(mine),
+            "activations": self.activations(stage),
+            "loss": self.loss_space() if stage == self.layout.pp - 1 else 0,
+        }
+
+    def gathered(self, mine: list[Piece]) -> int:
+        """Copies that the running layer computes with: one in the compute dtype, and a second one on its way."""
+        spread = any(piece.held < piece.used for piece in mine)
+        if self.work.compute == MASTER and not spread:
+            return 0
+        sizes: dict[str, int] = {}
+        for piece in mine:
+            sizes[piece.layer] = sizes.get(piece.layer, 0) + piece.used
+        return (2 if spread else 1) * self.work.compute * max(sizes.values(), default=0) + self.gathered_keys()
+
+    def gathered_keys(self) -> int:
+        """Keys and values of the whole row, which the running attention layer sees under context parallelism."""
+        layers = [layer for layer in self.config.layers if isinstance(layer, Attention)]
+        if self.layout.cp == 1 or not layers:
+            return 0
+        widest = max(max(layer.groups // self.layout.tp, 1) * layer.head_width for layer in layers)
+        return 2 * widest * self.work.length * self.work.micro * self.work.compute
+
+    def activations(self, stage: int) -> int:
+        """Of all micro-batches that are under way in this stage (1F1B: as many as stages come after, and itself)."""
+        config, work, layout = self.config, self.work, self.layout
+        mine = [layer for layer, own in zip(config.layers, self.stages, strict=True) if own == stage]
+        last = stage == layout.pp - 1
+        mine += config.mtp * work.mtp_depths if last else ()
+        kept = [kept_by(copied_groups(layer, layout.tp), config.width, work.compute) for layer in mine]
+        ends = kept_at_the_ends(config, work.compute, work.mtp_depths) if last else 8
+        flying = min(layout.pp - stage, self.microbatches)
+        own = self.tokens / layout.tp
+        if work.checkpointing:
+            return math.ceil(own * (flying * (len(mine) * config.width * work.compute + ends) + max(kept, default=0)))
+        return math.ceil(own * flying * (sum(kept) + ends))
+
+    def loss_space(self) -> int:
+        """The head's gradient, and the logits that are held at a time."""
+        vocab = self.config.vocab // self.layout.tp
+        logits = min(HELD, self.tokens * vocab) * self.work.compute + 3 * 4 * min(max(ELEMENTS, 16 * vocab), HELD)
+        return 4 * vocab * self.config.width + logits
+
+    # work and communication
+
+    def layer_flops(self, layer: Layer) -> float:
+        """Forward and backward of one token: 6 per weight that it meets, and what mixes tokens."""
+        flops = 6.0 * (layer_weights(layer, self.config.width) - idle_weights(layer, self.config.width))
+        if isinstance(layer, Attention):
+            flops += 6.0 * layer.heads * layer.head_width * self.work.length  # half of scores and of values
+        if isinstance(layer, Mamba):
+            flops += 6.0 * layer.inner * (2 * layer.state + layer.chunk)
+        return flops
+
+    @cached_property
+    def flops(self) -> float:
+        """Of one step over all devices, without what checkpointing computes again."""
+        config, depths = self.config, self.work.mtp_depths
+        per_token = sum(map(self.layer_flops, config.layers)) + depths * sum(map(self.layer_flops, config.mtp))
+        per_token += 6.0 * config.vocab * config.width * (1 + depths)
+        return per_token * self.work.rows * self.work.length
+
+    @cached_property
+    def traffic(self) -> dict[str, float]:
+        """Bytes that the busiest device sends in a step, by axis."""
+        return {axis: max(values) for axis, values in zip_traffic(self.traffic_of(s) for s in range(self.layout.pp))}
+
+    def traffic_of(self, stage: int) -> dict[str, float]:
+        layout, work, width = self.layout, self.work, self.config.width
+        mine = [layer for layer, own in zip(self.config.layers, self.stages, strict=True) if own == stage]
+        mine += self.config.mtp * work.mtp_depths if stage == layout.pp - 1 else ()
+        tokens, m, a = self.tokens, self.microbatches, work.compute
+        passes = 3 if work.checkpointing else 2  # forward, again, backward
+        tensor = 2 * passes * tokens * width * a * len(mine) * away(layout.tp)
+        expert = sum(2 * passes * tokens * e.active * (e.latent or width) * a for e in mine if isinstance(e, Experts))
+        context = sum(passes * tokens * a * exchanged(layer) for layer in mine) / layout.tp * away(layout.cp)
+        pipeline = 2 * tokens * width * a / layout.tp if layout.pp > 1 else 0.0
+        sent: dict[str, float] = {
+            "tp": m * tensor,
+            "ep": m * expert / layout.tp * away(layout.ep),
+            "cp": m * context,
+            "pp": m * pipeline,
+            "dp": self.data_traffic([piece for piece in self.pieces if piece.stage == stage]),
+        }
+        return sent
+
+    def data_traffic(self, mine: list[Piece]) -> float:
+        """Gradients are added up once a step in float32; spread weights are gathered for every pass."""
+        layout, total = self.layout, 0.0
+        for expert, copies in ((False, layout.dp * layout.cp), (True, layout.edp)):
+            used = sum(piece.used for piece in mine if piece.expert == expert) * away(copies)
+            gathers = 2 * self.microbatches * self.work.compute if layout.shard == "full" else GRADIENT
+            total += used * (GRADIENT + gathers)
+        return total
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """Of one step. Data-parallel traffic hides behind computing; the other axes do not."""
+        machine, layout = self.machine, self.layout
+        again = 4 / 3 if self.work.checkpointing else 1.0
+        computing = self.flops * again / layout.gpus / (machine.flops * machine.efficiency)
+        spans = {"tp": layout.tp, "cp": layout.tp * layout.cp, "ep": layout.ep, "pp": layout.gpus, "dp": layout.gpus}
+        moving = {
+            axis: sent / (machine.link if spans[axis] <= machine.domain else machine.network)
+            for axis, sent in self.traffic.items()
+        }
+        exposed = sum(moving[axis] for axis in ("tp", "cp", "ep", "pp"))
+        bubble = (computing + exposed) * (layout.pp - 1) / self.microbatches
+        held = self.memory["weights"] + self.memory["gradients"] + 2 * self.memory["optimizer"]
+        update = (held + self.memory["weights"]) / machine.memory_bandwidth
+        waiting = max(0.0, moving["dp"] - computing)
+        parts: dict[str, float] = {
+            "computing": computing,
+            "exchange": exposed,
+            "bubble": bubble,
+            "waiting": waiting,
+            "update": update,
+        }
+        return parts | {"step": sum(parts.values())}
+
+    @property
+    def mfu(self) -> float:
+        """The usual measure: 6 FLOPs per active weight and token."""
+        useful = 6 * weight_count(self.config)["active"] * self.work.rows * self.work.length
+        return useful / self.seconds["step"] / self.layout.gpus / self.machine.flops
+
+
+def copied_groups(layer: Layer, tp: int) -> Layer:
+    """The layer with at least one group of keys and values for each tensor-parallel rank."""
+    return replace(layer, groups=max(layer.groups, tp)) if isinstance(layer, Attention) else layer
+
+
+def away(ways: int) -> float:
+    """The share of something spread over so many devices that lies on the others."""
+    return (ways - 1) / ways
+
+
+def exchanged(layer: Layer) -> int:
+    """Elements per token that context parallelism moves in one pass through a layer."""
+    match layer:
+        case Mamba():  # all heads of a part of the row become a part of the heads of the whole row, and back
+            return 2 * layer.inner + layer.conv_width + layer.heads
+        case Attention():  # keys and values are gathered
+            return 2 * layer.groups * layer.head_width
+    return 0
+
+
+def zip_traffic(stages):
+    found = list(stages)
+    return [(axis, [one[axis] for one in found]) for axis in found[0]]
+
+
+def even_stages(costs: list[float], stages: int) -> list[int]:
+    """Cuts into `stages` runs of neighbours, none empty, whose largest sum is as small as can be."""
+    sums = [0.0]
+    for cost in costs:
+        sums.append(sums[-1] + cost)
+    count = len(costs)
+    best = {(0, 0): 0.0}
+    came: dict[tuple[int, int], int] = {}
+    for stage in range(1, stages + 1):
+        for end in range(stage, count - (stages - stage) + 1):
+            options = [(max(best[stage - 1, b], sums[end] - sums[b]), b) for b in range(end) if (stage - 1, b) in best]
+            best[stage, end], came[stage, end] = min(options)
+    out, end = [0] * count, count
+    for stage in range(stages, 0, -1):
+        begin = came[stage, end]
+        out[begin:end] = [stage - 1] * (end - begin)
+        end = begin
+    return out

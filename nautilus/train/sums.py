@@ -1,0 +1,42 @@
+"""What the micro-batches of a step add up to, and the means of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nautilus.train.ranks import Ranks
+
+
+@dataclass
+class Sums:
+    """What a step adds up: the loss of each micro-batch, and (sum, count) of every term and metric."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, loss: Tensor, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.losses.append(loss.detach())
+        for name, pair in pairs.items():
+            pair = torch.stack([value.detach().double() for value in pair])
+            self.pairs[name] = self.pairs.get(name, torch.zeros_like(pair)) + pair
+
+
+def means(sums: Sums, counts: dict[str, float], ranks: Ranks) -> dict[str, float]:
+    """Every term and metric, divided by its count; those that counted nothing are left out.
+
+    An objective that counts otherwise than by the weights it is named after would have trained on a wrong mean.
+    """
+    out = {}
+    for name, pair in sorted(sums.pairs.items()):
+        total, count = ranks.total(pair).tolist()
+        if name in counts and abs(count - counts[name]) > 1e-5 * counts[name]:
+            raise ValueError(
+                f"the objective counted {count:g} for term {name} but the weights of that name sum to "
+                f"{counts[name]:g}; weights of tokens that cannot be targets (the first of a row) must be 0"
+            )
+        if count:
+            out[name] = total / count
+    return out

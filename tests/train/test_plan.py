@@ -1,0 +1,179 @@
+"""The plan against trainings on this machine, and layouts that cannot be."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from nautilus.cli import main
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, lay, weight_count
+from nautilus.model.language import Language
+from nautilus.presets import preset, shrink
+from nautilus.runtime import UserError
+from nautilus.train.layout import MACHINES, Layout, Work, refuse
+from nautilus.train.objective import pretrain
+from nautilus.train.optim import OptimConfig, adamw
+from nautilus.train.plan import Plan, even_stages, kept_in_all
+
+ONE = Layout()
+
+
+def plan(config, layout=ONE, **work):
+    return Plan(config=config, layout=layout, work=Work(**({"rows": 4, "length": 64} | work)))
+
+
+def parts(config, layout=ONE, **work):
+    return plan(config, layout, **work).memory
+
+
+@pytest.mark.parametrize("name", ["toy", "nano", "super", "ultra", "nano_4b", "qwen3_30b_a3b", "nemotron_h_4b"])
+def test_weights_gradients_and_moments_are_counted_exactly(name, random_rows):
+    config = shrink(preset(name))
+    model, depths = Language(config).initialise(0).train(), 1 if config.mtp else 0
+    objective, optimizer = pretrain(mtp_depths=depths), adamw(model, OptimConfig())
+    batch = objective.weigh(random_rows(2, 16))
+    sum(total for total, _ in objective.terms(model, batch)[0].values()).backward()
+    optimizer.step()
+    memory = parts(config, compute=4, checkpointing=False)
+    assert memory["weights"] == sum(p.nbytes for p in model.parameters())
+    assert memory["gradients"] == sum(p.grad.nbytes for p in model.parameters())
+    assert memory["optimizer"] == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    assert memory["gathered"] == 0
+
+
+KINDS = (
+    Mamba(heads=6, head_width=8, state=16, groups=2, chunk=8),
+    Attention(heads=4, groups=2, head_width=20),
+    Experts(experts=8, active=3, hidden=24, shared=40, latent=20, scale=2.5),
+    Mlp(hidden=72),
+)
+
+
+@pytest.mark.parametrize("pattern, depths", [("M", 0), ("*", 0), ("E", 0), ("-", 0), ("ME*-EM", 0), ("M*", 2)])
+@pytest.mark.parametrize("compute", [4, 2])
+def test_activations_are_what_the_graph_keeps_to_two_percent(pattern, depths, compute, random_rows):
+    """Every tensor that autograd or a layer's own backward saves, each storage once, weights aside."""
+    config = Config(vocab=97, width=48, layers=lay(pattern, *KINDS), mtp=lay("*E", *KINDS) if depths else ())
+    model = Language(config).initialise(0).train()
+    model.compute = torch.bfloat16 if compute == 2 else torch.float32
+    objective = pretrain(mtp_depths=depths, aux_weight=1e-4)
+    rows, length = 4, 512
+    batch = objective.weigh(random_rows(rows, length))
+    batch.weights["next_token"][:, 1:] = 1
+    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    own |= {t.untyped_storage().data_ptr() for t in [batch.tokens, *batch.weights.values()]}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        terms = objective.terms(model, batch)
+    assert terms
+    work = Work(rows=rows, length=length, compute=compute, mtp_depths=depths)
+    heads = 4 * config.vocab * config.width * (1 + depths)  # the head's gradients, which the plan counts as `loss`
+    want = kept_in_all(config, work) * rows * length
+    assert sum(kept.values()) - heads == pytest.approx(want, rel=0.02)
+
+
+def test_spreading_divides_what_each_device_holds():
+    config = preset("super")
+    whole = parts(config)
+    count = weight_count(config)
+    biases = sum(layer.experts for layer in (*config.layers, *config.mtp) if isinstance(layer, Experts))
+    assert whole["weights"] == 4 * (count["main"] + count["mtp"] - biases)
+    spread = parts(config, Layout(gpus=512, ep=64, tp=2), rows=512)
+    assert spread["weights"] == pytest.approx(whole["weights"] / 512, rel=0.01)
+    held = parts(config, Layout(gpus=512, ep=64, tp=2, shard="none"), rows=512)
+    experts = sum(2 * e.experts * e.hidden * e.latent for e in (*config.layers, *config.mtp) if isinstance(e, Experts))
+    assert held["weights"] > 4 * experts / 64 and held["weights"] < 4 * (experts / 64 + 8e9)
+    stages = parts(config, Layout(gpus=8, pp=8), rows=64)
+    assert stages["weights"] < whole["weights"] / 6
+
+
+def test_checkpointing_keeps_one_layer_and_what_enters_the_others():
+    config = preset("nano")
+    kept, again = (parts(config, length=8192, checkpointing=flag)["activations"] for flag in (False, True))
+    assert again < kept / 8
+    assert again > 52 * 8192 * 2 * config.width
+
+
+def test_time_follows_machine_and_devices():
+    config = preset("nano")
+    few, many = (plan(config, Layout(gpus=g, ep=8), rows=3072, length=8192) for g in (64, 128))
+    assert few.seconds["computing"] == pytest.approx(2 * many.seconds["computing"])
+    active = 6 * weight_count(config)["active"] * 3072 * 8192
+    assert active < few.flops < 1.6 * active
+    assert few.seconds["computing"] == pytest.approx(few.flops * 4 / 3 / 64 / (989e12 * 0.4))
+    faster = dataclasses.replace(few, machine=MACHINES["gb200"])
+    assert faster.seconds["step"] < few.seconds["step"] and 0 < few.mfu < few.machine.efficiency
+    assert few.traffic["tp"] == few.traffic["cp"] == few.traffic["pp"] == 0 < few.traffic["ep"] < few.traffic["dp"] * 9
+
+
+def test_traffic_of_experts_is_tokens_times_active_times_width():
+    config = dataclasses.replace(preset("super"), layers=lay("E", *preset("super").layers), mtp=())
+    found = plan(config, Layout(gpus=8, ep=8), rows=8, length=1024, checkpointing=False).traffic["ep"]
+    assert found == 4 * 1024 * 22 * 1024 * 2 * 7 / 8  # there and back, forward and backward, bf16
+
+
+def test_stages_have_even_costs():
+    assert even_stages([1, 1, 1, 1], 2) == [0, 0, 1, 1]
+    assert even_stages([1, 1, 1, 3], 2) == [0, 0, 0, 1]
+    assert even_stages([5.0], 1) == [0]
+    assert even_stages([9, 1, 1, 9], 4) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "name, layout, work, message",
+    [
+        ("ultra", {"gpus": 64, "tp": 8, "pp": 2, "ep": 128}, {}, r"gpus=64 is below pp\*max\(tp\*cp, ep\)=256"),
+        ("super", {"gpus": 48, "tp": 2, "cp": 1, "ep": 32}, {}, r"no multiple of pp\*ep=32"),
+        ("super", {"gpus": 512, "tp": 2, "cp": 128}, {}, "cp=128 does not divide Mamba's heads/tp=64"),
+        ("nano", {"gpus": 3, "ep": 3}, {}, "ep=3 does not divide experts=128"),
+        ("nano", {"gpus": 16, "tp": 16}, {}, "tp=16 does not divide Mamba's heads=64 and groups=8"),
+        ("nano", {"gpus": 64, "pp": 64}, {}, "64 stages cannot share 52"),
+        ("nano_4b", {"gpus": 2, "ep": 2}, {}, "no layer has experts"),
+        ("nano", {"gpus": 5}, {}, r"rows=3072 is no multiple of dp\*micro=5"),
+        ("nano", {"gpus": 2, "cp": 2}, {"length": 1022}, "no multiple of 2"),
+        ("nano", {"gpus": 0}, {}, "gpus must be at least 1"),
+        ("nano", {"shard": "some"}, {}, "neither full nor none"),
+        ("nano", {}, {"compute": 3}, "compute"),
+    ],
+)
+def test_impossible_layouts_are_refused_with_the_reason(name, layout, work, message):
+    with pytest.raises(UserError, match=message):
+        refuse(preset(name), Layout(**layout), Work(**work))
+
+
+@pytest.mark.parametrize(
+    "name, layout, rows, length",
+    [
+        ("nano", {"gpus": 256, "tp": 8, "pp": 4, "ep": 8, "cp": 8}, 48, 1 << 19),
+        ("super", {"gpus": 1024, "tp": 2, "ep": 64, "cp": 64}, 16, 1 << 20),
+        ("ultra", {"gpus": 512, "tp": 8, "pp": 2, "ep": 128, "cp": 32}, 24, 1 << 20),
+    ],
+)
+def test_the_published_long_context_layouts_are_possible(name, layout, rows, length):
+    refuse(preset(name), Layout(**layout), Work(rows=rows, length=length))
+    with pytest.raises(UserError, match="bounds it"):
+        refuse(
+            preset(name), Layout(**(layout | {"cp": 2 * layout["cp"], "gpus": 4096})), Work(rows=rows, length=length)
+        )
+
+
+def test_the_command_says_it_in_numbers_or_refuses(capsys):
+    assert main("plan ultra gpus=2048 tp=8 pp=2 ep=128 device=gb200 --json".split()) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["fits"] and facts["memory"]["total"] == sum(v for k, v in facts["memory"].items() if k != "total")
+    assert facts["seconds"]["step"] == pytest.approx(sum(v for k, v in facts["seconds"].items() if k != "step"))
+    assert facts["days"] == pytest.approx(20e12 / facts["tokens_per_s"] / 86400) and math.isfinite(facts["days"])
+    assert main("plan nano".split()) == 0
+    assert "does not fit into 80 GB" in capsys.readouterr().out
+    assert main("plan nano gpus=8 ep=3".split()) == 2
+    assert "this layout cannot be" in capsys.readouterr().err
+    assert main("plan nano device=abacus".split()) == 2
+    assert "have h100" in capsys.readouterr().err
