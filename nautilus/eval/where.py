@@ -143,7 +143,8 @@ def part_of(module: str, config: Config) -> str:
         return rest[-1] if rest else "head"
     kind, inner = type(config.layers[int(rest[1])]).__name__, rest[2:]
     if inner[:1] == ["mixer"]:
-        return " ".join([kind, ".".join(inner[1:]).replace("shared_experts", "shared")]).rstrip()
+        part = ".".join(inner[1:]).replace("shared_experts", "shared").removesuffix("experts")
+        return f"{kind} {part}".rstrip()
     return "norms" if inner else "residual"
 
 

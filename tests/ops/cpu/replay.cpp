@@ -5,7 +5,8 @@
 // A record is a row of calls; all numbers are int64, a string is its length and its bytes:
 //     name, arguments before and after, result and one number more,
 //     blocks of memory: how many, each before and after (empty: unchanged),
-//     pointers within the arguments: how many, each its place, block and place in the block.
+//     pointers within the arguments: how many, each its place, block and place in the block,
+//     lists of pointers: how many, each its place in the arguments, how many pointers, and of each block (-1: null) and place.
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -96,6 +97,17 @@ void one_call(Reader& record, int64_t number, int threads) {
     p = {record.number(), record.number(), record.number()};
     char* there = blocks[static_cast<size_t>(p.block)].data + p.offset;
     memcpy(&given[static_cast<size_t>(p.at)], &there, sizeof there);
+  }
+  std::vector<std::vector<char*>> lists(static_cast<size_t>(record.number()));
+  for (std::vector<char*>& list : lists) {
+    pointers.push_back({record.number(), 0, 0});
+    list.resize(static_cast<size_t>(record.number()));
+    for (char*& each : list) {
+      int64_t block = record.number(), offset = record.number();
+      each = block < 0 ? nullptr : blocks[static_cast<size_t>(block)].data + offset;
+    }
+    char** there = list.data();
+    memcpy(&given[static_cast<size_t>(pointers.back().at)], &there, sizeof there);
   }
   int64_t found = call(name, given.data(), threads, &more);
   if (found != result || more != extra)

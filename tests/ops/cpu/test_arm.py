@@ -59,6 +59,13 @@ def pointers(structure: ctypes.Structure, at: int = 0):
             yield place, value
 
 
+def tables(arguments: ctypes.Structure):
+    """(place, addresses) of each list of pointers in the arguments of a packing call; 0 where a matrix has none."""
+    for name, kind, *_ in arguments._fields_:
+        if kind is ctypes.POINTER(ctypes.c_void_p) and (listed := getattr(arguments, name)):
+            yield getattr(type(arguments), name).offset, [listed[i] or 0 for i in range(arguments.to.count)]
+
+
 def text(data: bytes) -> bytes:
     return struct.pack("<q", len(data)) + data
 
@@ -88,7 +95,9 @@ class Recorder:
 
     def call(self, name, arguments, other):
         found = [(place, value, bisect.bisect_right(self.begins, value) - 1) for place, value in pointers(arguments)]
-        used = sorted({index for *_, index in found})
+        index_of = lambda address: bisect.bisect_right(self.begins, address) - 1 if address else -1
+        lists = [(place, [(index_of(each), each) for each in listed]) for place, listed in tables(arguments)]
+        used = sorted({index for *_, index in found} | {i for _, listed in lists for i, each in listed if each})
         memory = lambda: [ctypes.string_at(self.begins[i], self.storages[i].nbytes()) for i in used]
         given, before = bytes(arguments), memory()
         result = self.functions[name](*(a for a in (ctypes.byref(arguments), other) if a is not None))
@@ -98,6 +107,10 @@ class Recorder:
             parts += [text(old), text(b"" if old == new else new)]
         parts.append(struct.pack("<q", len(found)))
         parts += [struct.pack("<qqq", place, used.index(i), value - self.begins[i]) for place, value, i in found]
+        parts.append(struct.pack("<q", len(lists)))
+        for place, listed in lists:
+            places = [(used.index(i), each - self.begins[i]) if each else (-1, 0) for i, each in listed]
+            parts += [struct.pack("<qq", place, len(places)), *(struct.pack("<qq", *pair) for pair in places)]
         self.file.write(b"".join(parts))
         self.names.append(name)
         return result
