@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -141,11 +142,13 @@ class Turn:
         if self.process.stdout.readline() != "ready\n":
             raise SystemExit(f"the contestant {who} did not start")
 
-    def ask(self, work: str) -> dict:
+    def ask(self, work: str) -> dict | None:
+        """None: it died of this work, as one does that needs more memory than there is."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(work + "\n")
         self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        answer = self.process.stdout.readline()
+        return json.loads(answer) if answer else None
 
 
 def llama(tools, gguf: Path, work: str) -> float:
@@ -194,10 +197,14 @@ def compete(asked) -> dict[str, dict[str, list]]:
     for work in asked.work:
         row = rows.setdefault(work, {})
         for turn in range(asked.turns):
-            for name, contestant in workers.items():
+            for name, contestant in list(workers.items()):
                 if name == "transformers" and work == "decode at 8K":
                     continue  # reading the 8,192 tokens takes it 17 GB
                 answer = contestant.ask(work)
+                if answer is None:
+                    print(f"{name} died of {work} and is out: status {workers.pop(name).process.wait()}", flush=True)
+                    row.pop(name, None)
+                    continue
                 row.setdefault(name, []).append(answer["tokens_per_second"])
                 if answer.get("share"):
                     row.setdefault("roofline", []).append(answer["share"])
@@ -233,8 +240,9 @@ def show(rows: dict[str, dict[str, list]]) -> None:
 def record(asked, rows: dict) -> None:
     from train_step import machine
 
+    words = [word for word, before in zip(sys.argv[1:], sys.argv, strict=False) if "--record" not in (word, before)]
     row = {
-        "command": " ".join(["python", "benchmarks/decode.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/decode.py", *words]),
         "machine": machine(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": rows,

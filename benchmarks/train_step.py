@@ -3,6 +3,10 @@
     python benchmarks/train_step.py                    # about 8 minutes on two cores; prints the table
     python benchmarks/train_step.py --compile          # also tries the peer under torch.compile (minutes of compiling)
 
+`ours` is the bare step that the peer makes, too; `recipe` is the step of `nautilus pretrain` with all that it does
+beside (documents apart, balance, health, spikes), `recipe nvfp4` the same in simulated NVFP4. `ours_is_times_as_fast`
+counts from `ours`, `recipe_is_times_as_fast` from `recipe`.
+
 Each contestant lives in a process of its own that trains when told to; the contestants take turns, so that a change in
 the machine's speed meets all of them. The peer competes twice, each time in its best mode of all the ways it offers to
 compute experts: as it is installed, and with the allocator settings that ours makes for itself. `--record FILE` appends
@@ -48,7 +52,19 @@ def flops_per_token(settings) -> float:
 # ----- one contestant, in its own process ----------------------------------------------------------------------------
 
 
-class Ours:
+class Side:
+    """A model, its optimiser, and what an update is."""
+
+    def update(self, tokens) -> None:
+        import torch
+
+        self.loss(tokens).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Ours(Side):
     def __init__(self, folder: Path, precision: str, mode: str):
         import torch
 
@@ -72,7 +88,39 @@ class Ours:
         return weighted_nll(hidden[:, :-1].flatten(0, 1), self.model.head_weight, target, weight)
 
 
-class Peer:
+class Recipe(Ours):
+    """Ours as `nautilus pretrain` trains: documents that do not see each other, the balance loss and biases, health
+    every ten steps, spikes watched for; mode nvfp4 also multiplies in simulated NVFP4, as the published recipe does."""
+
+    def __init__(self, folder: Path, precision: str, mode: str):
+        from nautilus.config import PrecisionTable
+        from nautilus.data.corpus import sources
+        from nautilus.data.prepare import prepare as prepare_text
+        from nautilus.model.lower import lower
+        from nautilus.train.guard import Guard, Watch
+        from nautilus.train.loop import Job
+        from nautilus.train.objective import pretrain
+        from nautilus.train.ranks import ALONE
+
+        super().__init__(folder, precision, mode)
+        lower(self.model, PrecisionTable(format=mode or "bf16"), seed=0)
+        found = prepare_text(sources(("python",)), folder / "data", vocab=VOCAB)
+        self.stream = iter(found.stream(length=LENGTH, rows=ROWS, micro=ROWS, seed=0, reset=True))
+        self.job = Job(
+            model=self.model, objective=pretrain(aux_weight=1e-4), optimizer=self.optimizer, schedule=None, clip=1.0,
+            balance=1e-3, health_every=10, peak_flops=0.0, ranks=ALONE, watch=Watch(Guard(rollbacks=1)),
+        )  # fmt: skip
+        self.done = 0
+
+    def update(self, tokens) -> None:
+        from nautilus.train.interrupt import Stop
+        from nautilus.train.loop import train_step
+
+        self.job.watch.add(train_step(self.job, self.done, self.done * ROWS * LENGTH, self.stream, Stop()))
+        self.done += 1
+
+
+class Peer(Side):
     def __init__(self, folder: Path, precision: str, mode: str):
         import torch
         from transformers import NemotronHForCausalLM
@@ -99,7 +147,7 @@ def worker(who: str, folder: Path, precision: str, mode: str) -> None:
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    contestant = {"ours": Ours, "peer": Peer}[who](folder, precision, mode)
+    contestant = {"ours": Ours, "recipe": Recipe, "peer": Peer}[who](folder, precision, mode)
     train, held_out = (torch.load(folder / f"{name}.pt") for name in ("train", "held_out"))
     done = 0
     for line in sys.stdin:
@@ -108,22 +156,13 @@ def worker(who: str, folder: Path, precision: str, mode: str) -> None:
             return
         begin = time.perf_counter()
         for _ in range(int(count or 0)):
-            update(contestant, train[(done * ROWS) % (len(train) - ROWS) :][:ROWS])
+            contestant.update(train[(done * ROWS) % (len(train) - ROWS) :][:ROWS])
             done += 1
         answer = {"seconds": time.perf_counter() - begin, "steps": done, "memory_gb": peak_memory_gb()}
         if order == "evaluate":
             with torch.no_grad():
                 answer["nats"] = statistics.mean(contestant.loss(rows).item() for rows in held_out.split(ROWS))
         print(json.dumps(answer), flush=True)
-
-
-def update(contestant, tokens) -> None:
-    import torch
-
-    contestant.loss(tokens).backward()
-    torch.nn.utils.clip_grad_norm_(contestant.model.parameters(), 1.0)
-    contestant.optimizer.step()
-    contestant.optimizer.zero_grad(set_to_none=True)
 
 
 def peak_memory_gb() -> float:
@@ -137,7 +176,7 @@ def peak_memory_gb() -> float:
 
 class Contestant:
     def __init__(self, who: str, folder: Path, precision: str, mode: str = "", tuned: bool = False):
-        self.name = who if who == "ours" else f"peer {mode}{' tuned' if tuned else ''}"
+        self.name = f"{who} {mode}{' tuned' if tuned else ''}".strip()
         command = [sys.executable, __file__, "--worker", who, "--folder", str(folder), "--precision", precision]
         environment = os.environ | (TUNED if tuned else {})
         self.process = subprocess.Popen(
@@ -222,7 +261,9 @@ def matmul_peak(precision: str) -> float:
 def compare(folder: Path, precision: str, modes, repeats: int, seconds: float, bytes_per_token: float):
     """Steps in turns for speed, then training until each has had `seconds`, then held-out loss."""
     peak = matmul_peak(precision)
-    all_of_them = [Contestant("ours", folder, precision)]
+    all_of_them = [Contestant("ours", folder, precision), Contestant("recipe", folder, precision)]
+    if precision == "bf16":
+        all_of_them.append(Contestant("recipe", folder, precision, "nvfp4"))
     all_of_them += [Contestant("peer", folder, precision, mode, tuned) for mode, tuned in modes]
     for contestant in all_of_them:
         contestant.ask("train 2")
@@ -234,11 +275,12 @@ def compare(folder: Path, precision: str, modes, repeats: int, seconds: float, b
             spent += contestant.ask("train 1")["seconds"]
         result = contestant.ask("evaluate")
         contestant.close()
-        ratios = sorted(turn[len(rows)] / turn[0] for turn in times)
+        ratios, recipe = (sorted(turn[len(rows)] / turn[base] for turn in times) for base in (0, 1))
         flops = ROWS * LENGTH / statistics.median(taken) * flops_per_token(config())
         rows.append({
             "contestant": contestant.name, "tokens_per_s": round(ROWS * LENGTH / statistics.median(taken)),
             "ours_is_times_as_fast": [round(r, 2) for r in (ratios[0], statistics.median(ratios), ratios[-1])],
+            "recipe_is_times_as_fast": [round(r, 2) for r in (recipe[0], statistics.median(recipe), recipe[-1])],
             "gflop_per_s": round(flops / 1e9), "share_of_matmul_peak": round(flops / peak, 3),
             "memory_gb": round(result["memory_gb"], 2), "steps": result["steps"],
             "bits_per_byte": round(result["nats"] / 0.6931471805599453 / bytes_per_token, 4),

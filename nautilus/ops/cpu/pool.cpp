@@ -9,14 +9,38 @@
 
 namespace {
 
+// Neighbouring items that one thread takes from the front, and others, once they have none of their own, from the back.
+struct alignas(64) Share {
+  std::atomic<uint64_t> span;  // first item, and the end in the upper half
+
+  bool take(bool front, int64_t& item) {
+    uint64_t now = span.load(std::memory_order_relaxed);
+    for (;;) {
+      uint64_t first = now & UINT32_MAX, end = now >> 32;
+      if (first >= end) return false;
+      item = static_cast<int64_t>(front ? first : end - 1);
+      uint64_t left = front ? now + 1 : now - (uint64_t{1} << 32);
+      if (span.compare_exchange_weak(now, left, std::memory_order_relaxed)) return true;
+    }
+  }
+};
+
+// Each thread goes through neighbours, so that what it reads of memory is one stream: a processor fetches what follows.
 struct Job {
+  static constexpr int64_t MOST = 64;
   Piece piece;
   void* context;
-  int64_t items;
-  std::atomic<int64_t> next{0};
+  int64_t count;
+  Share shares[MOST];
+
+  Job(Piece does, void* with, int64_t items, int threads) : piece(does), context(with), count(threads < MOST ? threads : MOST) {
+    for (uint64_t i = 0, n = static_cast<uint64_t>(items), parts = static_cast<uint64_t>(count); i < parts; i++)
+      shares[i].span.store(n * i / parts | n * (i + 1) / parts << 32, std::memory_order_relaxed);
+  }
 
   void work(int thread) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) piece(context, item, thread);
+    for (int64_t i = 0, item = 0; i < count; i++)
+      while (shares[(thread + i) % count].take(i == 0, item)) piece(context, item, thread);
   }
 };
 
@@ -107,12 +131,12 @@ void borrow_team(void* parallel, void* thread_number) {
 }
 
 void run_pieces(int threads, int64_t items, Piece piece, void* context) {
-  Job job;
-  job.piece = piece;
-  job.context = context;
-  job.items = items;
   if (items < threads) threads = static_cast<int>(items);
-  if (threads <= 1) return job.work(0);
+  if (threads <= 1) {
+    for (int64_t item = 0; item < items; item++) piece(context, item, 0);
+    return;
+  }
+  Job job(piece, context, items, threads);
   if (borrowed_parallel) return borrowed_parallel(join_in, &job, static_cast<unsigned>(threads), 0);
   // Never destroyed: at exit other threads may still be inside.
   static Pool* pool = new Pool;

@@ -225,7 +225,7 @@ void quant_rows(const QuantRows* f, int64_t row) {
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-constexpr int64_t AHEAD = 4096;  // bytes of codes that are on their way from memory, with their scales
+constexpr int64_t AHEAD = 4096;  // bytes of codes that are on their way from memory, with their scales, in a stream
 constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
@@ -234,27 +234,40 @@ struct Row {
   const int32_t* sum;
 };
 
-// Lines of the block that are wanted some groups later. Always inline: gcc takes a function of prefetches alone for one that
-// does nothing, and leaves out its calls.
-template <class K, int V>
-__attribute__((always_inline)) inline void fetch(const Panel* panels, int64_t g) {
-  constexpr int64_t BYTES = GROUP * ROWS * K::BITS / 8, GROUPS = AHEAD / (PANELS * BYTES);
-  constexpr int64_t SCALES = K::SCALES * QUANT_COLUMNS * K::SCALE_BYTES;
-  g += GROUPS;
-  UNROLL for (int line = 0; line < V * BYTES; line += 64) prefetch_far(panels[0].codes + g * PANELS * BYTES + line);
+// Both always inline: gcc takes a function of prefetches alone for one that does nothing, and leaves out its calls.
+//
+// Four panels at once: lines of the block that are wanted some groups later.
+template <class K>
+__attribute__((always_inline)) inline void fetch_along(const Panel* panels, int64_t g) {
+  constexpr int64_t BYTES = PANELS * GROUP * ROWS * K::BITS / 8, SCALES = K::SCALES * QUANT_COLUMNS * K::SCALE_BYTES;
+  g += AHEAD / BYTES;
+  UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(panels[0].codes + g * BYTES + line);
   const char* scale = static_cast<const char*>(panels[0].scale) + (g >> panels[0].shift) * SCALES;
   UNROLL for (int line = 0; line < SCALES; line += 64) prefetch_far(scale + line);
 }
 
+// One panel at a time: with each of the four, a part of the next block. It is used long after, and from the second cache.
+struct Next {
+  const uint8_t* codes;
+  const char* scale;
+  int64_t scale_step;
+};
+template <class K>
+__attribute__((always_inline)) inline void fetch_next(const Next& next, int64_t g) {
+  constexpr int64_t BYTES = GROUP * ROWS * K::BITS / 8;
+  UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(next.codes + g * BYTES + line);
+  prefetch_far(next.scale + g * next.scale_step);
+}
+
 // M rows of activations with V panels of sixteen rows of W: y[m][v][row].
 template <class K, int M, int V>
-void tile(const Row* x, const Panel* panels, int64_t n, float* y) {
+void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float* y) {
   constexpr int QUADS = GROUP / 4 / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
   const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
   F acc[M * V * VECTORS];
   UNROLL for (int j = 0; j < M * V * VECTORS; j++) acc[j] = set(0.0f);
   for (int64_t g = 0; g < n; g++) {
-    fetch<K, V>(panels, g);
+    V == PANELS ? fetch_along<K>(panels, g) : fetch_next<K>(next, g);
     UNROLL for (int v = 0; v < V; v++) {
       const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
       UNROLL for (int i = 0; i < VECTORS; i++) {
@@ -316,6 +329,12 @@ struct Item {
                   static_cast<const char*>(w.scale) + scale * scale_bytes(w), w.zero ? w.zero + scale : nullptr, shift};
     }
   }
+  Next next(int v) const {
+    Sizes sizes(f->w);
+    int64_t scales = sizes.block_scales() * scale_bytes(f->w), part = scales / PANELS;
+    return {panel[0].codes + sizes.block() + v * sizes.units * sizes.unit,
+            static_cast<const char*>(panel[0].scale) + scales + v * part, part / sizes.units};
+  }
   int64_t source(int64_t row) const { return f->source ? f->source[row] / f->per_source : row; }
 
   // y[row][column + j] for `count` columns from `values`.
@@ -345,12 +364,12 @@ void rows(const Item& item, int64_t row) {
   // Few rows: four panels at once read memory as one stream. Many rows: one panel at a time leaves registers for them.
   constexpr bool STREAM = M * VECTORS <= MOST_STREAMED;
   if (STREAM && item.some == PANELS) {
-    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, n, y);
+    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, {}, n, y);
     for (int m = 0; m < M; m++) item.put(row + m, 0, y + m * QUANT_COLUMNS, item.columns, factor);
     return;
   }
   for (int v = 0; v < item.some; v++) {
-    tile<K, M, 1>(x, item.panel + v, n, y);
+    tile<K, M, 1>(x, item.panel + v, item.next(v), n, y);
     int64_t left = item.columns - v * ROWS;
     for (int m = 0; m < M; m++) item.put(row + m, v * ROWS, y + m * ROWS, left < ROWS ? left : ROWS, factor);
   }
