@@ -244,6 +244,7 @@ struct Route {
 struct ReadAll {
   const int64_t* memory;
   int64_t count;
+  int64_t ahead;    // bytes that are fetched ahead, 0: left to the processor
   int64_t sum[64];  // of the threads
 };
 enum { READ_BLOCK = 1 << 17, READ_THREADS = 64 };

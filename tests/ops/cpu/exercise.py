@@ -174,9 +174,10 @@ def everything():
     for size in ROUTES:
         route(*size)
     numbers = torch.arange(999)
-    read = ReadAll(library.pointer(numbers), len(numbers))
-    library.call("nautilus_read_all", read)
-    assert sum(read.sum) == numbers.sum()
+    for ahead in (0, 4096):
+        read = ReadAll(library.pointer(numbers), len(numbers), ahead)
+        library.call("nautilus_read_all", read)
+        assert sum(read.sum) == numbers.sum()
 
 
 def main(file: str):
