@@ -39,6 +39,10 @@ def checkpoint_of(source: str | Path) -> str | Path:
     """The model folder of a run; anything else as it is."""
     from nautilus.runtime import Run, UserError, is_run, repair
 
+    try:
+        Path(source).exists()
+    except (OSError, TypeError, ValueError) as bad:
+        raise UserError(f"{str(source)[:80]!r} can be no run, folder or hub id: {type(bad).__name__}") from bad
     if Path(source).parent.is_dir():
         repair(source)
     if not is_run(source):

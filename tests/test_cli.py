@@ -185,6 +185,9 @@ def test_python_m_nautilus_is_the_command():
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "Permission denied: '/x'"),
         (ModuleNotFoundError("No module named 'datasets'"), 2, "No module named 'datasets'"),
         (KeyboardInterrupt(), 130, "nautilus: interrupted.\n"),
+        (type("PanicException", (BaseException,), {})("index out of bounds"), 1, "PanicException: index out of"),
+        (AssertionError("ours"), 1, "AssertionError: ours"),
+        (UserError("no tensor \x1b[31mred"), 2, r"no tensor \x1b[31mred"),
     ],
 )
 def test_an_error_ends_in_one_message(play, capsys, error, status, message):

@@ -53,7 +53,8 @@ Settings are written a.b=v or --a.b v; a hyphen equals an underscore. Every comm
 LONGEST = 5000  # characters of a message; what it quotes from a file may be of any length
 MISTAKES = (ValueError, OSError, ImportError)
 # Nothing that a person gives should lead here; where it does, one line is still better than a page.
-FAILURES = (RuntimeError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError)
+FAILURES = (RuntimeError, MemoryError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError)
+PANIC = "PanicException"  # of libraries in Rust: no Exception, and of a class that cannot be imported
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -71,12 +72,15 @@ def main(words: Sequence[str] | None = None) -> int:
         return 141
     except MISTAKES as bad:
         return complain(explain(bad), 2)
-    except FAILURES as bad:
+    except BaseException as bad:
+        if not isinstance(bad, FAILURES) and type(bad).__name__ != PANIC:
+            raise
         return complain(f"failed: {type(bad).__name__}: {bad} (add --traceback to see where)", 1)
 
 
 def complain(message: str, status: int) -> int:
     cut = f"{message[:LONGEST]} …" if len(message) > LONGEST else message
+    cut = "".join(sign if sign.isprintable() or sign in "\n\t" else repr(sign)[1:-1] for sign in cut)
     print(f"nautilus: {cut}", file=sys.stderr)
     return status
 

@@ -221,9 +221,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         raise UserError(
             f"no tokenizer.json in {folder}; a checkpoint folder needs one (nautilus and transformers write it)"
         )
+    text = read_text(folder / "tokenizer.json")
     try:
-        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as bad:  # the tokenizers library raises nothing narrower
+        core = tokenizers.Tokenizer.from_str(text)
+    except BaseException as bad:  # the tokenizers library raises nothing narrower, and its panics are no Exception
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
     config, generation = (
         read_json(folder / name) if (folder / name).exists() else {}

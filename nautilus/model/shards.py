@@ -89,11 +89,12 @@ def shard_files(folder: Path) -> list[Path]:
         if not isinstance(index, dict) or not index:
             raise UserError(f"{folder / INDEX} has no weight_map; copy or download it again")
         names = sorted({str(name) for name in index.values()})
-        absent = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        here = {path.name for path in folder.iterdir() if path.is_file()}  # so that no name leads out of the folder
+        absent = [name for name in names if name not in here]
         if absent:
             raise UserError(
                 f"{folder / INDEX} lists {len(names)} files, of which {len(absent)} are not in the folder: "
-                f"{', '.join(absent[:5])}; copy or download them"
+                f"{', '.join(name[:80] for name in absent[:5])}; copy or download them"
             )
         return [folder / name for name in names]
     if (folder / SINGLE).is_file():
@@ -113,6 +114,15 @@ def opened(file: Path) -> Iterator:
             f"{file} ({file.stat().st_size:,} bytes) is no complete safetensors file: {bad}; it is truncated or of "
             f"another kind; copy or download it again"
         ) from bad
+    except (OSError, MemoryError) as bad:
+        raise unmapped(file, bad) from bad
+
+
+def unmapped(file: Path, bad: Exception) -> UserError:
+    return UserError(
+        f"cannot map {file} ({file.stat().st_size:,} bytes) into memory: {bad}; see whether it may be read and whether"
+        f" ulimit -v leaves room for it"
+    )
 
 
 def read_tensors(stored: dict[str, Stored], soon: Callable[[str], bool] = bool) -> Iterator[tuple[str, Tensor]]:
@@ -136,7 +146,10 @@ def read_tensors(stored: dict[str, Stored], soon: Callable[[str], bool] = bool) 
 def mapped(file: Path) -> mmap.mmap:
     with open(file, "rb") as whole:
         flags, access = mmap.MAP_PRIVATE | NO_RESERVE, mmap.PROT_READ | mmap.PROT_WRITE
-        return mmap.mmap(whole.fileno(), 0, flags=flags, prot=access)
+        try:
+            return mmap.mmap(whole.fileno(), 0, flags=flags, prot=access)
+        except (OSError, ValueError) as bad:  # no room; a file that has become empty
+            raise unmapped(file, bad) from bad
 
 
 def view_of(memory: mmap.mmap, where: Stored) -> Tensor:

@@ -40,6 +40,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     files' own memory, copied where they are written to: such a file may be replaced, but not changed in place, while
     the model is in use.
     """
+    refuse_place(source, dtype, device)
     folder = local_folder(source)
     found = check_folder(folder)
     held, schemes, wrong = read_modules(found, device)
@@ -50,6 +51,21 @@ def load_model(source: str | Path, *, dtype: torch.dtype | None = None, device="
     fill(model, found, held, device)
     model.quantised = record(found, schemes)
     return model
+
+
+def refuse_place(source: str | Path, dtype: torch.dtype | None, device) -> None:
+    """UserError, before anything is read, for a type that models do not have or a device that is not here."""
+    if dtype not in (None, *READABLE.values(), torch.float64):
+        raise UserError(
+            f"{source} was asked for with dtype={dtype!r}; give None (as stored), torch.bfloat16, torch.float16,"
+            f" torch.float32 or torch.float64"
+        )
+    try:
+        place = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as bad:  # what torch raises differs from device to device
+        raise UserError(f"{source} was asked for with device={device!r}, which cannot be used here ({bad})") from bad
+    if place.type == "meta":
+        raise UserError(f"{source} was asked for with device={device!r}, which holds no weights; give cpu or cuda")
 
 
 def check_folder(folder: Path) -> Contents:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nautilus.runtime.errors import UserError, disk_errors
 
+LARGEST = 1 << 27  # bytes of a file that is read as a whole: a parsed one takes many times that memory
 DEEPEST = 64  # levels of a JSON file: whoever walks through one may recurse
 
 
@@ -22,6 +23,8 @@ def read_text(path: str | Path, cure: str = "copy or download it again") -> str:
     try:
         if not path.is_file():  # a pipe would be waited for without end
             raise UserError(f"{path.parent} has no {path.name}{' that is a file' if path.exists() else ''}; {cure}")
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path} has {size:,} bytes, where no such file has more than {LARGEST:,}; {cure}")
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as bad:
         raise UserError(f"cannot read {path} ({bad}); {cure}") from bad

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from nautilus.config.keys import short
 from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import TextStream, Tokenizer
 from nautilus.model.language import Language
@@ -26,7 +28,7 @@ from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
 from nautilus.serve.memory import Berth, Berths, point
-from nautilus.serve.sample import Sampling, draw
+from nautilus.serve.sample import Sampling, draw, whole
 
 log = logging.getLogger("nautilus.serve")
 Prompt = str | Sequence[int] | Sequence[Mapping]
@@ -120,14 +122,16 @@ class Engine:
     ):
         positions = model.config.positions
         self.max_tokens = positions if max_tokens is None else max_tokens
-        if not 1 < self.max_tokens <= positions:
+        if not whole(self.max_tokens) or not 1 < self.max_tokens <= positions:
             raise UserError(
                 f"an engine of max_tokens={self.max_tokens} was asked for; the model has positions={positions}: "
                 f"choose from 2 to {positions}"
             )
-        if rows < 1 or chunk < 1:
-            raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be at least 1")
-        self.model, self.tokenizer, self.chunk = model, tokenizer, chunk
+        if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
+            raise UserError(
+                f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1"
+            )
+        self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
         self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache, state=stored)
         self.packs: Packs = {}
@@ -142,6 +146,10 @@ class Engine:
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()
     ) -> list[Completion]:
         """The answers to several prompts, in their order. Each gets the tokens that it would get alone."""
+        if isinstance(prompts, str | Mapping | None):
+            raise UserError(
+                f"answers to {short(prompts)} were asked for; give a list of prompts, or use stream for one"
+            )
         samplings = [sampling] * len(prompts) if isinstance(sampling, Sampling) else sampling
         if len(samplings) != len(prompts):
             raise UserError(
@@ -168,12 +176,21 @@ class Engine:
     def tokens(self, prompt: Prompt) -> list[int]:
         """The tokens of messages, by the chat template; of text, begun as its tokenizer does; tokens as they are."""
         if isinstance(prompt, str):
-            begin = self.tokenizer.core.encode("").ids  # a start token in Llama's file, nothing in Nemotron's
-            return begin + self.tokenizer.encode(prompt)
-        messages = [part for part in prompt if isinstance(part, Mapping)]
-        return (
-            chat_tokens(self.tokenizer, messages) if messages else [int(token) for token in cast(Sequence[int], prompt)]
-        )
+            # It begins with a start token in Llama's file, with nothing in Nemotron's.
+            return self.tokenizer.core.encode("").ids + self.tokenizer.encode(prompt)
+        try:
+            if isinstance(prompt, Mapping | bytes):
+                raise TypeError(f"it is one {type(prompt).__name__}")
+            parts = [*prompt]
+            if not any(isinstance(part, Mapping) for part in parts):
+                return [operator.index(token) for token in cast(list[int], parts)]
+            if strange := [part for part in parts if not isinstance(part, Mapping)]:
+                raise TypeError(f"{short(strange[0])} stands among its messages")
+        except TypeError as bad:
+            raise UserError(
+                f"an answer to the prompt {short(prompt)} was asked for, but {bad}; give text, messages or token ids"
+            ) from bad
+        return chat_tokens(self.tokenizer, cast(list[Mapping], parts))
 
     def checked(self, tokens: list[int]) -> list[int]:
         config = self.model.config
@@ -203,6 +220,11 @@ class Engine:
                     request = waiting.popleft()
                     running[berth.slot] = request, berth
                     yield from self.accept([request], self.prefill(request.tokens, berth))
+                if waiting and not running:  # nobody here will leave room
+                    raise UserError(
+                        f"{len(waiting)} answers were asked for, but streams that nobody reads on fill the engine of"
+                        f" rows={self.rows} and max_tokens={self.max_tokens}; read or close them, or give more rows"
+                    )
                 for slot in [slot for slot, (request, _) in running.items() if request.finished]:
                     self.berths.give_back(running.pop(slot)[1])
                 if running:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from nautilus.config.keys import short
 from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory
 from nautilus.model.language import Language
 from nautilus.ops.pages import PAGE, Rows
 from nautilus.ops.state_format import EXACT, StateFormat
+from nautilus.runtime import UserError
 
 SHARE = 0.25  # of the machine's memory that keys and values may take
 
@@ -43,17 +45,23 @@ class Berths:
         affordable = int(SHARE * memory_bytes() / per_token) // PAGE if per_token else 0
         self.most = pages
         count = max(pages, min(rows * pages, affordable))
-        self.layers = new_memory(
-            config,
-            slots=rows,
-            pages=count,
-            dtype=model.compute,
-            cache=cache,
-            device=device,
-            scales=model.cache_scales,
-            state=state,
-            window=window,
-        )
+        try:
+            self.layers = new_memory(
+                config,
+                slots=rows,
+                pages=count,
+                dtype=model.compute,
+                cache=cache,
+                device=device,
+                scales=model.cache_scales,
+                state=state,
+                window=window,
+            )
+        except (MemoryError, OSError, OverflowError, RuntimeError) as bad:  # the system's words for it, and torch's
+            raise UserError(
+                f"room for {rows} requests of {max_tokens} tokens was asked for, but there is no memory for their"
+                f" states, keys and values ({short(bad)}); give fewer rows or max_tokens"
+            ) from bad
         self.device, self.slots, self.pages = device, list(range(rows)), list(range(count))
 
     def take(self, tokens: int) -> Berth | None:

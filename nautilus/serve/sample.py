@@ -14,7 +14,8 @@ a text was cut and resumed, change what is drawn.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import numbers
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,18 +45,42 @@ class Sampling:
     )
 
     def __post_init__(self):
-        texts = not isinstance(self.stop, str) and all(isinstance(text, str) and text for text in self.stop)
         for name, holds, advice in (
-            ("temperature", 0 <= self.temperature < math.inf, "be 0 (greedy) or a positive number"),
-            ("top_k", self.top_k >= 0, "be 0 (keep all tokens) or how many to keep"),
-            ("top_p", 0 < self.top_p <= 1, "lie in (0, 1]; 1 keeps all tokens"),
-            ("min_p", 0 <= self.min_p <= 1, "lie in [0, 1]; 0 keeps all tokens"),
-            ("seed", 0 <= self.seed < 1 << 64, "lie in [0, 2^64); choose another"),
-            ("max_tokens", self.max_tokens >= 1, "be at least 1; ask for a token or more"),
-            ("stop", texts, "be a tuple of strings that are not empty, such as ('###',)"),
+            ("temperature", real(self.temperature) and 0 <= self.temperature < math.inf, "be 0 (greedy) or positive"),
+            (
+                "top_k",
+                whole(self.top_k) and self.top_k >= 0,
+                "be 0 (keep all tokens) or how many to keep, a whole number",
+            ),
+            ("top_p", real(self.top_p) and 0 < self.top_p <= 1, "lie in (0, 1]; 1 keeps all tokens"),
+            ("min_p", real(self.min_p) and 0 <= self.min_p <= 1, "lie in [0, 1]; 0 keeps all tokens"),
+            ("seed", whole(self.seed) and 0 <= self.seed < 1 << 64, "be a whole number in [0, 2^64); choose another"),
+            (
+                "max_tokens",
+                whole(self.max_tokens) and self.max_tokens >= 1,
+                "be a whole number, at least 1; ask for a token or more",
+            ),
+            ("stop", listed(self.stop, text), "be a tuple of strings that are not empty, such as ('###',)"),
+            ("stop_tokens", listed(self.stop_tokens, whole), "be a tuple of token ids"),
         ):
             if not holds:
                 raise UserError(f"sampling.{name}={getattr(self, name)!r} was asked for; it must {advice}")
+
+
+def whole(value: object) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def listed(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and all(map(fits, value))
+
+
+def text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
 
 
 def draw(logits_BV: Tensor, samplings: Sequence[Sampling], positions: Sequence[int]) -> list[tuple[int, float]]:

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from nautilus.data.chat import ChatSettings, chat_tokens, guard_of, render, supervised_tokens
 from nautilus.data.template import compiled, render_template, template_text
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.runtime import UserError
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -207,6 +208,12 @@ def test_a_message_that_cannot_be_rendered_is_named(tokenizer, message, complain
     for function in (render, chat_tokens):
         with pytest.raises(ValueError, match=complaint):
             function(tokenizer, [message])
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' | urlize(rel=5) }}", "{{ 'a' | truncate(-1) }}", "{{ cycler() }}"])
+def test_a_template_that_breaks_a_filter_is_refused(template):
+    with pytest.raises(UserError, match="the chat template cannot render"):
+        render_template(template, {})
 
 
 def test_settings_that_the_renderer_owns_cannot_be_replaced(tokenizer):

@@ -169,6 +169,8 @@ def test_special_words_and_templates_are_read_in_every_spelling(tokenizer, tmp_p
         ("tokenizer.json", "[]", "tokenizer.json is no tokenizer"),
         ("tokenizer.json", "{}", "tokenizer.json is no tokenizer"),
         ("tokenizer.json", '{"model": {"type": "BPE"}}', "is no tokenizer"),
+        # What makes the library panic.
+        ("tokenizer.json", '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}}', "is no tokenizer"),
         ("tokenizer_config.json", "{", "tokenizer_config.json is not valid JSON"),
         ("tokenizer_config.json", "7", "holds int, not an object"),
         ("tokenizer_config.json", '{"eos_token": "</s>", "chat_template": 7}', "chat_template is 7, not text"),

@@ -418,11 +418,35 @@ def test_an_index_that_names_an_absent_file_is_refused(tmp_path, saved):
         load_model(tmp_path / "model")
 
 
-def test_an_index_cannot_lead_out_of_the_folder(copy, saved):
-    outside = saved[0] / "model.safetensors"
-    index = {"weight_map": {"lm_head.weight": str(outside)}}
+@pytest.mark.parametrize("name", ["../copy/model.safetensors", "x" * 5000, "a\0b", ".", ""])
+def test_an_index_cannot_lead_out_of_the_folder(copy, saved, name):
+    index = {"weight_map": {"lm_head.weight": str(saved[0] / "model.safetensors"), "a": name}}
     (copy / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="1 are not in the folder"):
+    with pytest.raises(UserError, match="2 are not in the folder"):
+        load_model(copy)
+
+
+@pytest.mark.parametrize(
+    "place, message",
+    [
+        ({"dtype": "bf16"}, "dtype='bf16'; give None"),
+        ({"dtype": torch.int8}, "dtype=torch.int8; give None"),
+        ({"dtype": torch.float8_e4m3fn}, "dtype=torch.float8_e4m3fn; give None"),
+        ({"device": "nowhere"}, "device='nowhere', which cannot be used here"),
+        ({"device": "meta"}, "device='meta', which holds no weights"),
+    ],
+)
+def test_a_place_that_cannot_hold_a_model_is_refused(saved, place, message):
+    with pytest.raises(UserError, match=message):
+        load_model(saved[0], **place)
+
+
+def test_a_file_for_which_there_is_no_address_space_is_named(copy, saved, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(shards.mmap, "mmap", full)
+    with pytest.raises(UserError, match=r"cannot map .*model.safetensors .* ulimit -v"):
         load_model(copy)
 
 

@@ -248,6 +248,13 @@ def test_a_file_that_holds_no_json_object_is_named_with_what_to_do(tmp_path, con
         read_json(tmp_path / "a.json", "do this")
 
 
+def test_a_file_larger_than_any_such_file_is_not_read(tmp_path):
+    (tmp_path / "a.json").touch()
+    os.truncate(tmp_path / "a.json", 1 << 36)
+    with pytest.raises(UserError, match=f"a.json has {1 << 36:,} bytes, .*; do this"):
+        read_json(tmp_path / "a.json", "do this")
+
+
 def test_a_file_as_deep_as_allowed_is_read(tmp_path):
     (tmp_path / "a.json").write_text('{"é": ' + "[" * 63 + "]" * 63 + "}")
     assert list(read_json(tmp_path / "a.json")) == ["é"]

@@ -13,6 +13,7 @@ from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
+from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 
 torch.set_num_threads(1)
@@ -216,6 +217,12 @@ def test_only_the_last_position_of_a_chunk_is_given_to_the_head(monkeypatch):
         ([3, VOCAB], {}, rf"token {VOCAB}, the model knows 0 to {VOCAB - 1}; use the tokenizer"),
         ([-1], {}, r"token -1"),
         ([1] * 8, {"max_tokens": 8}, r"8 tokens .* max_tokens=8 .* shorten the prompt"),
+        ([1.7, 2], {}, r"\[1.7, 2\] was asked for, .*float.*; give text"),
+        (["a"], {}, r"\['a'\] was asked for, .*str.*; give text"),
+        (None, {}, r"None was asked for, .*; give text"),
+        (b"abc", {}, r"it is one bytes; give text"),
+        ({"role": "user", "content": "hi"}, {}, r"it is one dict; give text"),
+        ([{"role": "user", "content": "hi"}, 5], {}, r"5 stands among its messages; give text"),
     ],
 )
 def test_a_bad_prompt_is_refused_before_the_first_piece_is_asked_for(prompt, limits, message):
@@ -223,11 +230,37 @@ def test_a_bad_prompt_is_refused_before_the_first_piece_is_asked_for(prompt, lim
         Engine(MODEL, TOKENIZER, **limits).stream(prompt)
 
 
-@pytest.mark.parametrize("limits", [{"max_tokens": 1}, {"max_tokens": 1 << 40}, {"rows": 0}, {"chunk": 0}])
+@pytest.mark.parametrize(
+    "limits",
+    [{"max_tokens": 1}, {"max_tokens": 1 << 40}, {"rows": 0}, {"chunk": 0}, {"rows": 1.5}, {"chunk": 2.5}],
+)
 def test_a_bad_limit_is_refused_with_its_name_and_its_value(limits):
     name, value = next(iter(limits.items()))
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(UserError, match=f"{name}={value}"):
         Engine(MODEL, TOKENIZER, **limits)
+
+
+@pytest.mark.parametrize("rows", [10**13, 10**30])
+def test_requests_for_which_there_is_no_memory_are_refused(rows):
+    with pytest.raises(UserError, match=rf"{rows} requests of 9 tokens .* no memory .* fewer rows"):
+        Engine(MODEL, TOKENIZER, max_tokens=9, rows=rows)
+
+
+@pytest.mark.timeout(60)
+def test_a_stream_that_nobody_reads_on_is_not_waited_for():
+    engine = Engine(ENDLESS, UNENDING, max_tokens=64, rows=1)
+    stream = engine.stream([1, 2], GREEDY)
+    first = next(stream)
+    with pytest.raises(UserError, match=r"1 answers .* nobody reads on .* rows=1 .* close them"):
+        engine.generate([[3]], GREEDY)
+    assert len([first, *stream]) == GREEDY.max_tokens
+    assert len(engine.generate([[3]], GREEDY)[0].tokens) == GREEDY.max_tokens
+
+
+@pytest.mark.parametrize("prompts", ["abc", None])
+def test_one_prompt_is_no_list_of_prompts(prompts):
+    with pytest.raises(UserError, match=f"answers to {prompts!r} .* a list of prompts, or use stream"):
+        Engine(MODEL, TOKENIZER).generate(prompts)
 
 
 def test_a_list_of_samplings_must_fit_the_prompts():

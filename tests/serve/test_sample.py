@@ -186,7 +186,10 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(value, temperat
         *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
         *[("seed", value) for value in (-1, 2**64)],
         ("max_tokens", 0),
-        *[("stop", value) for value in ("word", ("a", ""), (3,))],
+        *[("stop", value) for value in ("word", ("a", ""), (3,), None)],
+        *[("stop_tokens", value) for value in (5, "ab", ("x",), (1.5,))],
+        *[(name, value) for name in ("top_k", "seed", "max_tokens") for value in (1.5, True, "a", None)],
+        *[(name, value) for name in ("temperature", "top_p", "min_p") for value in ("a", None)],
     ],
 )
 def test_a_bad_value_is_refused_with_its_name_and_its_value(name, value):
