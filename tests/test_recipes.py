@@ -25,6 +25,8 @@ TRIED = {
     "curate": "data={text} out={out} filters=repetition workers=1",
     "pretrain": f"toy data={{text}} out={{out}} {SMALL}",
     "demo": f"data={{text}} out={{out}} {SMALL}",
+    "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
+    "optim.warmup=0,model.vocab=400",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
 }
 
@@ -76,6 +78,14 @@ def test_a_training_recipe_leaves_a_whole_run(name, places, tmp_path, capsys):
     model, tokenizer = nautilus.load(out)
     assert model.config.vocab == 400 and tokenizer.encode("comes before")
     assert json.loads(left.config.read_text())["settings"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_a_comparison_leaves_a_report(places, tmp_path, capsys):
+    assert run("compare", text=places["text"], out=tmp_path / "out") == 0
+    shown = capsys.readouterr().out
+    assert "no interval" in shown and str(tmp_path / "out" / "report.html") in shown
+    assert "plateau" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -30,6 +30,9 @@ COMMANDS = {
     "demo": Command("nautilus.recipes.demo", "train a small model here, write its report, let it talk"),
     "curate": Command("nautilus.recipes.curate", "make text worth training on out of raw text"),
     "pretrain": Command("nautilus.recipes.pretrain", "train a model of any preset from plain text"),
+    "compare": Command(
+        "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
+    ),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),

@@ -57,6 +57,9 @@ class Site:
         return How(
             format="mxfp8" if now.recipe == "mxfp8" else self.format,
             forward=now.recipe != "table_backward",
+            rotate=now.table.rotate,
+            stochastic=now.table.stochastic,
+            square=now.table.square,
             seed=now.seed,
             step=now.step,
             stream=self.number * USES,

@@ -9,7 +9,7 @@ G groups of rows (one, or the experts), each with a matrix of its own.
 Everything is quantised from the bf16 original (W: the master rounded to bf16), never from something quantised. Turned:
 the Hadamard rotation of `encode.py` on 16 neighbouring rows, rounded to bf16; both sides turn alike, so the product is
 what it was. Each operand has one tensor scale for each group; the rotated one has its own. MXFP8: blocks of 32 along
-the axis that is summed over, for W too; no rotation, nothing stochastic.
+the axis that is summed over, for W too; no rotation, nothing stochastic. `How` can leave out each technique of NVFP4.
 
     y = (sum over the summed axis of (q s)_a (q s)_b) * (amax_a amax_b / 2688^2)            s block scale
 
@@ -54,6 +54,9 @@ class How:
 
     format: str  # nvfp4, mxfp8
     forward: bool = True  # false: the forward product alone is in bf16
+    rotate: bool = True  # NVFP4's techniques, which are left out only to measure what they are good for
+    stochastic: bool = True
+    square: bool = True
     seed: int = 0
     step: int = 0
     stream: int = 0  # different for every matrix, a multiple of 2
@@ -63,8 +66,15 @@ class How:
 
     def trip(self, axis: str, *, turn: bool = False, zipped: bool = False, noise: int | None = None) -> Trip:
         four = self.format == "nvfp4"
-        address = None if noise is None or not four else (self.seed, self.step, self.stream + noise, self.row)
-        return Trip(format=self.format, axis=axis, turn=turn and four, zipped=zipped, address=address)
+        drawn = noise is not None and four and self.stochastic
+        address = (self.seed, self.step, self.stream + (noise or 0), self.row) if drawn else None
+        return Trip(format=self.format, axis=axis, turn=turn and four and self.rotate, zipped=zipped, address=address)
+
+    @property
+    def one_weight(self) -> bool:
+        """Whether both products with the weight read the same codes: blocks of 1x16 or 1x32 lie along the axis that is
+        summed over, which is another one in the backward."""
+        return self.format == "nvfp4" and self.square
 
 
 class Operand(NamedTuple):
@@ -106,13 +116,13 @@ class LowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_RI, weight_GOI, first, how):
         engine = engine_for(x_RI, weight_GOI)
-        weight = quantised_weight(engine, weight_GOI, how, "tiles" if how.format == "nvfp4" else "rows")
+        weight = quantised_weight(engine, weight_GOI, how, "tiles" if how.one_weight else "rows")
         if how.forward:
             x, w = quantised(engine, x_RI, first, how, "x", how.trip("rows")), weight
         else:
             x, w = Operand(x_RI.detach().contiguous(), None), Operand(weight_GOI.detach().bfloat16().contiguous(), None)
-        # MXFP8 quantises W along outputs for the backward: another copy.
-        kept = weight if how.format == "nvfp4" else Operand(weight.values.new_empty(0), None)
+        # Without square blocks W is quantised along outputs for the backward: another copy.
+        kept = weight if how.one_weight else Operand(weight.values.new_empty(0), None)
         ctx.save_for_backward(x_RI, weight_GOI, first, *kept)
         ctx.how = how
         return engine.product("forward", x.values, w.values, (x.top_G, w.top_G), first, torch.bfloat16)
@@ -125,7 +135,7 @@ class LowProduct(torch.autograd.Function):
         dy_RO = dy_RO.to(torch.bfloat16).contiguous()
         if ctx.needs_input_grad[0]:
             w = Operand(*kept)
-            if how.format == "mxfp8":
+            if not how.one_weight:
                 w = quantised_weight(engine, weight_GOI, how, "columns")
             dy = quantised(engine, dy_RO, first, how, "dy", how.trip("rows", noise=0))
             dx = engine.product("inputs", dy.values, w.values, (dy.top_G, w.top_G), first, torch.bfloat16)

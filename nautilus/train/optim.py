@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ SHAPES: dict[str, Callable[[float], float]] = {
 }
 
 
-def setting(default, text: str):
+def setting(default: Any, text: str) -> Any:
     """A field with its help text."""
     return field(default=default, metadata={"help": text})
 

@@ -1,6 +1,7 @@
 """Which matrices train in few bits, when, and that nothing else about a model changes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -74,6 +75,16 @@ def test_the_map_by_names_of_released_tensors():
     assert format_of("backbone.layers.1.mixer.gate", config, table) == "bf16"
     assert {format_of(n, config, table) for n in named if n.startswith(("mtp.", "lm_head"))} == {"bf16"}
     assert format_of("backbone.layers.1.mixer.shared_experts.up_proj", config, table) == "nvfp4"
+
+
+def test_the_switches_of_the_table_reach_every_matrix():
+    for switch in ("rotate", "stochastic", "square"):
+        model = build(dataclasses.replace(NVFP4, **{switch: False}))
+        hows = [
+            m.site.how(True) for m in model.modules() if isinstance(m, Linear | ExpertWeights) and m.site is not None
+        ]
+        told = {(how.rotate, how.stochastic, how.square) for how in hows}
+        assert told == {tuple(name != switch for name in ("rotate", "stochastic", "square"))}
 
 
 def test_a_share_of_layers_is_rounded_up_where_no_number_is_given():

@@ -1,0 +1,1 @@
+"""Questions asked with everything below: what is compared, and how many trainings are carried through."""
