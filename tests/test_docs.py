@@ -1,5 +1,7 @@
 """README and docs say what is true: their code runs, their links and files exist, their lists are complete."""
 
+import contextlib
+import io
 import os
 import pathlib
 import re
@@ -117,6 +119,47 @@ def test_every_file_that_the_papers_page_names_exists():
         if line.startswith("|") and not cells[1].startswith("not yet"):
             absent |= {name for name in named_files(line) if not (ROOT / name).exists()}
     assert sorted(absent) == []
+
+
+def commands_of_the_papers() -> list[str]:
+    """What the rows' third cells tell to run."""
+    found = []
+    for line in prose(ROOT / "docs" / "papers.md").splitlines():
+        cells = line.replace("`|", "` |").strip("|").split(" | ")
+        if line.startswith("|") and len(cells) >= 4:
+            found += re.findall(r"`([^`]+)`", cells[-2])
+    return found
+
+
+def fault_of_command(command: str) -> str:
+    """Why a command could not be run as it stands; empty if it could."""
+    program, *words = shlex.split(command)
+    if program == "nautilus":
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+            return said.getvalue() if main([*words, "--show"] if "--show" not in words else words) else ""
+    absent = []
+    for word in words:
+        place, _, name = word.partition("::")
+        if not re.match(r"(tests|benchmarks)/", word):
+            continue
+        if not (ROOT / place).exists() or (name and f"\ndef {name}(" not in (ROOT / place).read_text()):
+            absent.append(word)
+    known = program == "pytest" or (program == "python" and bool(words))
+    return f"no {', '.join(absent)}" if absent else "" if known else f"no program {program}"
+
+
+def test_every_command_of_the_papers_page_can_be_given():
+    assert len(commands_of_the_papers()) > 80
+    faults = {command: fault for command in commands_of_the_papers() if (fault := fault_of_command(command))}
+    assert faults == {}
+
+
+def test_commands_that_cannot_be_given_are_found_out():
+    assert "no command" in fault_of_command("nautilus pretrane")
+    assert "no setting" in fault_of_command("nautilus pretrain toy stepps=3")
+    assert fault_of_command("pytest tests/test_docs.py tests/test_nothing.py") == "no tests/test_nothing.py"
+    assert fault_of_command("pytest tests/test_docs.py::test_nothing") == "no tests/test_docs.py::test_nothing"
+    assert fault_of_command("make things") == "no program make"
 
 
 def test_rows_of_the_papers_page_have_all_cells():

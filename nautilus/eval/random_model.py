@@ -42,7 +42,7 @@ def random_model(config: Config, format: str, seed: int = 0) -> Language:
         elif tensor.ndim == 2:
             tensor.normal_(std=std, generator=draw)
         else:
-            tensor.copy_(initial_value(name, tensor, std, len(config.layers), seeded(seed, name)))
+            tensor.copy_(initial_value(name, tensor.shape, std, len(config.layers), seeded(seed, name)))
     return model.eval()
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from nautilus.config import Config
+from nautilus.model.layout import Shape, parameter_table
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "out_proj.weight", "down_proj.weight", "experts.down_proj", "linear.weight")
 
@@ -29,32 +31,41 @@ def seeded(seed: int, name: str) -> torch.Generator:
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: Config, seed: int) -> None:
-    std, depth = config.std, len(config.layers)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+    places = dict([*model.named_parameters(), *model.named_buffers()])
+    for name, value in initial_values(config, seed):
+        places.pop(name).copy_(value)
+    for counter in places.values():
+        counter.zero_()
+
+
+def initial_values(config: Config, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Every stored tensor of a model by its name, one at a time."""
+    std, depth, table = config.std, len(config.layers), parameter_table(config)
+    for name, shape in table.items():
         if name.endswith(".conv1d.bias"):
-            taps = model.get_parameter(name.removesuffix("bias") + "weight").shape[-1]
-            tensor.copy_(uniform(tensor, seeded(seed, name)) / math.sqrt(taps))
+            taps = table[name.removesuffix("bias") + "weight"][-1]
+            yield name, uniform(shape, seeded(seed, name)) / math.sqrt(taps)
         else:
-            tensor.copy_(initial_value(name, tensor, std, depth, seeded(seed, name)))
+            yield name, initial_value(name, shape, std, depth, seeded(seed, name))
 
 
-def uniform(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Draws from [-1, 1) in the tensor's shape."""
-    return 2 * torch.rand(tensor.shape, generator=generator) - 1
+def uniform(shape: Shape, generator: torch.Generator) -> Tensor:
+    """Draws from [-1, 1)."""
+    return 2 * torch.rand(shape, generator=generator) - 1
 
 
-def initial_value(name: str, tensor: Tensor, std: float, depth: int, generator: torch.Generator) -> Tensor:
+def initial_value(name: str, shape: Shape, std: float, depth: int, generator: torch.Generator) -> Tensor:
     if name.endswith(".A_log"):
-        return (1 + 7.5 * (uniform(tensor, generator) + 1)).log()
+        return (1 + 7.5 * (uniform(shape, generator) + 1)).log()
     if name.endswith(".dt_bias"):
-        place = (uniform(tensor, generator) + 1) / 2
+        place = (uniform(shape, generator) + 1) / 2
         dt = torch.exp(math.log(1e-3) + place * math.log(0.1 / 1e-3)).clamp_min(1e-4)
         return dt + torch.log(-torch.expm1(-dt))
     if name.endswith(".conv1d.weight"):
-        return uniform(tensor, generator) / math.sqrt(tensor.shape[-1])
+        return uniform(shape, generator) / math.sqrt(shape[-1])
     if name.endswith(("load_E", "e_score_correction_bias")):
-        return torch.zeros(tensor.shape)
-    if tensor.ndim == 1:
-        return torch.ones(tensor.shape)
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
     scale = std / math.sqrt(depth) if name.endswith(RESIDUAL_OUTPUTS) else std
-    return scale * torch.randn(tensor.shape, generator=generator)
+    return scale * torch.randn(shape, generator=generator)

@@ -32,6 +32,7 @@ from nautilus.model.state import Cache, MambaState, Span, State, StoredMamba, ad
 from nautilus.model.thrift import thrifty
 from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
+from nautilus.ops.loss import weighted_nll
 from nautilus.ops.pages import Pool
 from nautilus.ops.residual import add, embed
 from nautilus.ops.ssd import wide
@@ -131,6 +132,10 @@ class Language(nn.Module):
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Logits, float32 whatever the compute dtype."""
         return linear(hidden_BTD, self.head_weight, wide=True)
+
+    def nll(self, hidden_RD: Tensor, target_R: Tensor, weight_R: Tensor) -> Tensor:
+        """-sum_r weight_r log p(target_r) under the head, a scalar; never all logits at once."""
+        return weighted_nll(hidden_RD, self.head_weight, target_R, weight_R)
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         return self.backbone.embeddings(tokens_BT, self.compute)

@@ -7,7 +7,7 @@ says are errors that name what they are about, and no code that came with a chec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from nautilus.config.keys import short, token_ids
 from nautilus.config.released import read_config
 from nautilus.model.held import REPEATED, Held, Place, put, put_scale
 from nautilus.model.language import Language
-from nautilus.model.layout import STACKED, Slot, layout_of, name_map
+from nautilus.model.layout import STACKED, Slot, layout_of, name_map, parameter_table
 from nautilus.model.packed import Contents, clashes, faults, mixer_of, read_modules, record, sort_tensors
 from nautilus.model.quantised import INSTEAD, declarations
 from nautilus.model.shards import Stored, inventory, read_tensors
@@ -74,6 +74,48 @@ def check_folder(folder: Path) -> Contents:
     refuse_faults(folder, "has quantised matrices that cannot be read", faults(found))
     refuse_differences(folder, found.config, found.plain_slots, found.plain)
     refuse_faults(folder, "does not hold what it says", clashes(found))
+    return found
+
+
+def stored_weights(folder: Path, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a folder that is to be trained, as it is stored, by the model's name for it: one at a time, those
+    of a layer's experts as one. UserError as in `load_model`, for few bits, and for a folder of another config."""
+    found = check_trainable(folder)
+    there, here = parameter_table(found.config), parameter_table(config)
+    if differing := [name for name in here.keys() | there.keys() if here.get(name) != there.get(name)]:
+        raise UserError(
+            f"{folder} holds another model: it differs in {len(differing)} tensors, such as {min(differing)}; leave "
+            f"model settings as they are there"
+        )
+    names: dict[str, list[str]] = {}
+    for name in found.plain:
+        names.setdefault(found.slots[name].parameter, []).append(name)
+    for parameter, own in names.items():
+        tensors = dict(read_tensors({name: found.plain[name] for name in own}))
+        where = (f"{name} in {found.plain[name].file.name}" for name, t in tensors.items() if not finite(t))
+        refuse_broken(folder, list(where))
+        ordered = sorted(own, key=lambda name: (found.slots[name].expert or 0, name == "lm_head.weight"))
+        first = tensors[ordered[0]]
+        if found.slots[ordered[0]].expert is None:
+            refuse_another_head(folder, first, tensors[ordered[-1]])
+            yield parameter, first
+        else:
+            yield parameter, torch.stack([tensors[name] for name in ordered])
+
+
+def check_trainable(folder: Path) -> Contents:
+    """`check_folder`, for weights that are to be trained."""
+    found = check_folder(folder)
+    if found.modules:
+        kinds = sorted({format for _, format, _ in found.formats()} - READABLE.keys())
+        code = (
+            f"import nautilus; model, tokenizer = nautilus.load('{folder}'); "
+            f"model.save('{folder}-bf16', precision='bf16', tokenizer=tokenizer)"
+        )
+        raise UserError(
+            f"{folder} has {len(found.modules):,} matrices in {' and '.join(kinds)}, which cannot be trained; take the "
+            f'BF16 release of the model, or the numbers that its codes stand for: python -c "{code}"'
+        )
     return found
 
 
@@ -214,7 +256,7 @@ def fill(model: Language, found: Contents, held: dict[Place, Held], device) -> N
     for mixer in model.experts_mixers().values():
         mixer.load_E = torch.zeros(mixer.load_E.shape, device=device)
     assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
-    refuse_another_head(found.folder, model, head)
+    refuse_another_head(found.folder, model.head_weight, head)
     put_cache_scales(model, found)
 
 
@@ -239,10 +281,9 @@ def refuse_broken(folder: Path, broken: list[str]) -> None:
         )
 
 
-def refuse_another_head(folder: Path, model: Language, head: Tensor | Packed | None) -> None:
-    if head is None:
+def refuse_another_head(folder: Path, own: Tensor | Packed, head: Tensor | Packed | None) -> None:
+    if head is None or head is own:
         return
-    own = model.head_weight
     dtype = torch.float32 if isinstance(own, Packed) or isinstance(head, Packed) else own.dtype
     if not torch.equal(dense(head, dtype).to(own.device), dense(own, dtype).detach()):
         raise UserError(

@@ -1,9 +1,15 @@
 """Log-probs and cross entropy without ever holding the logits of a whole batch.
 
 Letters: R rows (tokens), D width, V vocabulary. Logits and their softmax are float32 (float64 for float64 input).
+
+A matrix may hold some words of a vocabulary whose others lie elsewhere (`Words`). Then V is what is here, and all
+holders call together: of a chunk of logits only three numbers a row are exchanged.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +22,19 @@ from nautilus.ops.ssd import wide
 
 ELEMENTS = 1 << 21  # logits held at a time in float32: 8 MiB, which stays in a shared cache
 HELD = 1 << 26  # logit gradients kept for one matmul with the hidden states: at most this many elements
+
+
+@dataclass(frozen=True)
+class Words:
+    """The matrix holds the words first .. first + V - 1 only.
+
+    largest, added: over all holders, element by element. Gradients pass through `added` as they are, since what it
+    gives is used alike by all.
+    """
+
+    first: int
+    largest: Callable[[Tensor], Tensor]
+    added: Callable[[Tensor], Tensor]
 
 
 def rows_for(elements: int, vocabulary: int) -> int:
@@ -31,9 +50,30 @@ def token_logprob(hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tenso
     return choose("token_logprob", LOGPROB_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R)
 
 
-def token_logprob_reference(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
+def token_logprob_reference(
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, words: Words | None = None
+) -> Tensor:
     logits_RV = (hidden_RD @ weight_VD.to(hidden_RD.dtype).T).to(wide(hidden_RD.dtype))
-    return logits_RV.log_softmax(-1).gather(-1, target_R[:, None])[:, 0]
+    return logprob_of(logits_RV, target_R, words)
+
+
+def logprob_of(logits_RV: Tensor, target_R: Tensor, words: Words | None) -> Tensor:
+    if words is None:
+        return logits_RV.log_softmax(-1).gather(-1, target_R[:, None])[:, 0]
+    index_R1, here_R1 = own_words(target_R, logits_RV, words)
+    logits_RV = logits_RV - words.largest(logits_RV.detach().amax(-1, keepdim=True))
+    own = torch.stack([logits_RV.exp().sum(-1, keepdim=True), logits_RV.gather(-1, index_R1) * here_R1])
+    sum_R1, target_R1 = words.added(own)
+    return (target_R1 - sum_R1.log())[:, 0]
+
+
+def own_words(target_R: Tensor, logits_RV: Tensor, words: Words | None) -> tuple[Tensor, Tensor]:
+    """The column of each target and 1; where another holds the target, some column and 0."""
+    if words is None:
+        return target_R[:, None], logits_RV.new_ones(len(target_R), 1)
+    index_R1 = target_R[:, None] - words.first
+    here_R1 = (index_R1 >= 0) & (index_R1 < logits_RV.shape[1])
+    return index_R1.where(here_R1, 0), here_R1.to(logits_RV.dtype)
 
 
 def token_logprob_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
@@ -41,51 +81,68 @@ def token_logprob_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor
 
 
 @checked
-def weighted_nll(hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tensor, weight_R: Tensor) -> Tensor:
+def weighted_nll(
+    hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tensor, weight_R: Tensor, words: Words | None = None
+) -> Tensor:
     """-sum_r weight_r log p(target_r), a scalar. Rows of weight 0 cost nothing.
 
     The gradient is taken while the logits are at hand, so each logit is computed once; use `token_logprob` where the
-    gradient of every row is needed on its own.
+    gradient of every row is needed on its own. With `words` every holder gets the whole loss, and of the hidden states
+    the part of the gradient that its own words give.
     """
     if weight_R.requires_grad:
         raise ValueError("weighted_nll was given weights that want a gradient; use token_logprob and weigh its result")
     if isinstance(weight_VD, Packed):
         weight_VD = weight_VD.decode(hidden_RD.dtype)
-    return choose("weighted_nll", NLL_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R, weight_R)
+    return choose("weighted_nll", NLL_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R, weight_R, words)
 
 
-def weighted_nll_reference(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_R: Tensor) -> Tensor:
-    return -(token_logprob_reference(hidden_RD, weight_VD, target_R) * weight_R).sum()
+def weighted_nll_reference(
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_R: Tensor, words: Words | None = None
+) -> Tensor:
+    return -(token_logprob_reference(hidden_RD, weight_VD, target_R, words) * weight_R).sum()
 
 
-def weighted_nll_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_R: Tensor) -> Tensor:
+def weighted_nll_chunked(
+    hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, weight_R: Tensor, words: Words | None = None
+) -> Tensor:
     used = weight_R.nonzero()[:, 0]
     if used.shape[0] < weight_R.shape[0]:
         hidden_RD, target_R, weight_R = hidden_RD[used], target_R[used], weight_R[used]
     if not (torch.is_grad_enabled() and (hidden_RD.requires_grad or weight_VD.requires_grad)):
-        return -torch.dot(Sweep(hidden_RD, weight_VD, target_R).logprob_R(), weight_R.to(wide(hidden_RD.dtype)))
-    return WeightedNll.apply(hidden_RD, weight_VD, target_R, weight_R)
+        sweep = Sweep(hidden_RD, weight_VD, target_R, words)
+        return -torch.dot(sweep.logprob_R(), weight_R.to(wide(hidden_RD.dtype)))
+    return WeightedNll.apply(hidden_RD, weight_VD, target_R, weight_R, words)
 
 
 def chunk_logits(hidden_RD: Tensor, matrix_VD: Tensor) -> Tensor:
     return torch.mm(hidden_RD, matrix_VD.T).to(wide(hidden_RD.dtype))
 
 
-def chunk_logprob(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> Tensor:
-    return chunk_logits(hidden_RD, matrix_VD).log_softmax(-1).gather(-1, target_R[:, None])[:, 0]
-
-
-def chunk_gradient(hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor) -> tuple[Tensor, Tensor]:
+def chunk_gradient(
+    hidden_RD: Tensor, matrix_VD: Tensor, target_R: Tensor, words: Words | None
+) -> tuple[Tensor, Tensor]:
     """(log-prob of each target, softmax - one-hot(target)) for one chunk of rows.
 
     log p(t) = logit(t) - logit(m) + log p(m) with m the likeliest word, whose probability cannot underflow: this saves
     the pass over all words that log-softmax beside softmax would cost.
     """
     logits_RV = chunk_logits(hidden_RD, matrix_VD)
-    distance_R1 = logits_RV.gather(-1, target_R[:, None]) - logits_RV.amax(-1, keepdim=True)
+    index_R1, here_R1 = own_words(target_R, logits_RV, words)
+    peak_R1 = logits_RV.amax(-1, keepdim=True)
+    distance_R1 = logits_RV.gather(-1, index_R1) - peak_R1
     softmax_RV = logits_RV.softmax(-1)
-    logprob_R1 = distance_R1 + softmax_RV.amax(-1, keepdim=True).log()
-    softmax_RV.scatter_add_(-1, target_R[:, None], softmax_RV.new_full((len(target_R), 1), -1.0))
+    spread_R1 = softmax_RV.amax(-1, keepdim=True).log()
+    logprob_R1 = distance_R1 + spread_R1
+    if words is not None:
+        # The softmax over the own words becomes one over all: by the own words' share of all probability.
+        own_R1 = peak_R1 - spread_R1
+        top_R1 = words.largest(own_R1)
+        weight_R1 = (own_R1 - top_R1).exp()
+        sum_R1, target_R1 = words.added(torch.stack([weight_R1, (logprob_R1 + own_R1 - top_R1) * here_R1]))
+        logprob_R1 = target_R1 - sum_R1.log()
+        softmax_RV *= weight_R1 / sum_R1
+    softmax_RV.scatter_add_(-1, index_R1, -here_R1)
     return logprob_R1[:, 0], softmax_RV
 
 
@@ -96,15 +153,16 @@ class Sweep:
     their gradient), never the wide logits.
     """
 
-    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor):
-        self.hidden_RD, self.target_R = hidden_RD, target_R
+    def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, words: Words | None = None):
+        self.hidden_RD, self.target_R, self.words = hidden_RD, target_R, words
         self.matrix_VD = weight_VD.to(hidden_RD.dtype)
         self.dtype = wide(hidden_RD.dtype)
         self.chunk = rows_for(ELEMENTS, len(weight_VD))
 
     def logprob_R(self) -> Tensor:
         chunks = zip(self.hidden_RD.split(self.chunk), self.target_R.split(self.chunk), strict=True)
-        return torch.cat([chunk_logprob(hidden, self.matrix_VD, target) for hidden, target in chunks])
+        logits = ((chunk_logits(hidden, self.matrix_VD), target) for hidden, target in chunks)
+        return torch.cat([logprob_of(logits_RV, target, self.words) for logits_RV, target in logits])
 
     def gradients(self, push_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probs, gradient of the hidden states, gradient of the matrix in float32)."""
@@ -119,7 +177,7 @@ class Sweep:
             for start in range(0, len(hidden), self.chunk):
                 part = slice(start, start + self.chunk)
                 target = self.target_R[rows][part]
-                logprob_R[rows][part], dlogits[part] = chunk_gradient(hidden[part], self.matrix_VD, target)
+                logprob_R[rows][part], dlogits[part] = chunk_gradient(hidden[part], self.matrix_VD, target, self.words)
             dhidden_RD[rows] = torch.mm(dlogits, self.matrix_VD) * push_R1
             dmatrix_VD += dlogits.T @ (hidden * push_R1).to(hidden.dtype)
         return logprob_R, dhidden_RD, dmatrix_VD
@@ -141,8 +199,8 @@ class TokenLogprob(torch.autograd.Function):
 
 class WeightedNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, target_R, weight_R):
-        sweep, weight_R = Sweep(hidden_RD, weight_VD, target_R), weight_R.to(wide(hidden_RD.dtype))
+    def forward(ctx, hidden_RD, weight_VD, target_R, weight_R, words):
+        sweep, weight_R = Sweep(hidden_RD, weight_VD, target_R, words), weight_R.to(wide(hidden_RD.dtype))
         logprob_R, dhidden_RD, dmatrix_VD = sweep.gradients(-weight_R)
         ctx.save_for_backward(dhidden_RD, dmatrix_VD)
         ctx.weight_dtype = weight_VD.dtype
@@ -152,7 +210,7 @@ class WeightedNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, push):  # type: ignore[override]
         dhidden_RD, dmatrix_VD = ctx.saved_tensors
-        return dhidden_RD * push.to(dhidden_RD.dtype), (dmatrix_VD * push).to(ctx.weight_dtype), None, None
+        return dhidden_RD * push.to(dhidden_RD.dtype), (dmatrix_VD * push).to(ctx.weight_dtype), None, None, None
 
 
 LOGPROB_IMPLS = (Impl("torch", token_logprob_chunked), Impl("reference", token_logprob_reference))

@@ -9,6 +9,7 @@ recipe=super steps=2000         the published numbers, warm-up and decay having 
 from=runs/a                     a new phase after runs/a, with its settings, at the rate it ended with
 from=runs/a recipe=super_long   the published long-context phase after it: longer rows, so many steps
 from=runs/a anneal=200          its training goes on, the rate falling at once over 200 updates
+from=folder/of/a/release        a new run on the weights of a checkpoint folder, with its tokenizer
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class Settings(Following):
         compute_dtype(self.compute)
 
     def refuse_what_does_not_go_together(self):
-        alone = {"precision.format": self.precision.on, "from": self.from_ is not None, "chunk": self.chunk > 0}
+        alone = {"precision.format": self.precision.on, "from": self.follows_a_run, "chunk": self.chunk > 0}
         alone |= {"checkpointing": self.checkpointing, "guard.rollbacks": self.guard.rollbacks > 0}
         if self.layout.size > 1 and any(alone.values()):
             names = ", ".join(name for name, given in alone.items() if given)
@@ -116,16 +117,16 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
 
 def train(settings: Settings, run: Run, prepared: Prepared, ranks: Ranks) -> Language:
     """The trained model, on the first process; the others end here."""
-    model = Language(replace(settings.model, eos=prepared.tokenizer.stop)).initialise(settings.seed)
+    model = ranks.distribute(Language(replace(settings.model, eos=prepared.tokenizer.stop), device="meta"))
     model.compute = ranks.on_first(lambda: compute_dtype(settings.compute))
     model.checkpointing, model.chunk = settings.checkpointing, settings.chunk
-    model = lower(ranks.distribute(model), settings.precision, seed=settings.seed)
+    model = lower(model, settings.precision, seed=settings.seed)
     size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
     phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
     mine = {"phases": phases, "rank": ranks.row, "ranks": ranks.rows}
     stream = partial(prepared.stream, seed=settings.seed, reset=settings.reset, **mine)
     optimizer = adamw(model, settings.optim)
-    begin(run, settings, model, optimizer)
+    begin(run, settings, model, optimizer, ranks)
     fit(
         model,
         rows_of_lengths(stream, settings.lengths, mixing=settings.mixing, **size, seed=settings.seed),

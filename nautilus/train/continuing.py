@@ -2,7 +2,8 @@
 
     from=RUN              its settings and newest state; a phase of its own at the rate it ended with
     from=RUN anneal=N     the same training goes on, its rate falling from here to min_lr over N updates
-    from=RUN/state/step_… the same from an earlier state; from=FOLDER: weights only
+    from=RUN/state/step_… the same from an earlier state
+    from=FOLDER           a checkpoint folder: its weights and tokenizer, all else anew; the layout may be any
     out=RUN steps=MORE    the run itself goes on, from its newest state up to which both have the same rates
 
 Where the new run began stands in its origin.json, so that its own resuming does not ask the old run again.
@@ -24,16 +25,18 @@ from safetensors.torch import load_file
 
 from nautilus.config import Based, Config, from_dict, to_dict
 from nautilus.config.override import parse_int, record_type
-from nautilus.config.released import read_config
 from nautilus.data.turns import check_lengths
+from nautilus.model.initialise import initial_values
 from nautilus.model.language import Language
-from nautilus.model.weights import load_model
+from nautilus.model.weights import check_trainable, stored_weights
+from nautilus.presets import preset
 from nautilus.runtime import Run, UserError, atomic_folder, continue_or_create, is_run, read_json, write_atomic
 from nautilus.train.checkpoint import Checkpoints, newest_sound, read_record, state_folders
 from nautilus.train.guard import Guard
 from nautilus.train.moments import restore_moments
 from nautilus.train.optim import OptimConfig, learning_rate, schedule, setting
 from nautilus.train.published import LATER, published
+from nautilus.train.ranks import ALONE, Ranks
 
 OWN = ("out", "from_", "anneal", "recipe", "lengths", "mixing", "average")  # what a following run does not inherit
 
@@ -67,6 +70,10 @@ class Following(Based):
                 f"into steps={self.steps}; lower one of them or raise steps"
             )
         schedule(self.optim, self.steps)
+
+    @property
+    def follows_a_run(self) -> bool:
+        return self.from_ is not None and (is_run(self.from_) or (self.from_ / "state.json").is_file())
 
     @classmethod
     def base(cls, asked: Mapping[str, str]) -> Self:
@@ -113,8 +120,8 @@ def following(start, origin: Origin, anneal: int):
         if anneal:
             raise UserError(f"anneal={anneal} goes on with a training, but from={origin.folder} holds weights only")
         folder = Path(origin.folder)
-        tokenizer = folder if (folder / "tokenizer.json").is_file() else None
-        return replace(start, model=read_config(read_json(folder / "config.json")), tokenizer=tokenizer)
+        tokenizer, model = folder if (folder / "tokenizer.json").is_file() else None, check_trainable(folder).config
+        return replace(start, model=model, tokenizer=tokenizer, mtp_depths=start.mtp_depths if model.mtp else 0)
     run = run_of(origin)
     told = restored(type(start), {name: v for name, v in run.settings.items() if name not in OWN})
     told = replace(told, tokenizer=told.tokenizer or tokenizer_of(run))
@@ -143,13 +150,20 @@ def follow_recipe(start, asked: Mapping[str, str], origin: Origin | None):
     """The published numbers at this run's size."""
     name, steps = asked["recipe"], parse_int(asked.get("steps", str(start.steps)))
     if name not in LATER:
-        return replace(start, recipe=name, **published(name).settings(steps))
+        return replace(start, recipe=name, **published(name).settings(steps, depth(start, asked)))
     if origin is None:
         raise UserError(f"recipe={name} goes on with a trained model; give from=RUN")
     model, stage = LATER[name]
     length = parse_int(asked.get("length", str(start.length)))
     later = published(model).long_settings(stage, steps=start.steps, length=length, rate=start.optim.lr)
     return replace(start, **later)
+
+
+def depth(start, asked: Mapping[str, str]) -> int:
+    """How many layers the model that is asked for has."""
+    if "model.layers" in asked:
+        return len(asked["model.layers"])
+    return len((preset(asked["model"]) if "model" in asked else start.model).layers)
 
 
 def restored(kind, values: Mapping[str, Any]):
@@ -201,12 +215,15 @@ def open_run(settings) -> Run:
     return run
 
 
-def begin(run: Run, settings, model: Language, optimizer: torch.optim.Optimizer) -> None:
-    """Puts weights (and moments) in place for a following run without a state of its own; `fit` resumes one that has.
+def begin(run: Run, settings, model: Language, optimizer: torch.optim.Optimizer, ranks: Ranks = ALONE) -> None:
+    """Puts weights (and moments) in place for a run without a state of its own; `fit` resumes one that has.
 
     A decay begun at once gets the whole state, and so goes on in every respect as the other run would have.
     """
-    if settings.from_ is None or state_folders(run):
+    if ranks.on_first(lambda: bool(state_folders(run))):
+        return
+    if settings.from_ is None:
+        ranks.fill(model, initial_values(model.config, settings.seed))
         return
     origin = find_origin(settings.from_, run.folder)
     source = Path(origin.folder)
@@ -216,13 +233,14 @@ def begin(run: Run, settings, model: Language, optimizer: torch.optim.Optimizer)
         with atomic_folder(run.state / source.name) as folder:
             shutil.copytree(source, folder, dirs_exist_ok=True)
         return
-    weights = load_file(source / "model.safetensors") if origin.step >= 0 else load_model(source).state_dict()
+    if origin.step < 0:
+        ranks.fill(model, stored_weights(source, settings.model))
+        return
     try:
-        model.load_state_dict(weights, strict=True)
+        model.load_state_dict(load_file(source / "model.safetensors"), strict=True)
     except RuntimeError as bad:
         raise UserError(f"from={source} holds another model. {bad}; leave model settings as they are there") from bad
-    if origin.step >= 0:
-        restore_moments(model, optimizer, load_file(source / "training.safetensors"))
+    restore_moments(model, optimizer, load_file(source / "training.safetensors"))
 
 
 def extend(out: Path, settings) -> None:

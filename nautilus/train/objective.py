@@ -21,7 +21,6 @@ from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
-from nautilus.ops.loss import weighted_nll
 
 Pairs = dict[str, tuple[Tensor, Tensor]]
 Terms = Callable[[Language, Batch], tuple[Pairs, Pairs]]
@@ -94,12 +93,7 @@ def pretrain_weights(batch: Batch, *, depths: int, balance: bool) -> Batch:
 def prediction(model: Language, hidden_BTD: Tensor, batch: Batch, term: str, *, ahead: int) -> tuple[Tensor, Tensor]:
     """(sum of -w log p(token t), sum of w), token t being read off the hidden state `ahead` positions before it."""
     weight_BT = batch.weights[term][:, ahead:]
-    total = weighted_nll(
-        hidden_BTD[:, :-ahead].flatten(0, 1),
-        model.head_weight,
-        batch.tokens[:, ahead:].flatten(),
-        weight_BT.flatten(),
-    )
+    total = model.nll(hidden_BTD[:, :-ahead].flatten(0, 1), batch.tokens[:, ahead:].flatten(), weight_BT.flatten())
     return total, weight_BT.sum()
 
 

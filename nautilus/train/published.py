@@ -12,6 +12,7 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from nautilus.config import PrecisionTable
 from nautilus.train.optim import OptimConfig
 
 TRILLION, BILLION = 10**12, 10**9
@@ -39,9 +40,12 @@ class Long:
 @dataclass(frozen=True, kw_only=True)
 class Published:
     """One main run. Spans are in tokens: `warmup`, `decay` (the last ones), `border` between the two blends of text,
-    `merge_every` between checkpoints to average, `merge_window` behind the released base (0: not averaged)."""
+    `merge_every` between checkpoints to average, `merge_window` behind the released base (0: not averaged). `reset`:
+    whether each document of a row starts afresh, or all are one text. `precision`: what `PrecisionTable` calls
+    `format`, the last `bf16_tail` of all `layers` being in bf16."""
 
     tokens: int
+    layers: int
     border: int
     length: int = 8192
     rows: int = 3072
@@ -91,10 +95,17 @@ class Published:
         same = {name: getattr(self, name) for name in ("lr", "min_lr", "shape", "betas", "eps", "weight_decay", "clip")}
         return OptimConfig(warmup=self.updates(self.warmup, steps), decay=self.decay / self.tokens, **same)
 
-    def settings(self, steps: int) -> dict[str, Any]:
-        """Settings of `nautilus pretrain` for a run of `steps` updates of any size."""
+    def settings(self, steps: int, layers: int) -> dict[str, Any]:
+        """Settings of `nautilus pretrain` for a run of `steps` updates of any size on a model of so many layers."""
         same = {name: getattr(self, name) for name in ("balance", "aux_weight", "mtp_depths", "mtp_weight", "reset")}
-        return same | {"steps": steps, "optim": self.optim(steps)} | self.merge(steps)
+        run = {"steps": steps, "optim": self.optim(steps), "precision": self.table(layers)}
+        return same | run | self.merge(steps)
+
+    def table(self, layers: int) -> PrecisionTable:
+        """The formats by role at any depth: the published share of the last layers, rounded up, stays in bf16."""
+        if self.precision == "bf16":
+            return PrecisionTable()
+        return PrecisionTable(format=self.precision, last_layers=-(-layers * self.bf16_tail // self.layers))
 
     def merge(self, steps: int) -> dict[str, int]:
         """As many snapshots over the same share of the run as the released base is made of; fewer if it is short."""
@@ -132,6 +143,7 @@ MERGES = tuple(billions * BILLION for billions in (125, 250, 500))
 PUBLISHED = {
     "nano": Published(
         tokens=25 * TRILLION,
+        layers=52,
         border=23_500 * BILLION,
         lr=1e-3,
         min_lr=1e-5,
@@ -157,6 +169,7 @@ PUBLISHED = {
     ),
     "super": Published(
         tokens=25 * TRILLION,
+        layers=88,
         border=20 * TRILLION,
         lr=4.5e-4,
         min_lr=4.5e-6,
@@ -192,6 +205,7 @@ PUBLISHED = {
     ),
     "ultra": Published(
         tokens=20 * TRILLION,
+        layers=108,
         border=15 * TRILLION,
         lr=2.5e-4,
         min_lr=2.5e-6,

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -17,6 +18,15 @@ from nautilus.model.shards import write_file
 from nautilus.runtime import atomic_folder
 
 T = TypeVar("T")
+
+
+def with_memory(model: Language, device: str | torch.device) -> Language:
+    """A model from the meta device gets memory: its weights are unset, its counters zero. Any other is left alone."""
+    if next(model.parameters()).is_meta:
+        model.to_empty(device=device)
+        for buffer in model.buffers():
+            buffer.zero_()
+    return model
 
 
 class Ranks:
@@ -31,8 +41,17 @@ class Ranks:
     readers = 1
 
     def distribute(self, model: Language) -> Language:
-        """Leaves in the model what this process is to hold. Make the optimiser after this: its parameters are new."""
-        return model
+        """Leaves in the model what this process is to hold. Make the optimiser after this: its parameters are new.
+
+        Of a model without memory (device="meta") only that gets some; `fill` it then.
+        """
+        return with_memory(model, "cpu")
+
+    def fill(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes what this process holds out of whole tensors, one at a time, by the names of a single process."""
+        places = model.state_dict()
+        for name, tensor in tensors:
+            places[name].copy_(tensor)
 
     def gathered(self, model: Language) -> Language:
         """The whole model again, on the first process. The others have no more to do and end here."""

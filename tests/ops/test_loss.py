@@ -1,3 +1,5 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import hypothesis.strategies as st
@@ -10,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 from nautilus.ops import loss
 from nautilus.ops.encode import encode
 from nautilus.ops.loss import (
+    Words,
     token_logprob,
     token_logprob_chunked,
     token_logprob_reference,
@@ -18,7 +21,7 @@ from nautilus.ops.loss import (
     weighted_nll_reference,
 )
 
-WIDTH, VOCAB = 5, 11
+WIDTH, VOCAB = 5, 12
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -214,3 +217,66 @@ def test_the_matrix_may_be_in_few_bits():
     assert torch.equal(token_logprob(**t | {"weight_VD": packed}), token_logprob(**numbers))
     found = weighted_nll(**t | {"weight_VD": packed}, weight_R=weights)
     assert torch.equal(found, weighted_nll(**numbers, weight_R=weights))
+
+
+# ----- a vocabulary in pieces ----------------------------------------------------------------------------------------
+
+
+class Sum(torch.autograd.Function):
+    """What all holders give, added up; gradients pass as they are."""
+
+    @staticmethod
+    def forward(ctx, own, meet):
+        return torch.stack(meet(own)).sum(0)
+
+    @staticmethod
+    def backward(ctx, push):
+        return push, None
+
+
+def held_by_three(function, t, *, grad=True):
+    """The value that each of three holders of some words gets, and the gradients that they give together."""
+    barrier, given = threading.Barrier(3, timeout=60), [None] * 3
+    pieces = t["weight_VD"].chunk(3)
+
+    def work(holder):
+        def meet(tensor):
+            given[holder] = tensor.detach().clone()
+            barrier.wait()
+            found = list(given)
+            barrier.wait()
+            return found
+
+        largest = lambda tensor: torch.stack(meet(tensor)).amax(0)
+        words = Words(holder * len(pieces[0]), largest, lambda tensor: Sum.apply(tensor, meet))
+        hidden, weight = (x.detach().clone().requires_grad_(grad) for x in (t["hidden_RD"], pieces[holder]))
+        loss = function(hidden, weight, t["target_R"], t["weight_R"], words)
+        return loss.detach(), torch.autograd.grad(loss * 3, [hidden, weight]) if grad else None
+
+    with ThreadPoolExecutor(3) as pool:
+        losses, grads = zip(*pool.map(work, range(3)), strict=True)
+    return losses, grads
+
+
+@pytest.mark.parametrize("shift", [0.0, 800.0], ids=["near", "far"])
+@pytest.mark.parametrize("function", [weighted_nll_chunked, weighted_nll_reference])
+def test_holders_of_some_words_each_get_the_whole_loss_and_their_part_of_its_gradient(function, shift):
+    t = inputs(40, weights=True)
+    t["weight_R"][[3, 17, 39]] = 0
+    t["hidden_RD"][5:9] *= 1 + shift  # where one word has all probability, or next to none
+    whole = {name: t[name].clone().requires_grad_() for name in ("hidden_RD", "weight_VD")}
+    want = weighted_nll_reference(**(t | whole))
+    want_hidden, want_weight = torch.autograd.grad(want * 3, list(whole.values()))
+    losses, grads = held_by_three(function, t)
+    for got in losses:
+        torch.testing.assert_close(got, want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(hidden for hidden, _ in grads), want_hidden, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(torch.cat([weight for _, weight in grads]), want_weight, rtol=1e-10, atol=1e-10)
+
+
+def test_holders_of_some_words_get_the_whole_loss_without_gradients_too():
+    t = inputs(40, weights=True)
+    with torch.no_grad():
+        losses, _ = held_by_three(weighted_nll_chunked, t, grad=False)
+    torch.testing.assert_close(losses[0], weighted_nll_reference(**t), rtol=1e-12, atol=1e-12)
+    assert losses[0] == losses[1] == losses[2]

@@ -66,6 +66,7 @@ def work(
     state: str = "",
     every: int = 0,
     die: int = -1,
+    tied: bool = False,
 ) -> None:
     """Trains a small model like a preset; `die`: the last rank kills itself after that step, the first time."""
     import torch
@@ -85,7 +86,7 @@ def work(
     ranks = start(Layout(**layout))
     config = shrink(preset(like), layers=4, width=32)
     wide = lambda layer: replace(layer, heads=8, groups=4) if isinstance(layer, Mamba) else layer
-    config = replace(config, layers=tuple(map(wide, config.layers)))
+    config = replace(config, layers=tuple(map(wide, config.layers)), vocab=96, tied=tied)
     model = Language(config).initialise(3)
     model.compute = getattr(torch, compute)
     model = ranks.distribute(model)
@@ -107,6 +108,8 @@ def work(
         checkpoints=Checkpoints(run=run, every=every) if run else None,
     )  # fmt: skip
     (folder / f"rank_{ranks.index}.json").write_text(json.dumps(lines))
+    held = sum(ranks.own(parameter).numel() for parameter in model.parameters())
+    (folder / f"held_{ranks.index}.json").write_text(json.dumps(held))
     if ranks.size > 1:
         torch.distributed.destroy_process_group()
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import shutil
 
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 
 from nautilus.cli import main
 from nautilus.cli.settings import resolve
+from nautilus.config import PrecisionTable
 from nautilus.recipes.pretrain import Settings
 from nautilus.runtime import Run, read_metrics
 from nautilus.train.checkpoint import state_folders
@@ -163,6 +165,16 @@ def test_a_published_recipe_sets_what_is_not_given(ten):
     assert (asked.optim.lr, asked.optim.min_lr, asked.optim.warmup, asked.optim.decay) == (1e-3, 4.5e-6, 40, 0.2)
     assert (asked.steps, asked.average, asked.average_every, asked.reset) == (5000, 20, 5, False)
     assert asked.model == Settings().model and asked.mtp_weight == 0.3
+    layers = len(asked.model.layers)
+    assert asked.precision == PrecisionTable(format="nvfp4", last_layers=math.ceil(14 / 88 * layers))
+    assert resolve(Settings, ["super", "recipe=super"]).precision.last_layers == 14
+    deeper = resolve(Settings, ["recipe=ultra", "model.layers=" + "ME*" * 18, "precision.mamba_out=nvfp4"])
+    assert (deeper.precision.last_layers, deeper.precision.mamba_out) == (8, "nvfp4")
+    own = resolve(
+        Settings, ["super", "recipe=super", "precision.last_layers=3", "reset=true", "precision.format=mxfp8"]
+    )
+    assert own.precision == PrecisionTable(format="mxfp8", last_layers=3) and own.reset
+    assert not resolve(Settings, ["recipe=nano", "mtp_depths=0"]).precision.on
     later = resolve(Settings, [f"from={ten.folder}", "recipe=ultra_long", "length=1024", "rows=200", "steps=9"])
     assert later.lengths == ("0.92*131072", "0.08*512") and later.mixing == "turns"
     assert [schedule(later.optim, 9)(step) for step in range(9)] == pytest.approx([1e-4] * 9)

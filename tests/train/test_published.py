@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from nautilus.presets import preset
+from nautilus.config import PrecisionTable
+from nautilus.presets import PRECISION, preset
 from nautilus.train.average import merge_coefficients
 from nautilus.train.optim import learning_rate, schedule
 from nautilus.train.published import LATER, PUBLISHED, published
@@ -39,7 +40,7 @@ def test_the_rate_at_the_corners_of_the_schedule(name):
 @pytest.mark.parametrize("steps", [1, 7, 200, 5000, 993_411])
 def test_a_run_of_any_size_keeps_the_shares(name, steps):
     r = published(name)
-    found = r.settings(steps)
+    found = r.settings(steps, 8)
     rate = schedule(found["optim"], steps)
     assert found["steps"] == steps and rate(steps - 1) == pytest.approx(r.min_lr)
     assert found["optim"].warmup / steps == pytest.approx(r.warmup / r.tokens, abs=0.5 / steps)
@@ -69,6 +70,21 @@ def test_recipe_and_preset_agree_and_the_spread_follows_its_rule(name):
     assert bool(r.mtp_depths) == bool(config.mtp)
     assert r.min_lr == pytest.approx(r.lr / 100) and r.long[0].lr == r.min_lr
     assert r.border <= r.tokens and r.decay <= r.tokens - r.warmup
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_model_has_its_published_formats_and_one_running_text(name):
+    layers = len(preset(name).layers)
+    found = published(name).settings(1000, layers)
+    assert published(name).layers == layers
+    assert found["precision"] == PRECISION.get(name, PrecisionTable()) and found["reset"] is False
+    assert found["precision"].tail(layers) == {"nano": 8, "super": 14, "ultra": 16}[name]
+    assert found["precision"].lowered(0, layers) == (name != "nano")
+
+
+@pytest.mark.parametrize("name, tails", [("super", {1: 1, 6: 1, 8: 2, 44: 7, 88: 14}), ("ultra", {1: 1, 8: 2, 54: 8})])
+def test_at_another_depth_the_same_share_of_the_last_layers_stays_in_bf16_rounded_up(name, tails):
+    assert {layers: published(name).table(layers).tail(layers) for layers in tails} == tails
 
 
 def test_every_number_has_a_source_and_doubt_is_marked():

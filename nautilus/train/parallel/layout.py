@@ -1,6 +1,6 @@
 """How processes share a model out.
 
-    world = dp x cp x tp                the rows of a step, the tokens of a row, the heads and hidden units
+    world = dp x cp x tp                the rows of a step, the tokens of a row, the heads, hidden units and words
     dense weights                       sharded over dp x cp (FSDP), cut over tp
     experts' weights                    cut over ep, which divides dp x cp x tp, and sharded over what is left of it
     replicas                            so many whole copies among dp; weights are sharded inside a copy only (HSDP)
@@ -21,7 +21,7 @@ class Layout:
 
     dp: int = setting(1, "processes, or groups of cp x tp of them, among which the rows of a step are dealt")
     ep: int = setting(1, "processes among which the experts are dealt; divides dp x cp x tp / replicas")
-    tp: int = setting(1, "processes among which heads and hidden units are dealt")
+    tp: int = setting(1, "processes among which heads, hidden units and words are dealt")
     cp: int = setting(1, "processes among which the tokens of a row are dealt")
     replicas: int = setting(1, "whole copies of the weights; divides dp")
 

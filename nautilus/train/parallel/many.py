@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from nautilus.data.batch import Batch
@@ -22,7 +23,7 @@ from nautilus.train.parallel.cuts import Cut
 from nautilus.train.parallel.layout import Layout
 from nautilus.train.parallel.mesh import Meshes, device, meshes
 from nautilus.train.parallel.shard import distribute
-from nautilus.train.parallel.state import on_first, read_shards, whole, write_shards
+from nautilus.train.parallel.state import on_first, read_shards, take_part, whole, write_shards
 from nautilus.train.ranks import Ranks
 
 
@@ -107,6 +108,11 @@ class ManyRanks(Ranks):
         self.share.update(share)
         return model
 
+    def fill(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        places = model.state_dict()
+        for name, tensor in tensors:
+            take_part(places[name], tensor, self.cuts.get(name))
+
     def gathered(self, model: Language) -> Language:
         weights = self.weights(model)
         first = self.index == 0
@@ -136,5 +142,8 @@ def join(layout: Layout) -> ManyRanks:
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group("nccl" if gpu else "gloo")
+        # torchrun has one store for all its restarts, in which the addresses of processes that are dead still stand.
+        store, rank, size = next(rendezvous("env://"))
+        attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=attempt, rank=rank, world_size=size)
     return ManyRanks(layout=layout, meshes=meshes(layout))

@@ -23,25 +23,29 @@ from nautilus.train.parallel.experts import DealtExperts, deal_experts
 from nautilus.train.parallel.layout import Layout
 from nautilus.train.parallel.mesh import Meshes, device
 from nautilus.train.parallel.tensor import deal_units
+from nautilus.train.parallel.vocabulary import deal_words
+from nautilus.train.ranks import with_memory
 
 
 def distribute(model: Language, layout: Layout, meshes: Meshes) -> tuple[dict[str, Cut], dict[Tensor, float]]:
     """Leaves in the model what this rank holds. Gives the cuts by parameter name, and for each parameter one over the
     number of ranks that hold the same part of it.
 
-    The model must be the same on every rank before. Make the optimiser afterwards: the parameters are others. UserError
-    where a size does not divide.
+    The model must be the same on every rank before, or without memory (on meta): its parts then get some, unset. Make
+    the optimiser afterwards: the parameters are others. UserError where a size does not divide.
     """
-    model.to(device())
+    if not next(model.parameters()).is_meta:
+        model.to(device())
     cuts: dict[str, Cut] = {}
     if layout.ep > 1 or layout.tp > 1:
         for name, mixer in model.experts_mixers().items():
             cuts |= deal_experts(mixer, name, Cut(mesh=meshes.expert, axis="ep", dim=0))
     if layout.tp > 1:
-        cuts |= deal_units(model, meshes.dense)
+        cuts |= deal_units(model, meshes.dense) | deal_words(model, meshes.dense)
     if layout.cp > 1:
         deal_time(model, meshes.rows["cp"].get_group())
     shard(model, layout, meshes, cuts)
+    with_memory(model, device())
     share = {}
     for name, parameter in model.named_parameters():
         cut = cuts.get(name)

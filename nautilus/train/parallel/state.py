@@ -92,11 +92,19 @@ def simple(sharded, cut: Cut) -> bool:
 
 def put_back(tensor: Tensor, view: Tensor, cut: Cut | None) -> None:
     """What was read into a copy of the whole goes to where the part lies."""
-    if cut is None or isinstance(view, DTensor):
-        return
-    assert isinstance(tensor, DTensor)
-    part = distribute_tensor(cut.take(view), tensor.device_mesh, tensor.placements, src_data_rank=None)
-    tensor.to_local().copy_(part.to_local())
+    if cut is not None and not isinstance(view, DTensor):
+        take_part(tensor, view, cut)
+
+
+@torch.no_grad()
+def take_part(tensor: Tensor, given: Tensor, cut: Cut | None) -> None:
+    """Fills a tensor with what of a whole one it holds."""
+    piece = given if cut is None else cut.take(given)
+    if isinstance(tensor, DTensor):
+        piece = piece.to(tensor.device)
+        piece = distribute_tensor(piece, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        tensor = tensor.to_local()
+    tensor.copy_(piece)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Heads and hidden units dealt among ranks: each mixer computes with its own, and the outputs are added up.
 
 Attention is cut by groups of heads, Mamba by groups with their heads, an MLP and the shared experts by hidden unit.
-Experts are not cut: each rank sends its share of the tokens to whole experts. Everything else, embedding and head
-included, is whole on every rank.
+Experts are not cut: each rank sends its share of the tokens to whole experts. Embedding and head are cut by word, see
+`vocabulary.py`. Everything else is whole on every rank.
 """
 
 from __future__ import annotations
