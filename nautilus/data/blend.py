@@ -23,9 +23,11 @@ left out, and the shares of the others keep their ratio. Relative places begin a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
+import operator
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,17 +71,37 @@ class Blend:
     def rows(self, *, length: int, total: int) -> tuple[Phase, ...]:
         """The phases in rows of `length` tokens, of a run of `total` rows; those that begin after its end are left
         out. A border lies at the row nearest to it."""
-        starts = [0]
-        for until, _ in self.phases[:-1]:
-            starts.append(round(until * total if self.unit == "share" else until / length))
-        found = [Phase(start, weights) for start, (_, weights) in zip(starts, self.phases, strict=True)]
-        for before, after in zip(found, found[1:], strict=False):
-            if after.start <= before.start and before.start < total:
+        row = (lambda until: round(until * total)) if self.unit == "share" else (lambda until: round(until / length))
+        return self.phases_by([row], [total], f"{total:,} rows of {length} tokens")[0]
+
+    def rows_of_several(self, rows: Sequence[Callable[[float], int]], *, tokens: int) -> list[tuple[Phase, ...]]:
+        """The same for several streams that give the rows of a run of `tokens` together. rows: for each stream, how
+        many of its rows the run has had after so many tokens."""
+        unit = tokens if self.unit == "share" else 1
+        scaled = [lambda until, row=row: row(until * unit) for row in rows]
+        return self.phases_by(scaled, [row(tokens) for row in rows], f"{tokens:,} tokens")
+
+    def phases_by(self, rows: Sequence[Callable], ends: Sequence[int], run: str) -> list[tuple[Phase, ...]]:
+        """By stream, phases that begin at row(until) of the one before; those that the stream has no rows of are left
+        out. rows, ends: of each stream. A UserError where no stream has rows of a phase that begins in the run."""
+        found = []
+        for row, end in zip(rows, ends, strict=True):
+            starts = [0, *(row(until) for until, _ in self.phases[:-1])]
+            found.append([min(start, end) for start in starts] + [end])
+        for number, spans in enumerate(zip(*map(itertools.pairwise, found), strict=True), start=1):
+            if all(start == stop for start, stop in spans) and any(map(operator.lt, (s for s, _ in spans), ends)):
                 raise UserError(
-                    f"{self.where}: in a run of {total:,} rows of {length} tokens the phase that begins at row"
-                    f" {before.start:,} has no rows; train longer, or move the borders apart"
+                    f"{self.where}: in a run of {run} phase {number} has no rows; train longer, or move the borders"
+                    " apart"
                 )
-        return tuple(phase for phase in found if phase.start < total)
+        return [
+            tuple(
+                Phase(start, weights)
+                for (start, stop), (_, weights) in zip(itertools.pairwise(starts), self.phases, strict=True)
+                if start < stop
+            )
+            for starts in found
+        ]
 
 
 def read_blend(path: str | Path) -> Blend:
@@ -109,11 +131,6 @@ def read_blend(path: str | Path) -> Blend:
 def sources_of(data: Sequence[str], blend: Path | None, **how) -> tuple[Source, ...]:
     """The sources of a blend file or, without one, of `data`."""
     return sources(data, **how) if blend is None else read_blend(blend).sources(**how)
-
-
-def phases_of(blend: Path | None, *, length: int, total: int) -> tuple[Phase, ...]:
-    """The phases of a blend file in rows; without one, none."""
-    return () if blend is None else read_blend(blend).rows(length=length, total=total)
 
 
 def parsed(path: Path) -> dict:

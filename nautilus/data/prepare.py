@@ -39,8 +39,9 @@ class Prepared:
     ) -> Stream:
         """Training steps of `rows` rows of `length` tokens, mixed by the weights of the phases or, where there are
         none, of the sources (None: by their size)."""
-        parts = {name: parts["train"].rows(length, reset=reset) for name, parts in self.shards.items()}
-        given = {name: corpus.source.weight for name, corpus in self.corpora.items()}
+        used = {name for phase in phases for name, weight in phase.weights.items() if weight} or {*self.shards}
+        parts = {name: self.shards[name]["train"].rows(length, reset=reset) for name in self.shards if name in used}
+        given = {name: self.corpora[name].source.weight for name in parts}
         sizes = {name: weight if weight is not None else float(len(parts[name])) for name, weight in given.items()}
         if phases:
             sizes = {name: phases[0].weights.get(name, 0.0) for name in parts}

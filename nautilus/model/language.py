@@ -194,7 +194,7 @@ class Language(nn.Module):
         """The block's output and memory. Computed again in the backward, it has no memory: training needs none."""
         thrift = (self.checkpointing or self.chunk) and self.training and torch.is_grad_enabled()
         if thrift and past is None and block.mixer is not None:
-            return thrifty(block, hidden_BTD, span, self.chunk), None
+            return thrifty(block, hidden_BTD, span, self.chunk, self.lowered), None
         return block.remembering(hidden_BTD, span, past)
 
     def forward(self, tokens_BT: Tensor, state: State | None = None, document_BT: Tensor | None = None):

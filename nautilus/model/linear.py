@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from nautilus.model.precision import Site
 from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
-from nautilus.ops.low_precision import low_linear
+from nautilus.ops.low_precision import Piece, low_linear
 
 
 class Matrix(nn.Module):
@@ -44,6 +44,7 @@ class Linear(Matrix):
     def __init__(self, inputs: int, outputs: int, *, device=None, dtype=None):
         super().__init__(outputs, inputs, device=device, dtype=dtype)
         self.site: Site | None = None
+        self.piece: Piece | None = None  # of a weight that several processes hold
 
     def forward(self, x: Tensor, *, squared_relu: bool = False) -> Tensor:
         how = None if self.site is None else self.site.how(self.training)

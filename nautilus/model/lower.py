@@ -10,14 +10,16 @@ from nautilus.model.layout import role
 from nautilus.model.linear import Linear
 from nautilus.model.moe import ExpertWeights
 from nautilus.model.precision import Lowered, Site
-from nautilus.ops.low_precision import How, low_linear
+from nautilus.ops.low_precision import How, Piece, low_linear
+from nautilus.runtime import UserError
 
 
 def lower(model: Language, table: PrecisionTable, *, seed: int = 0) -> Language:
     """The model, whose matrices that the table names multiply in few bits while it trains; none, if the table is off.
 
     seed: of stochastic rounding. ValueError where the probe finds that rounding gives zeros. A matrix has the same
-    number, and so the same random bits, under every table.
+    number, and so the same random bits, under every table. Of a model shared out among processes: after it is.
+    UserError where their pieces cut blocks.
     """
     model.lowered = Lowered(table=table, seed=seed) if table.on else None
     if model.lowered is not None:
@@ -26,8 +28,23 @@ def lower(model: Language, table: PrecisionTable, *, seed: int = 0) -> Language:
     for number, (name, module) in enumerate(sites):
         format = format_of(name, model.config, table)
         lowered = model.lowered if format != "bf16" else None
-        module.site = None if lowered is None else Site(role(name, model.config), format, number, lowered)
+        piece = module.piece if isinstance(module, Linear) else None
+        if lowered is not None and piece is not None:
+            refuse_cut_blocks(name, piece, table, format)
+        module.site = None if lowered is None else Site(role(name, model.config), format, number, lowered, piece)
     return model
+
+
+def refuse_cut_blocks(name: str, piece: Piece, table: PrecisionTable, format: str) -> None:
+    """A UserError where a block of numbers under one scale would lie on two processes."""
+    eights = "mxfp8" in (format, *(recipe.name for recipe in table.recipes))
+    block = 32 if eights else 16
+    if bad := sorted({length for length in piece.lengths if length % block}):
+        raise UserError(
+            f"precision.format={table.format} with layout.tp: a process would hold {', '.join(map(str, bad))} of the "
+            f"{piece.axis} of a part of {name}, which cuts blocks of {block} numbers under one scale; lower layout.tp, "
+            f"choose sizes that leave multiples of {block}, or leave that matrix in bf16"
+        )
 
 
 def format_of(name: str, config: Config, table: PrecisionTable) -> str:

@@ -14,7 +14,7 @@ from nautilus.ops.balance import balance_parts, sequence_balance_loss
 from nautilus.ops.experts import experts, route
 from nautilus.ops.formats import Packed, dense
 from nautilus.ops.linear import linear
-from nautilus.ops.low_precision import low_experts
+from nautilus.ops.low_precision import How, low_experts
 from nautilus.ops.residual import add
 
 
@@ -62,12 +62,7 @@ class ExpertsMixer(nn.Module):
         if self.training:
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD
-        how = None if self.experts.site is None else self.experts.site.how(self.training)
-        if how is None:
-            routed = self.experts(inner_RX, index_RK, weight_RK)
-        else:
-            matrices = self.experts.up_proj, self.experts.down_proj, self.experts.gate_proj
-            routed = low_experts(inner_RX, index_RK, weight_RK, *matrices, how)
+        routed = self.experts(inner_RX, index_RK, weight_RK)
         out = self.fc2_latent_proj(routed) if layer.latent else routed
         if layer.shared:
             out = add(out, self.shared_experts(hidden_RD)[0])
@@ -113,8 +108,13 @@ class ExpertWeights(nn.Module):
         self.input_scales: dict[str, tuple[Tensor | None, ...]] = {}
         self.site: Site | None = None  # with one they train in few bits; see `lower.py`
 
+    @property
+    def how(self) -> How | None:
+        return None if self.site is None else self.site.how(self.training)
+
     def forward(self, x_RX: Tensor, index_RK: Tensor, weight_RK: Tensor) -> Tensor:
-        return experts(x_RX, index_RK, weight_RK, self.up_proj, self.down_proj, self.gate_proj)
+        given = x_RX, index_RK, weight_RK, self.up_proj, self.down_proj, self.gate_proj
+        return experts(*given) if (how := self.how) is None else low_experts(*given, how)
 
     def hold(
         self, name: str, matrices: tuple[Packed | Tensor, ...], input_scales: tuple[Tensor | None, ...] = ()

@@ -7,10 +7,24 @@ micro-batch. All of it follows from the table, the seed, the step and the tokens
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nautilus.config import PrecisionTable
-from nautilus.ops.low_precision import BLOCK, USES, How
+from nautilus.ops.low_precision import BLOCK, USES, How, Piece
+
+Flushed = dict[str, list[int]]  # (numbers that became zero, numbers) by role and operand
+
+
+def whole_blocks(rows: int) -> int:
+    return -(-rows // BLOCK) * BLOCK
+
+
+def rows_taken(rows: int, time: int, piece: int) -> int:
+    """Addresses that a micro-batch takes whose rows are computed in pieces of so many tokens: whole blocks of each."""
+    full, rest = divmod(time, piece)
+    return full * whole_blocks(rows * piece) + whole_blocks(rows * rest)
 
 
 @dataclass(eq=False)
@@ -21,23 +35,38 @@ class Lowered:
     seed: int = 0
     step: int = 0
     row: int = 0  # how many rows the earlier micro-batches of this step had, each rounded up to whole blocks
+    before: int = 0  # and how many of this micro-batch's come before those that are computed now
     recipe: str = "table"
-    flushed: dict[str, list[int]] | None = (
-        None  # while watched: (numbers that became zero, numbers) by role and operand
-    )
+    flushed: Flushed | None = None  # while watched
 
-    def begin(self, step: int, tokens: int, *, watched: bool = False) -> None:
-        """Before a step, of a run that has seen so many tokens. watched: count for `flush_rates`."""
-        self.step, self.row, self.recipe = step, 0, self.table.recipe_at(tokens)
+    def begin(self, step: int, tokens: int, *, row: int = 0, watched: bool = False) -> None:
+        """Before a step, of a run that has seen so many tokens. row: where its rows begin that are computed here.
+        watched: count for `flush_rates`."""
+        self.step, self.row, self.recipe = step, row, self.table.recipe_at(tokens)
         self.flushed = {} if watched else None
 
     def passed(self, rows: int) -> None:
         """After a micro-batch of so many tokens."""
-        self.row += -(-rows // BLOCK) * BLOCK
+        self.row += whole_blocks(rows)
 
-    def flush_rates(self) -> dict[str, float]:
-        """`flush.<role>.<operand>`: the share of numbers that rounding made zero in this step so far."""
-        return {f"flush.{name}": zeros / count for name, (zeros, count) in sorted((self.flushed or {}).items())}
+    @contextlib.contextmanager
+    def behind(self, rows: int) -> Iterator[None]:
+        """Inside, what is computed stands behind so many rows more of the micro-batch."""
+        self.before += rows
+        try:
+            yield
+        finally:
+            self.before -= rows
+
+    def flush_rates(self, gathered: Callable[[Flushed], list[Flushed]] = lambda own: [own]) -> dict[str, float]:
+        """`flush.<role>.<operand>`: the share of numbers that rounding made zero in this step so far.
+
+        gathered: the counts of all processes, given those of this one.
+        """
+        sums: Flushed = {}
+        for name, pair in (item for each in gathered(self.flushed or {}) for item in each.items()):
+            sums[name] = [total + own for total, own in zip(sums.get(name, [0, 0]), pair, strict=True)]
+        return {f"flush.{name}": zeros / count for name, (zeros, count) in sorted(sums.items())}
 
 
 @dataclass(eq=False)
@@ -48,6 +77,7 @@ class Site:
     format: str
     number: int  # of the module, for its random bits
     model: Lowered = field(repr=False)
+    piece: Piece | None = None  # of the matrix, where several processes hold it
 
     def how(self, training: bool) -> How | None:
         """How to multiply now; None: in the model's own dtype, as always outside of training."""
@@ -63,7 +93,8 @@ class Site:
             seed=now.seed,
             step=now.step,
             stream=self.number * USES,
-            row=now.row,
+            row=now.row + now.before,
+            piece=self.piece,
             watch=None if now.flushed is None else self.count,
         )
 

@@ -1,17 +1,17 @@
 """Layers for rows too long to keep what their backward needs: computed again there, and in pieces of a row.
 
 Of each layer stays what enters it, and where it is cut, the recurrent state between the pieces (Chen et al., arXiv
-1604.06174). A Mamba layer hands its state from piece to piece, with gradients; attention computes keys and values of
-all pieces first, then asks with the queries of one after the other; the other layers see one token at a time. So the
-numbers are those of the whole row, up to the order in which gradients of weights are added. Letters: B batch, T time,
-D width.
+1604.06174). A Mamba layer hands its state from piece to piece, with gradients, and attention its keys and values; the
+other layers see one token at a time. So the numbers are those of the whole row, up to the order in which gradients of
+weights are added. Products in few bits are of one piece: their scales are the piece's. Letters: B batch, T time, S
+earlier positions, G key-value groups, P head width, D width.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,41 +19,50 @@ from torch.utils.checkpoint import checkpoint
 
 from nautilus.model.attention import AttentionMixer
 from nautilus.model.moe import ExpertsMixer
+from nautilus.model.precision import Lowered, whole_blocks
 from nautilus.model.state import Span
 from nautilus.ops.balance import balance_of
-from nautilus.ops.residual import add
 
 
-def thrifty(block, hidden_BTD: Tensor, span: Span, chunk: int) -> Tensor:
-    """What the block makes of a row that begins here; chunk: tokens of a piece, 0: the whole row."""
+def thrifty(block, hidden_BTD: Tensor, span: Span, chunk: int, lowered: Lowered | None = None) -> Tensor:
+    """What the block makes of a row that begins here; chunk: tokens of a piece, 0: the whole row. In few bits (lowered)
+    each piece is a product of its own, with addresses behind those of the pieces before it."""
     size = chunk or hidden_BTD.shape[1]
     pieces = [*zip(hidden_BTD.split(size, 1), spans(span, size, hidden_BTD.shape[1]), strict=True)]
-    if isinstance(block.mixer, AttentionMixer):
-        return attend(block, pieces)
-    out, state = [], None
-    with one_pass(block.mixer):
+    out, state, row = [], KeysValues() if isinstance(block.mixer, AttentionMixer) else None, 0
+    with one_pass(block.mixer, len(pieces)):
         for piece_BTD, part in pieces:
-            piece_BTD, state = again(block, block.mixer, piece_BTD, part, state)
+            after = block if lowered is None else behind(block, lowered, row)
+            row += whole_blocks(piece_BTD[..., 0].numel())
+            piece_BTD, state = again(after, block.mixer, piece_BTD, part, state)
             out.append(piece_BTD)
     return out[0] if len(out) == 1 else torch.cat(out, 1)
 
 
-def attend(block, pieces: list[tuple[Tensor, Span]]) -> Tensor:
-    """Queries of each piece against the keys and values up to its end."""
-    mixer: AttentionMixer = block.mixer
-    keys_values = lambda piece_BTD, part: mixer.keys_values(block.norm(piece_BTD), part)
-    found = [again(keys_values, mixer, piece_BTD, part) for piece_BTD, part in pieces]
-    k_BSGP, v_BSGP = (torch.cat(parts, 1) for parts in zip(*found, strict=True))
+def behind(block, lowered: Lowered, rows: int) -> Callable:
+    """The block's call, now and when it is computed again, behind so many rows."""
 
-    def ask(piece_BTD: Tensor, part: Span, k_BSGP: Tensor, v_BSGP: Tensor) -> Tensor:
-        q_BTHP = mixer.queries(block.norm(piece_BTD), part)
-        return add(piece_BTD, mixer.mix(q_BTHP, k_BSGP, v_BSGP, part))
+    def call(*given):
+        with lowered.behind(rows):
+            return block(*given)
 
-    out = []
-    for piece_BTD, part in pieces:
-        end = part.before + len(part.position_T)
-        out.append(again(ask, mixer, piece_BTD, part, k_BSGP[:, :end], v_BSGP[:, :end]))
-    return torch.cat(out, 1)
+    return call
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """Stands where an attention mixer finds earlier keys and values: those of each piece so far, joined at use, so that
+    what is kept for the backward is each of them once."""
+
+    pieces: tuple[tuple[Tensor, Tensor], ...] = ()
+
+    def append(self, k_BTGP: Tensor, v_BTGP: Tensor) -> KeysValues:
+        return KeysValues((*self.pieces, (k_BTGP, v_BTGP)))
+
+    @property
+    def keys_values(self) -> tuple[Tensor, Tensor]:
+        k_BSGP, v_BSGP = (torch.cat(parts, 1) for parts in zip(*self.pieces, strict=True))
+        return k_BSGP, v_BSGP
 
 
 def again(function: Callable, mixer, *given):
@@ -77,9 +86,9 @@ def unseen(mixer: ExpertsMixer, watched: bool, in_parts: bool) -> Iterator[None]
 
 
 @contextlib.contextmanager
-def one_pass(mixer) -> Iterator[None]:
+def one_pass(mixer, pieces: int) -> Iterator[None]:
     """The balance loss is of whole rows: the pieces' shares are added up before it is taken."""
-    if not isinstance(mixer, ExpertsMixer) or mixer.balances is None:
+    if pieces == 1 or not isinstance(mixer, ExpertsMixer) or mixer.balances is None:
         yield
         return
     mixer.parts = []

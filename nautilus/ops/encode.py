@@ -52,12 +52,14 @@ def encode(
     rounding: str = "nearest",
     bits: Tensor | torch.Generator | None = None,
     tensor_scale: Tensor | float | None = None,
+    largest: Tensor | float | None = None,
 ) -> Packed:
     """x in a number format; axes before the last two stack matrices (activations of a batch: flatten them to one).
 
     rule: how scales are chosen, `FORMATS[format].rules`. tile: what shares a scale, `FORMATS[format].tiles`.
     rounding: "stochastic" (E2M1 only) takes `bits`: uint8 as x is shaped, or a generator to draw them from.
     tensor_scale: of nvfp4, instead of the matrix's own; matrices that are read as one need one (`tensor_scale_of`).
+    largest: of nvfp4 under the rule train, the largest magnitude of the matrix that x is a piece of.
     """
     kind = known(format)
     rule, tile = one_of("rule", rule, kind.rules, format), one_of("tile", tile, kind.tiles, format)
@@ -65,7 +67,7 @@ def encode(
     size, given = tile_size(x, tile), given_scale(tensor_scale, x, format)
     work = Work(split(x.detach().float(), size), format, rule, noise_for(x, format, rounding, bits, size))
     if format == "nvfp4":
-        done = nvfp4_train(work, given) if rule == "train" else nvfp4_ptq(work, given)
+        done = nvfp4_train(work, given, largest) if rule == "train" else nvfp4_ptq(work, given)
     elif kind.scale == torch.uint8:
         done = powers(work)
     else:
@@ -217,10 +219,11 @@ def tensor_scale_of(amax: Tensor, rule: str = "ptq") -> Tensor:
     return torch.where(amax == 0, 1.0, scale)
 
 
-def nvfp4_train(work: Work, given: Tensor | None) -> Done:
+def nvfp4_train(work: Work, given: Tensor | None, largest: Tensor | float | None = None) -> Done:
     """Transformer Engine's arithmetic, rounding by rounding; a given tensor scale stands for 1 / S."""
     block = largest_of(work.tiles)
     amax = block.amax((-4, -2), keepdim=True)
+    amax = amax if largest is None else torch.full_like(amax, float(largest))
     grow = (number(amax, NVFP4_TOP) / amax if given is None else 1 / given).clamp(max=LARGEST)
     scale = (block * (grow * (1 / 6))).clamp(max=448).to(torch.float8_e4m3fn)
     # A scale of 0 gives codes of +-7, which decode to 0.

@@ -24,13 +24,18 @@ threads nor a resumed run changes them. Scales are those of the operand, so numb
 micro-batches. The weight is quantised in every forward: as it rounds to the nearest, that gives the same codes for all
 micro-batches of a step, and there is nothing to keep that could be out of date.
 
+Where a step is computed in parts, the tokens that one process holds of one micro-batch, or of one piece of it
+(`chunk`), are rows of a product of their own, with scales and addresses of their own, wherever their experts are. A
+weight of which several processes hold a piece each is one operand: its scales are the whole's, so are those of the
+activations that are cut with it, and sums over the cut axis are added in float32 before they are rounded (`Piece`).
+
 Sources: "Pretraining Large Language Models with NVFP4" (2025); NVIDIA's Transformer Engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +53,25 @@ BLOCK = 16  # rows that the rotation mixes: every group is filled up with zeros 
 USES = 8  # streams of random bits of one module: two for each of at most three matrices
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Piece:
+    """One process's piece of a matrix that is cut along its outputs or its inputs.
+
+    lengths: of its sections, which are multiples of a block. first: this process gives what all have added up, and the
+    others give zeros, so that whoever adds them up again gets it once.
+    """
+
+    axis: str  # outputs, inputs
+    lengths: tuple[int, ...]
+    blocks: Tensor  # which blocks of 16 outputs (or inputs) of the whole are here, int64
+    first: bool
+    largest: Callable[[Tensor], Tensor]  # over all processes
+    total: Callable[[Tensor], Tensor]
+
+    def cuts(self, operand: str) -> bool:
+        return operand.removesuffix("_turned") in ("weight", {"outputs": "dy", "inputs": "x"}[self.axis])
+
+
 @dataclass(frozen=True, kw_only=True)
 class How:
     """In which format, and where its random bits lie."""
@@ -61,6 +85,8 @@ class How:
     step: int = 0
     stream: int = 0  # different for every matrix, a multiple of 2
     row: int = 0  # how many rows earlier micro-batches of the step had
+    group: int = 0  # number of the first expert
+    piece: Piece | None = None
     matrix: str = ""  # one of several in what is watched
     watch: Callable[[str, int, int], None] | None = None  # told (operand, numbers that became zero, numbers)
 
@@ -68,7 +94,8 @@ class How:
         four = self.format == "nvfp4"
         drawn = noise is not None and four and self.stochastic
         address = (self.seed, self.step, self.stream + (noise or 0), self.row) if drawn else None
-        return Trip(format=self.format, axis=axis, turn=turn and four and self.rotate, zipped=zipped, address=address)
+        turn = turn and four and self.rotate
+        return Trip(format=self.format, axis=axis, turn=turn, zipped=zipped, address=address, group=self.group)
 
     @property
     def one_weight(self) -> bool:
@@ -100,14 +127,19 @@ def low_linear(x: Tensor, weight_OI: Tensor, how: How) -> Tensor:
 def low_experts(x_RX, index_RK, weight_RK, up_EFX, down_EXF, gate_EFX, how: How) -> Tensor:
     """`ops/experts.py` in low precision: every matrix of every expert is a group with scales of its own."""
     pairs = sort_pairs(index_RK, weight_RK, len(up_EFX), BLOCK)
-    first = torch.tensor([0, *pairs.counts]).cumsum(0)
     x_ZX = Spread.apply(x_RX.to(torch.bfloat16), pairs.place_RK, len(pairs.token_Z))
+    y_ZX = low_groups(x_ZX, pairs.counts, up_EFX, down_EXF, gate_EFX, how)
+    return Gather.apply(y_ZX, weight_RK, pairs.place_RK).to(x_RX.dtype)  # type: ignore[union-attr]
+
+
+def low_groups(x_ZX: Tensor, counts: Sequence[int], up_EFX, down_EXF, gate_EFX, how: How) -> Tensor:
+    """What each expert makes of its rows, of which there are multiples of BLOCK, bf16."""
+    first = torch.tensor([0, *counts]).cumsum(0)
     names = "up.", "down.", "gate."
     up, down, gate = (dataclasses.replace(how, stream=how.stream + 2 * i, matrix=name) for i, name in enumerate(names))
     up_ZF = LowProduct.apply(x_ZX, up_EFX, first, up)
     gate_ZF = None if gate_EFX is None else LowProduct.apply(x_ZX, gate_EFX, first, gate)
-    y_ZX = LowProduct.apply(activate(up_ZF, gate_ZF), down_EXF, first, down)  # type: ignore[arg-type]
-    return Gather.apply(y_ZX, weight_RK, pairs.place_RK).to(x_RX.dtype)  # type: ignore[union-attr]
+    return LowProduct.apply(activate(up_ZF, gate_ZF), down_EXF, first, down)  # type: ignore[arg-type,return-value]
 
 
 class LowProduct(torch.autograd.Function):
@@ -125,7 +157,7 @@ class LowProduct(torch.autograd.Function):
         kept = weight if how.one_weight else Operand(weight.values.new_empty(0), None)
         ctx.save_for_backward(x_RI, weight_GOI, first, *kept)
         ctx.how = how
-        return engine.product("forward", x.values, w.values, (x.top_G, w.top_G), first, torch.bfloat16)
+        return product(engine, "forward", x, w, first, how)
 
     @staticmethod
     @once_differentiable
@@ -138,7 +170,7 @@ class LowProduct(torch.autograd.Function):
             if not how.one_weight:
                 w = quantised_weight(engine, weight_GOI, how, "columns")
             dy = quantised(engine, dy_RO, first, how, "dy", how.trip("rows", noise=0))
-            dx = engine.product("inputs", dy.values, w.values, (dy.top_G, w.top_G), first, torch.bfloat16)
+            dx = product(engine, "inputs", dy, w, first, how)
         if ctx.needs_input_grad[1]:
             turned = how.trip("columns", turn=True, zipped=True)
             dy = quantised(engine, dy_RO, first, how, "dy_turned", how.trip("columns", turn=True, zipped=True, noise=1))
@@ -148,7 +180,25 @@ class LowProduct(torch.autograd.Function):
         return dx, dweight, None, None
 
 
+def product(engine: Engine, kind: str, a: Operand, b: Operand, first: Tensor, how: How) -> Tensor:
+    """y or dx, bf16. Where the axis that is summed over is cut, the processes' float32 sums are added up first."""
+    if how.piece is None or how.piece.axis != {"forward": "inputs", "inputs": "outputs"}[kind]:
+        return engine.product(kind, a.values, b.values, (a.top_G, b.top_G), first, torch.bfloat16)
+    sums = how.piece.total(engine.product(kind, a.values, b.values, (None, None), first, torch.float32))
+    if not how.piece.first:
+        return torch.zeros_like(sums, dtype=torch.bfloat16)
+    scale_G = both_scales(a.top_G, b.top_G, 1).to(sums.device)
+    return (sums * scale_G).to(torch.bfloat16)
+
+
+def both_scales(left_G: Tensor | None, right_G: Tensor | None, groups: int) -> Tensor:
+    left, right = (torch.full((groups,), NVFP4_TOP) if top is None else top for top in (left_G, right_G))
+    return (left.double() * right / NVFP4_TOP**2).float()
+
+
 def quantised(engine: Engine, x_RC: Tensor, first: Tensor, how: How, name: str, trip: Trip) -> Operand:
+    if how.piece is not None and trip.format == "nvfp4" and how.piece.cuts(name):
+        trip = dataclasses.replace(trip, over=how.piece.largest, blocks=how.piece.blocks)
     values, top_G, flushed = engine.quantise(x_RC, first, trip)
     if how.watch is not None:
         how.watch(how.matrix + name, flushed, x_RC.numel())
@@ -203,10 +253,12 @@ class Gather(torch.autograd.Function):
 # ----- reference ------------------------------------------------------------------------------------------------------
 
 
-def random_bits(address: tuple[int, int, int, int], group: int, rows: int, columns: int, device=None) -> Tensor:
+def random_bits(
+    address: tuple[int, int, int, int], group: int, rows: int, columns: int, device=None, blocks: Tensor | None = None
+) -> Tensor:
     """uint8 (rows, columns). A Philox counter (column block and group, row, stream, step) gives those of 16 columns."""
     seed, step, stream, row = address
-    block = torch.arange(-(-columns // 16), device=device) | group << 20
+    block = (torch.arange(-(-columns // 16), device=device) if blocks is None else blocks.to(device)) | group << 20
     along = (torch.arange(rows, device=device)[:, None] + row) & WORD
     fixed = (torch.full_like(block, number & WORD) for number in (stream, step))
     words = torch.stack(philox((block, along, *fixed), (seed & WORD, seed >> 32 & WORD)), -1)
@@ -216,9 +268,13 @@ def random_bits(address: tuple[int, int, int, int], group: int, rows: int, colum
 
 def quantise_reference(x_RC: Tensor, first: Tensor, how: Trip) -> tuple[Tensor, Tensor, int]:
     """As `quantise_native` does, group by group with `encode`; values are float32 and never zipped."""
-    values, tops, flushed = [], [], 0
-    for group, x in enumerate(x_RC.detach().bfloat16().split(first.diff().tolist())):
-        value, top = quantise_group(x, group, how)
+    values, tops, flushed, counts = [], [], 0, first.diff().tolist()
+    known_G = [None] * len(counts)
+    if how.over is not None:
+        alone = quantise_reference(x_RC, first, dataclasses.replace(how, over=None))
+        known_G = how.over(alone[1])
+    for group, (x, known) in enumerate(zip(x_RC.detach().bfloat16().split(counts), known_G, strict=True)):
+        value, top = quantise_group(x, group, how, known)
         values.append(value)
         tops.append(top.to(x.device))
         turned = hadamard(x.mT).mT if how.turn else x
@@ -226,15 +282,16 @@ def quantise_reference(x_RC: Tensor, first: Tensor, how: Trip) -> tuple[Tensor, 
     return torch.cat(values), torch.stack(tops), flushed
 
 
-def quantise_group(x: Tensor, group: int, how: Trip) -> tuple[Tensor, Tensor]:
+def quantise_group(x: Tensor, group: int, how: Trip, known: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """known: the largest magnitude of what these rows are a piece of."""
     empty = float(NVFP4_TOP) if how.format == "mxfp8" else 0.0
     if len(x) == 0:
-        return x.float(), torch.full((), empty)
-    if not x.isfinite().all():
+        return x.float(), torch.full((), empty) if known is None else known
+    if not x.isfinite().all() or (known is not None and known.isnan()):
         return torch.zeros_like(x, dtype=torch.float32), torch.full((), torch.nan)
     bits, columns = how.bits, x.shape[-1]
     if how.address is not None:
-        bits = random_bits(how.address, group, *x.shape, device=x.device)
+        bits = random_bits(how.address, how.group + group, *x.shape, device=x.device, blocks=how.blocks)
     if how.axis == "columns":
         x, bits = x.mT, None if bits is None else bits.mT
     x = hadamard(x) if how.turn else x
@@ -242,21 +299,18 @@ def quantise_group(x: Tensor, group: int, how: Trip) -> tuple[Tensor, Tensor]:
     x, bits = torch.nn.functional.pad(x, odd), None if bits is None else torch.nn.functional.pad(bits, odd)
     tile = "16x16" if how.axis == "tiles" else None
     rule, rounding = "train" if how.format == "nvfp4" else "ceil", "nearest" if bits is None else "stochastic"
-    packed = encode(x, how.format, rule=rule, tile=tile, rounding=rounding, bits=bits)  # type: ignore[arg-type]
+    packed = encode(x, how.format, rule=rule, tile=tile, rounding=rounding, bits=bits, largest=known)  # type: ignore
     top = torch.full((), empty)
     if packed.tensor_scale is not None:
-        packed, top = (
-            dataclasses.replace(packed, tensor_scale=torch.ones_like(packed.tensor_scale)),
-            x.abs().amax().float(),
-        )
+        packed = dataclasses.replace(packed, tensor_scale=torch.ones_like(packed.tensor_scale))
+        top = x.abs().amax().float() if known is None else known
     value = packed.decode().mT if how.axis == "columns" else packed.decode()
     return value[:, :columns], top
 
 
 def product_reference(kind, a, b, tops, first, dtype) -> Tensor:
     counts, parts = first.diff().tolist(), []
-    left, right = (torch.full((len(counts),), NVFP4_TOP) if top is None else top for top in tops)
-    scales = (left.double() * right / NVFP4_TOP**2).float()
+    scales = both_scales(tops[0], tops[1], len(counts))
     others = b.split(counts) if kind == "weights" else b
     for rows, other, scale in zip(a.float().split(counts), others, scales, strict=True):
         other = other.float()

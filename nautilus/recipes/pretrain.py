@@ -22,9 +22,10 @@ from pathlib import Path
 from rich.console import Console
 
 from nautilus.config import Config, PrecisionTable
-from nautilus.data.blend import phases_of, sources_of
+from nautilus.data.blend import read_blend, sources_of
+from nautilus.data.mix import Stream
 from nautilus.data.prepare import Prepared, prepare
-from nautilus.data.turns import rows_of_lengths
+from nautilus.data.turns import Turns, rows_of_lengths
 from nautilus.eval.examine import examine, talk
 from nautilus.eval.loss import HeldOut
 from nautilus.eval.material import Sample
@@ -76,15 +77,11 @@ class Settings(Following):
         compute_dtype(self.compute)
 
     def refuse_what_does_not_go_together(self):
-        alone = {"precision.format": self.precision.on, "from": self.follows_a_run, "chunk": self.chunk > 0}
-        alone |= {"checkpointing": self.checkpointing, "guard.rollbacks": self.guard.rollbacks > 0}
-        if self.layout.size > 1 and any(alone.values()):
-            names = ", ".join(name for name, given in alone.items() if given)
-            raise UserError(f"{names} on {self.layout.size} processes cannot be had yet; leave them out, or layout=")
-        if self.precision.on and self.chunk:
-            raise UserError(f"precision.format={self.precision.format} needs whole rows, not chunk={self.chunk}")
-        if self.blend is not None and self.lengths:
-            raise UserError(f"blend={self.blend} counts rows of one length; leave lengths={','.join(self.lengths)} out")
+        if self.chunk and self.layout.cp > 1:
+            raise UserError(
+                f"chunk={self.chunk} computes a row piece after piece, but with layout.cp={self.layout.cp} a scan needs"
+                " the whole stretches of the ranks before; raise layout.cp, or set checkpointing=true, instead of chunk"
+            )
 
 
 def main(settings: Settings) -> None:
@@ -104,6 +101,7 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
         raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
     ranks = start(settings.layout)
+    settings = ranks.on_first(lambda: settings)  # what they say of another run may change while processes start
     run = ranks.on_first(lambda: open_run(settings))
     found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
     prepared = ranks.first_then_all(
@@ -121,15 +119,11 @@ def train(settings: Settings, run: Run, prepared: Prepared, ranks: Ranks) -> Lan
     model.compute = ranks.on_first(lambda: compute_dtype(settings.compute))
     model.checkpointing, model.chunk = settings.checkpointing, settings.chunk
     model = lower(model, settings.precision, seed=settings.seed)
-    size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
-    phases = phases_of(settings.blend, length=settings.length, total=settings.steps * settings.rows)
-    mine = {"phases": phases, "rank": ranks.row, "ranks": ranks.rows}
-    stream = partial(prepared.stream, seed=settings.seed, reset=settings.reset, **mine)
     optimizer = adamw(model, settings.optim)
     begin(run, settings, model, optimizer, ranks)
     fit(
         model,
-        rows_of_lengths(stream, settings.lengths, mixing=settings.mixing, **size, seed=settings.seed),
+        steps_of_rows(settings, prepared, ranks),
         objective(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         optimizer,
         steps=settings.steps,
@@ -145,3 +139,14 @@ def train(settings: Settings, run: Run, prepared: Prepared, ranks: Ranks) -> Lan
     if settings.average:
         model.load_state_dict(average_checkpoints(snapshots(run)[-settings.average :]))
     return model
+
+
+def steps_of_rows(settings: Settings, prepared: Prepared, ranks: Ranks) -> Stream | Turns:
+    """What this process reads of the text."""
+    mine = {"seed": settings.seed, "reset": settings.reset, "rank": ranks.row, "ranks": ranks.rows}
+    size = {"length": settings.length, "rows": settings.rows, "micro": settings.micro or settings.rows}
+    blend = None if settings.blend is None else read_blend(settings.blend)
+    return rows_of_lengths(
+        partial(prepared.stream, **mine), settings.lengths, mixing=settings.mixing, **size, seed=settings.seed,
+        blend=blend, steps=settings.steps,
+    )  # fmt: skip

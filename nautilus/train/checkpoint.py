@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from nautilus.config.keys import short
 from nautilus.model.shards import write_file
 from nautilus.runtime import Progress, Run, UserError, read_json, read_metrics, repair
-from nautilus.train.guard import Guard, Spike, Watch, endure, note
+from nautilus.train.guard import Guard, Spike, Watch, endure, incidents, note
 from nautilus.train.moments import moments, random_states, restore_moments, restore_random_states
 from nautilus.train.ranks import ALONE, Ranks
 
@@ -274,22 +274,25 @@ class Saver:
 
     def recall(self, watch: Watch, step: int) -> None:
         """What the run's metrics say of the steps before `step`."""
-        watch.refill(read_metrics(self.checkpoints.run.metrics) if self.checkpoints else (), step)
+        if (own := self.checkpoints) is None:
+            return watch.refill((), step)
+        watch.refill(self.ranks.on_first(lambda: read_metrics(own.run.metrics)), step)
 
     def roll_back(self, spike: Spike, guard: Guard) -> None:
         """Notes the spike and saves the newest sound state anew with the stream behind the offending step, so that
-        whatever happens next goes on from there. Raises it where it may not be answered so."""
+        whatever happens next goes on from there. Raises it where it may not be answered so, on all processes alike."""
         if self.checkpoints is None:
             raise spike
         run, behind = self.checkpoints.run, self.stream.state()
-        endure(guard, run.incidents, spike)
+        endure(guard, run.incidents, self.ranks.on_first(lambda: incidents(run.incidents)), spike)
         found = load_state(run, self.model, self.optimizer, self.settings, self.ranks)
         if found is None:
             raise UserError(f"{spike}. There is no saved state to go back to") from spike
-        note(run.incidents, spike, found.step, (found.stream, behind))
+        self.ranks.on_first(lambda: note(run.incidents, spike, found.step, (found.stream, behind)))
         where = run.incidents
-        log.warning("a spike at step %d (see %s). Going back to step %d; the text since then is skipped", spike.step,
-                    where, found.step)  # fmt: skip
+        if self.ranks.index == 0:
+            log.warning("a spike at step %d (see %s). Going back to step %d; the text since then is skipped",
+                        spike.step, where, found.step)  # fmt: skip
         self.save(replace(found, stream=behind))
 
     def position(self, step: int, tokens: int) -> Position:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file
 
 from nautilus.config import Based, Config, from_dict, to_dict
 from nautilus.config.override import parse_int, record_type
@@ -70,10 +69,6 @@ class Following(Based):
                 f"into steps={self.steps}; lower one of them or raise steps"
             )
         schedule(self.optim, self.steps)
-
-    @property
-    def follows_a_run(self) -> bool:
-        return self.from_ is not None and (is_run(self.from_) or (self.from_ / "state.json").is_file())
 
     @classmethod
     def base(cls, asked: Mapping[str, str]) -> Self:
@@ -230,17 +225,18 @@ def begin(run: Run, settings, model: Language, optimizer: torch.optim.Optimizer,
     if not source.is_dir():
         raise UserError(f"{source}, which {run.folder} begins with, is gone; restore it, or start a new run")
     if settings.anneal:
-        with atomic_folder(run.state / source.name) as folder:
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-        return
+        return ranks.on_first(lambda: copy_state(source, run.state / source.name))
     if origin.step < 0:
-        ranks.fill(model, stored_weights(source, settings.model))
-        return
+        return ranks.fill(model, stored_weights(source, settings.model))
     try:
-        model.load_state_dict(load_file(source / "model.safetensors"), strict=True)
+        restore_moments(model, optimizer, ranks.read(source, model))
     except RuntimeError as bad:
         raise UserError(f"from={source} holds another model. {bad}; leave model settings as they are there") from bad
-    restore_moments(model, optimizer, load_file(source / "training.safetensors"))
+
+
+def copy_state(source: Path, target: Path) -> None:
+    with atomic_folder(target) as folder:
+        shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 def extend(out: Path, settings) -> None:

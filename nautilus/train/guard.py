@@ -2,9 +2,9 @@
 
 A step is a spike if its loss or its gradient is no number, or if either exceeds `spike` times its median over the last
 `window` steps. Its update is not made. What was seen goes into incidents.jsonl of the run, the run returns to its
-newest sound state, and the stream goes on behind the offending step: no text since that state is seen again. (Ultra
-went back to an earlier checkpoint twice, arXiv 2606.15007; PaLM skipped the batches around each spike, arXiv
-2204.02311.)
+newest sound state, and the stream goes on behind the offending step: no text since that state is seen again. What is
+watched is of all processes, so that all of them go back alike. (Ultra went back to an earlier checkpoint twice, arXiv
+2606.15007; PaLM skipped the batches around each spike, arXiv 2204.02311.)
 """
 
 from __future__ import annotations
@@ -95,6 +95,11 @@ class Watch:
             )
 
 
+def each_once(lists: Iterable[list[str]]) -> list[str]:
+    """What several processes name."""
+    return [*dict.fromkeys(word for words in lists for word in words)]
+
+
 def incidents(path: Path) -> list[dict]:
     """What went wrong in a run so far, oldest first."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -109,9 +114,8 @@ def note(path: Path, spike: Spike, back_to: int, rows: tuple[object, object]) ->
         file.write(json.dumps(line) + "\n")
 
 
-def endure(guard: Guard, path: Path, spike: Spike) -> None:
-    """Raises the spike where it may not, or not any more, be answered by going back."""
-    so_far = incidents(path)
+def endure(guard: Guard, path: Path, so_far: list[dict], spike: Spike) -> None:
+    """Raises the spike where it may not, or not any more, be answered by going back. so_far: the incidents in path."""
     if len(so_far) < guard.rollbacks:
         return
     if not guard.rollbacks:

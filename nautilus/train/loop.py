@@ -26,10 +26,11 @@ from nautilus.config import to_dict, weight_count
 from nautilus.data.batch import Batch
 from nautilus.model.held import refuse_training
 from nautilus.model.language import Language
+from nautilus.model.precision import rows_taken
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
 from nautilus.train.checkpoint import Checkpoints, Position, Saver
-from nautilus.train.guard import Guard, Spike, Watch
+from nautilus.train.guard import Guard, Spike, Watch, each_once
 from nautilus.train.health import gradient_health, load_health, residual_rms
 from nautilus.train.interrupt import Stop, stop_signals
 from nautilus.train.objective import Objective, Terms
@@ -167,11 +168,12 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
     """One update and its metrics. None, with the model as it was, if a stop was asked for between micro-batches."""
     begin = time.perf_counter()
     checked, given = job.health_every > 0 and step % job.health_every == 0, next_step(stream, step)
+    rows = [rows_of(job, batch) for batch in given]
     if job.model.lowered is not None:
-        job.model.lowered.begin(step, tokens, watched=checked)
+        job.model.lowered.begin(step, tokens, row=job.ranks.before(sum(rows)), watched=checked)
     batches = [job.ranks.part(job.objective.weigh(batch)) for batch in given]
     counts = count_weights(batches, job.ranks)
-    sums = add_gradients(job, batches, counts, stop)
+    sums = add_gradients(job, batches, rows, counts, stop)
     if sums is None:
         forget_gradients(job)
         return None
@@ -194,6 +196,13 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
     }
 
 
+def rows_of(job: Job, batch: Batch) -> int:
+    """How many rows of addresses a micro-batch takes for its products in few bits, over all that share its rows."""
+    batch_rows, time = batch.tokens.shape
+    piece = time // job.ranks.readers if job.ranks.readers > 1 else job.model.chunk or time
+    return rows_taken(batch_rows, time, piece)
+
+
 def next_step(stream: Iterator[list[Batch]], step: int) -> list[Batch]:
     micro_batches = next(stream, None)
     if not micro_batches:
@@ -214,6 +223,7 @@ def update(job: Job, step: int, norm: Tensor, loads: dict[str, Tensor]) -> None:
 
 
 def forget_gradients(job: Job) -> None:
+    job.ranks.forget(job.model)
     job.optimizer.zero_grad(set_to_none=True)
     take_loads(job.model, ALONE.total)
 
@@ -232,11 +242,11 @@ def count_weights(batches: list[Batch], ranks: Ranks) -> dict[str, float]:
     return counts
 
 
-def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop: Stop) -> Sums | None:
+def add_gradients(job: Job, batches: list[Batch], rows: list[int], counts: dict[str, float], stop: Stop) -> Sums | None:
     """Adds the gradient of the step's loss to the parameters, in their own dtype (float32 masters: float32 sums)."""
     sums = Sums()
     device = job.parameters[0].device
-    for batch in batches:
+    for batch, taken in zip(batches, rows, strict=True):
         if stop.asked:
             return None
         terms, watched = job.objective.terms(job.model, batch.to(device))
@@ -253,7 +263,7 @@ def add_gradients(job: Job, batches: list[Batch], counts: dict[str, float], stop
             loss.backward()
         sums.add(loss, terms | watched)
         if job.model.lowered is not None:
-            job.model.lowered.passed(batch.tokens.numel())
+            job.model.lowered.passed(taken)
     return sums
 
 
@@ -274,33 +284,42 @@ def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
     found = gradient_health(job.model, job.model.config, job.ranks) | load_health(loads)
-    found |= {} if job.model.lowered is None else job.model.lowered.flush_rates()
+    found |= {} if job.model.lowered is None else job.model.lowered.flush_rates(job.ranks.gather)
     return found | residual_rms(job.model, batch.to(job.parameters[0].device), job.ranks)
 
 
 def refuse_spikes(job: Job, step: int, batches: list[Batch], sums: Sums, found: dict[str, float]) -> None:
     """Raises a Spike where the update must not be made. The weights have not been touched yet."""
-    marks = [batch.fingerprint for batch in batches]
-    if not all(map(math.isfinite, found.values())):
-        raise Spike(divergence(job, step, batches, sums), step, marks, found)
+    diverged = not all(map(math.isfinite, found.values()))
+    if not diverged and not job.watch.fault(found):
+        return
+    # What was found is the same on all processes, so all of them come here.
+    marks = each_once(job.ranks.gather([batch.fingerprint for batch in batches]))
+    if diverged:
+        raise Spike(divergence(job, step, batches, sums, marks), step, marks, found)
     job.watch.refuse(step, found, marks)
 
 
-def divergence(job: Job, step: int, batches: list[Batch], sums: Sums) -> str:
-    """The message for a loss or gradient that is no number."""
+def divergence(job: Job, step: int, batches: list[Batch], sums: Sums, marks: list[str]) -> str:
+    """The message for a loss or gradient that is no number, the same on all processes."""
     bad = [i for i, loss in enumerate(sums.losses) if not torch.isfinite(loss)]
-    if bad:
-        terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())
-        what = f"the loss is not finite ({terms}) in micro-batch {bad[0] + 1} of {len(batches)}"
-        where = f" (batch {batches[bad[0]].fingerprint}, {tuple(batches[bad[0]].tokens.shape)} tokens)"
+    terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())
+    found = [
+        f"({terms}) in micro-batch {i + 1} of {len(batches)} "
+        f"(batch {batches[i].fingerprint}, {tuple(batches[i].tokens.shape)} tokens)"
+        for i in bad[:1]
+    ]
+    if losses := each_once(job.ranks.gather(found)):
+        what, where = f"the loss is not finite {losses[0]}", ""
     else:
         bad_names = [
             name
             for name, p in job.model.named_parameters()
             if p.grad is not None and not job.ranks.own(p.grad).isfinite().all()
         ]
-        what = f"the loss is finite but the gradient is not, in {', '.join(bad_names[:4])}"
-        where = f" ({len(bad_names)} parameters; batches {', '.join(b.fingerprint for b in batches)})"
+        names = each_once(job.ranks.gather(bad_names))
+        what = f"the loss is finite but the gradient is not, in {', '.join(names[:4])}"
+        where = f" ({len(names)} parameters; batches {', '.join(marks)})"
     return (
         f"training stopped at step {step}: {what}{where}. This update was not made and the last saved state is "
         f"untouched; lower the learning rate, look at that data, or resume from an earlier state"

@@ -110,10 +110,11 @@ def decays(name: str, parameter: Tensor) -> bool:
 
 
 def gradient_norm(parameters: Iterable[Tensor], ranks: Ranks = ALONE) -> Tensor:
-    """The norm of all gradients as one vector, float64."""
+    """The norm of all gradients as one vector, float64. Summed in it too, so that what clipping multiplies with, a
+    float32, is the same however the parameters are shared out."""
     trained = [p for p in parameters if p.grad is not None]
-    norms = [torch.linalg.vector_norm(ranks.own(p.grad)) for p in trained]  # type: ignore[arg-type]
-    return ranks.whole(trained, torch.stack(norms).double().square()).sqrt()
+    norms = [torch.linalg.vector_norm(ranks.own(p.grad), dtype=torch.float64) for p in trained]  # type: ignore[arg-type]
+    return ranks.whole(trained, torch.stack(norms).square()).sqrt()
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor, ranks: Ranks = ALONE) -> None:

@@ -33,7 +33,7 @@ class Ranks:
     """A single process.
 
     index, size: which process this is, of how many. rows, row: into how many streams the rows of a step are dealt, and
-    which of them this process reads. readers: how many processes read the same one.
+    which of them this process reads. readers: how many processes read the same one, and deal its tokens among them.
     """
 
     index, size = 0, 1
@@ -64,6 +64,14 @@ class Ranks:
     def total(self, number: Tensor) -> Tensor:
         """The sum over the processes that see other tokens. Gradients are added up the same way."""
         return number
+
+    def before(self, number: int) -> int:
+        """The sum over the processes that read earlier rows."""
+        return 0
+
+    def gather(self, thing: T) -> list[T]:
+        """Every process's."""
+        return [thing]
 
     def own(self, tensor: Tensor) -> Tensor:
         """What of a weight, or of its gradient, lies here."""

@@ -7,7 +7,7 @@ import torch
 
 from nautilus.cli import main
 from nautilus.data.batch import Batch
-from nautilus.data.blend import phases_of, read_blend, sources_of
+from nautilus.data.blend import read_blend, sources_of
 from nautilus.data.mix import Mix, Phase, Stream
 from nautilus.data.mixtures import BORDERS, PERCENT, mixture
 from nautilus.runtime import UserError
@@ -38,16 +38,15 @@ def place(tmp_path):
 def test_a_blend_names_sources_beside_it_and_phases_in_rows(place):
     blend = place / "two.toml"
     assert [(s.name, s.kind) for s in sources_of(["embedded"], blend)] == [("a", "files"), ("b", "files")]
-    assert phases_of(blend, length=64, total=1000) == (Phase(0, {"a": 3, "b": 1}), Phase(250, {"b": 1}))
-    assert phases_of(None, length=64, total=1000) == ()
+    assert read_blend(blend).rows(length=64, total=1000) == (Phase(0, {"a": 3, "b": 1}), Phase(250, {"b": 1}))
     assert len(sources_of(["embedded"], None)) == 3
 
 
 def test_borders_in_tokens_do_not_move_with_the_length_of_the_run(place):
     (place / "two.toml").write_text('unit = "tokens"\n' + TWO.replace("0.25", "6400"))
     for total in (101, 1000):
-        assert [p.start for p in phases_of(place / "two.toml", length=64, total=total)] == [0, 100]
-    assert [p.start for p in phases_of(place / "two.toml", length=64, total=100)] == [0]
+        assert [p.start for p in read_blend(place / "two.toml").rows(length=64, total=total)] == [0, 100]
+    assert [p.start for p in read_blend(place / "two.toml").rows(length=64, total=100)] == [0]
 
 
 def test_json_says_the_same(place):
@@ -109,7 +108,7 @@ def test_a_model_name_alone_says_what_to_write_and_an_empty_phase_is_refused(pla
     with pytest.raises(UserError, match='base = "nano"'):
         read_blend("nano")
     with pytest.raises(UserError, match="has no rows"):
-        phases_of(place / "two.toml", length=64, total=1)
+        read_blend(place / "two.toml").rows(length=64, total=1)
     (place / "two.toml").write_text(TWO.replace('"b"', '"embedded"'))
     with pytest.raises(UserError, match="stands for python, docstrings, reference"):
         sources_of([], place / "two.toml")

@@ -1,7 +1,9 @@
 """Products in few bits: native code against `encode`, both gradients against float64, and the laws of rounding."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
+import threading
 
 import pytest
 import torch
@@ -29,12 +31,16 @@ BITS = ((13 * ROW + 29 * COLUMN) % 256).to(torch.uint8)
 WHOLE = torch.tensor([0, 64])
 GROUPS = torch.tensor([0, 32, 32, 80, 288])  # one is empty, one is longer than a piece of work
 WHERE = (2**63 + 12345, 7, 4, 16)
+BLOCKS = torch.tensor([9, 3, 40, 41, 2])
 TRIPS = [
     *(Trip(format=f, axis=a, zipped=z) for f in ("nvfp4", "mxfp8") for a in ("rows", "columns") for z in (False, True)),
     Trip(format="nvfp4", axis="tiles"),
     Trip(format="nvfp4", axis="columns", turn=True, zipped=True),
     Trip(format="nvfp4", axis="rows", address=WHERE),
     Trip(format="nvfp4", axis="columns", turn=True, address=WHERE),
+    Trip(format="nvfp4", axis="rows", address=WHERE, group=7, blocks=BLOCKS, over=lambda t: 3 * t),
+    Trip(format="nvfp4", axis="columns", turn=True, over=lambda t: t + 1e30),
+    Trip(format="nvfp4", axis="tiles", over=lambda t: 2 * t),
 ]  # fmt: skip
 
 
@@ -59,7 +65,9 @@ def zipped(y):
 
 
 @pytest.mark.parametrize(
-    "trip", TRIPS, ids=lambda t: f"{t.format}-{t.axis}-{t.turn:d}{t.zipped:d}{t.address is not None:d}"
+    "trip",
+    TRIPS,
+    ids=lambda t: f"{t.format}-{t.axis}-{t.turn:d}{t.zipped:d}{t.address is not None:d}{t.over is not None:d}",
 )
 @pytest.mark.parametrize("columns", [64, 70, 10])
 def test_native_values_equal_the_reference_bit_for_bit(level, trip, columns):
@@ -284,6 +292,75 @@ def test_an_odd_side_is_computed_all_the_same():
     y.sum().backward()
     assert y.shape == (20, 21) and x.grad.shape == x.shape and w.grad.shape == w.shape
     assert y.dtype == x.grad.dtype == torch.float32
+
+
+# ----- pieces of a matrix on several processes ------------------------------------------------------------------------
+
+
+class Meeting:
+    """Threads that add up and compare tensors, as processes do."""
+
+    def __init__(self, ranks):
+        self.met, self.slots = threading.Barrier(ranks, timeout=60), [None] * ranks
+
+    def all(self, rank, tensor, reduce):
+        self.slots[rank] = tensor
+        self.met.wait()
+        found = reduce(torch.stack([*self.slots]))
+        self.met.wait()
+        return found
+
+
+def cut_linear(x, w, dy, how, axis, lengths):
+    """(y, dx, dW) of two threads that hold halves of each of the sections `lengths`, put together again."""
+    meeting, dim = Meeting(2), int(axis == "inputs")
+    take = lambda t, d, rank: torch.cat([part.chunk(2, d)[rank] for part in t.split(lengths, d)], d)
+
+    def work(rank):
+        torch.set_num_threads(1)
+        starts = [sum(lengths[:i]) + rank * length // 2 for i, length in enumerate(lengths)]
+        blocks = [torch.arange(length // 32) + start // 16 for start, length in zip(starts, lengths, strict=True)]
+        piece = low_precision.Piece(
+            axis=axis, lengths=tuple(length // 2 for length in lengths), blocks=torch.cat(blocks), first=rank == 1,
+            largest=lambda t: meeting.all(rank, t, lambda ts: ts.amax(0)),
+            total=lambda t: meeting.all(rank, t, lambda ts: ts.sum(0)),
+        )  # fmt: skip
+        own_x = (take(x, 1, rank) if dim else x).detach().clone().requires_grad_()
+        own_w = take(w, dim, rank).detach().clone().requires_grad_()
+        y = low_linear(own_x, own_w, dataclasses.replace(how, piece=piece))
+        y.backward(dy if dim else take(dy, 1, rank))
+        return y.detach(), own_x.grad, own_w.grad
+
+    def join(pieces, d):
+        halves = [piece.split([length // 2 for length in lengths], d) for piece in pieces]
+        return torch.cat([half[i] for i in range(len(lengths)) for half in halves], d)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        (y, dx, dw), (y1, dx1, dw1) = pool.map(work, range(2))
+    if dim:
+        return y + y1, join([dx, dx1], 1), join([dw, dw1], 1)
+    return join([y, y1], 1), dx + dx1, join([dw, dw1], 0)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8"])
+@pytest.mark.parametrize("axis", ["outputs", "inputs"])
+def test_pieces_of_a_matrix_give_the_bits_of_the_whole(level, axis, format):
+    """Scales and random bits are the whole's, and sums that are cut are added before they are rounded."""
+    sizes = (40, 64 if axis == "outputs" else 192, 192 if axis == "outputs" else 64)
+    draw = torch.Generator().manual_seed(1)
+    x, w, dy = (torch.randn(*shape, generator=draw) for shape in ((40, sizes[1]), (sizes[2], sizes[1]), (40, sizes[2])))
+    x[:, -16:] *= 3  # so that the halves have other largest numbers
+    dy[:, :16] *= 3
+    x, dy, how = x.bfloat16(), dy.bfloat16(), How(format=format, seed=5, step=3, stream=8, row=32)
+    leaves = [t.clone().requires_grad_() for t in (x, w)]
+    y = low_linear(*leaves, how)
+    y.backward(dy)
+    got = cut_linear(x, w, dy, how, axis, [128, 64])
+    for name, one, want in zip(("y", "dx", "dW"), got, (y.detach(), *(t.grad for t in leaves)), strict=True):
+        if format == "nvfp4" or name == "dW":  # whose sums float32 holds, or which are not cut
+            assert torch.equal(one, want), f"{name}: {(one != want).sum()} of {want.numel()} differ"
+        else:
+            torch.testing.assert_close(one, want, rtol=2**-7, atol=1e-4)
 
 
 # ----- experts --------------------------------------------------------------------------------------------------------

@@ -67,16 +67,28 @@ def work(
     every: int = 0,
     die: int = -1,
     tied: bool = False,
+    roomy: bool = False,
+    ahead: bool = True,
+    precision: dict | None = None,
+    clip: float = 0.5,
+    chunk: int = 0,
+    checkpointing: bool = False,
+    guard: dict | None = None,
+    poison: int = -1,
 ) -> None:
-    """Trains a small model like a preset; `die`: the last rank kills itself after that step, the first time."""
+    """Trains a small model like a preset; a roomy one has whole blocks on two ranks. ahead: with its prediction block.
+    precision, chunk, checkpointing, guard: as `nautilus pretrain` has them. die: the last rank kills itself after that
+    step, the first time. poison: number of the row whose loss is no number."""
     import torch
 
-    from nautilus.config import Mamba
+    from nautilus.config import Experts, Mamba, PrecisionTable
     from nautilus.data.mix import Stream
     from nautilus.model.language import Language
+    from nautilus.model.lower import lower
     from nautilus.presets import preset, shrink
     from nautilus.runtime import Run
     from nautilus.train.checkpoint import Checkpoints
+    from nautilus.train.guard import Guard
     from nautilus.train.loop import fit
     from nautilus.train.objective import pretrain
     from nautilus.train.optim import OptimConfig, adamw, schedule
@@ -85,11 +97,13 @@ def work(
     torch.set_num_threads(1)
     ranks = start(Layout(**layout))
     config = shrink(preset(like), layers=4, width=32)
-    wide = lambda layer: replace(layer, heads=8, groups=4) if isinstance(layer, Mamba) else layer
-    config = replace(config, layers=tuple(map(wide, config.layers)), vocab=96, tied=tied)
+    wide = lambda layer: replace(layer, heads=64 if roomy else 8, groups=4) if isinstance(layer, Mamba) else layer
+    shared = lambda layer: replace(layer, shared=64) if roomy and isinstance(layer, Experts) else layer
+    config = replace(config, layers=tuple(map(shared, map(wide, config.layers))), vocab=96, tied=tied)
     model = Language(config).initialise(3)
     model.compute = getattr(torch, compute)
-    model = ranks.distribute(model)
+    model.chunk, model.checkpointing = chunk, checkpointing
+    model = lower(ranks.distribute(model), PrecisionTable(**(precision or {})), seed=11)
     source = {"text": some_rows(config.vocab, documents)}
     stream = Stream(source, rows=rows, micro=micro, seed=1, rank=ranks.row, ranks=ranks.rows)
     optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=2)
@@ -102,16 +116,30 @@ def work(
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
+    objective = pretrain(mtp_depths=2 if config.mtp and ahead else 0, aux_weight=0.01)
+    objective = objective if poison < 0 else poisoned(objective, source["text"].tokens[poison])
     fit(
-        model, stream, pretrain(mtp_depths=2 if config.mtp else 0, aux_weight=0.01), adamw(model, optim), steps=steps,
-        schedule=schedule(optim, 20), balance=1e-3, clip=0.5, health_every=health, ranks=ranks, log=log,
-        checkpoints=Checkpoints(run=run, every=every) if run else None,
+        model, stream, objective, adamw(model, optim), steps=steps, schedule=schedule(optim, 20), balance=1e-3,
+        clip=clip, health_every=health, ranks=ranks, log=log, guard=Guard(**(guard or {})),
+        checkpoints=Checkpoints(run=run, every=every, first=guard is not None) if run else None,
     )  # fmt: skip
     (folder / f"rank_{ranks.index}.json").write_text(json.dumps(lines))
     held = sum(ranks.own(parameter).numel() for parameter in model.parameters())
     (folder / f"held_{ranks.index}.json").write_text(json.dumps(held))
     if ranks.size > 1:
         torch.distributed.destroy_process_group()
+
+
+def poisoned(objective, row_T):
+    """The objective, whose loss is no number where this row is part of the batch; of a row dealt out, its beginning."""
+
+    def terms(model, batch):
+        found, metrics = objective.terms(model, batch)
+        total, count = found["next_token"]
+        bad = (batch.tokens[:, :10] == row_T[:10]).all(1).any()
+        return found | {"next_token": (total * float("nan") if bad else total, count)}, metrics
+
+    return replace(objective, terms=terms)
 
 
 def some_rows(vocab: int, documents: bool):

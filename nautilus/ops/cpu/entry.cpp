@@ -142,7 +142,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 17; }
+EXPORT int nautilus_interface() { return 18; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -485,18 +485,21 @@ void share_largest(const LowBit* f, LowBitWork& work) {
 EXPORT int nautilus_lowbit(LowBit* f, int threads) {
   LowBitWork work;
   if (!work.lay(f->first, f->groups, 0)) return 1;
-  if (f->format == LOWBIT_NVFP4) {
+  if (f->known) {
+    for (int64_t i = 0; i < work.count; i++) memcpy(work.largest + i, f->top + work.spans[i].group, 4);
+  } else if (f->format == LOWBIT_NVFP4) {
     each_item(threads, work.count, [&](int64_t i) { work.largest[i] = kernels.lowbit_largest(f, work.spans + i); });
     share_largest(f, work);
   } else {
     for (int64_t g = 0; g < f->groups; g++) f->top[g] = LOWBIT_TOP;
   }
+  f->flushed = 0;
+  if (!f->y) return 0;
   each_item(threads, work.count, [&](int64_t i) {
     float amax;
     memcpy(&amax, work.largest + i, 4);
     work.flushed[i] = kernels.lowbit_round(f, work.spans + i, amax);
   });
-  f->flushed = 0;
   for (int64_t i = 0; i < work.count; i++) f->flushed += work.flushed[i];
   return 0;
 }

@@ -307,12 +307,13 @@ enum { LOWBIT_BLOCK = 192, LOWBIT_TOP = 2688 };  // rows worked on at a time; th
 // y = the values of x in a format, without the tensor scale, which is top / LOWBIT_TOP. Groups have multiples of 16 rows where they
 // are turned by Hadamard's matrix, and even numbers where the result is zipped: rows in twos, as products over rows want it.
 struct LowBit {
-  int64_t groups, columns, bf16, format, axis, turn, stochastic, zipped;
-  int64_t seed, step, stream, first_row;  // where the random bits lie that are drawn
+  int64_t groups, columns, bf16, format, axis, turn, stochastic, zipped, known;  // known: top is given
+  int64_t seed, step, stream, first_row, first_group;  // where the random bits lie that are drawn
+  const int64_t* blocks;                  // and which block each 16 columns are of all; null: as they lie
   const int64_t* first;                   // (groups + 1)
   const void* x;                          // (rows, columns), bf16, or float that is rounded to bf16 first
   const uint8_t* bits;                    // as x, random bits to use instead; null: drawn
-  uint16_t* y;                            // as x
+  uint16_t* y;                            // as x; null: only top is found
   float* top;                             // (groups): the largest magnitude; NaN where x is not finite; MXFP8: LOWBIT_TOP
   int64_t flushed;                        // written: numbers that were not zero and became zero
 };

@@ -48,7 +48,7 @@ inline float to_e2m1(float x, float share) {
 void draw(const LowBit& f, int64_t group, int64_t row, int64_t block, uint8_t to[16][16]) {
   uint32_t c0[16], c1[16], c2[16], c3[16], k0 = static_cast<uint32_t>(f.seed), k1 = static_cast<uint32_t>(f.seed >> 32);
   for (int i = 0; i < 16; i++) {
-    c0[i] = static_cast<uint32_t>(block | group << 20);
+    c0[i] = static_cast<uint32_t>((f.blocks ? f.blocks[block] : block) | (f.first_group + group) << 20);
     c1[i] = static_cast<uint32_t>(row + i + f.first_row);
     c2[i] = static_cast<uint32_t>(f.stream);
     c3[i] = static_cast<uint32_t>(f.step);

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,13 +27,16 @@ class Trip:
     zipped: bool = False  # for a product over rows
     address: tuple[int, int, int, int] | None = None  # stochastic rounding: seed, step, stream, first row
     bits: Tensor | None = None  # stochastic rounding with these, uint8 as x
+    group: int = 0  # number of the first group, for its random bits
+    blocks: Tensor | None = None  # likewise which blocks of 16 columns these are, int64; none: as they lie
+    over: Callable[[Tensor], Tensor] | None = None  # the largest magnitudes of what this is a piece of, given its own
 
 
 class LowBit(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("groups", "columns", "bf16", "format", "axis", "turn", "stochastic", "zipped")),
-        *((n, ctypes.c_int64) for n in ("seed", "step", "stream", "first_row")),
-        *((n, ctypes.c_void_p) for n in ("first", "x", "bits", "y", "top")),
+        *((n, ctypes.c_int64) for n in ("known", "seed", "step", "stream", "first_row", "first_group")),
+        *((n, ctypes.c_void_p) for n in ("blocks", "first", "x", "bits", "y", "top")),
         ("flushed", ctypes.c_int64),
     ]
 
@@ -51,10 +55,19 @@ def quantise_native(x_RC: Tensor, first: Tensor, how: Trip) -> tuple[Tensor, Ten
     stochastic = how.address is not None or how.bits is not None
     seed, step, stream, row = how.address or (0, 0, 0, 0)
     flags = x_RC.dtype == torch.bfloat16, FORMATS[how.format], AXES[how.axis], how.turn, stochastic, how.zipped
-    where = (seed + 2**63) % 2**64 - 2**63, step, stream, row
-    record = LowBit(groups, x_RC.shape[-1], *flags, *where, *map(pointer, (first, x_RC, how.bits, y_RC, top_G)))
-    call("nautilus_lowbit", record)
-    return y_RC, top_G, record.flushed
+    where = (seed + 2**63) % 2**64 - 2**63, step, stream, row, how.group
+
+    def run(top_G: Tensor, to: Tensor | None, known: bool) -> int:
+        places = map(pointer, (how.blocks, first, x_RC, how.bits, to, top_G))
+        record = LowBit(groups, x_RC.shape[-1], *flags, known, *where, *places)
+        call("nautilus_lowbit", record)
+        return record.flushed
+
+    if how.over is None:
+        return y_RC, top_G, run(top_G, y_RC, False)
+    run(top_G, None, False)
+    top_G = how.over(top_G)
+    return y_RC, top_G, run(top_G, y_RC, True)
 
 
 def product_native(

@@ -24,6 +24,7 @@ from nautilus.model.attention import AttentionMixer
 from nautilus.model.language import Language
 from nautilus.model.mamba import MambaMixer
 from nautilus.model.moe import ExpertsMixer
+from nautilus.model.precision import whole_blocks
 from nautilus.model.state import Cache, Span, State, place, start_cache
 from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.mamba import mamba
@@ -124,6 +125,8 @@ def tokens_ahead(term: str) -> int:
 def hidden(model: Language, context: Context, tokens_BT: Tensor, *, document_BT: Tensor | None = None, taps=()):
     """As Language.hidden; the halo's hidden states are zeros that nobody may read."""
     own = None if document_BT is None else document_BT[:, :-HALO]
+    if model.lowered is not None:  # each stretch is a product of its own
+        model.lowered.before = context.rank * whole_blocks(tokens_BT[:, HALO:].numel())
     blocks: tuple = (None,) * len(model.backbone.layers)
     state = dataclasses.replace(context.enter(tokens_BT.shape[1] - HALO, own), layers=blocks)
     x, after = Language.hidden(model, tokens_BT[:, :-HALO], state=state, document_BT=own, taps=taps)
@@ -167,9 +170,8 @@ def mamba_of_all_tokens(mixer: MambaMixer, context: Context, hidden_BTD: Tensor,
     layer, ranks, rank = mixer.layer, context.ranks, context.rank
     sections = [layer.inner, layer.inner, *[layer.groups * layer.state] * 2, layer.heads]
     mine = lambda t, parts: torch.cat([part.chunk(ranks)[rank] for part in t.split(parts)])
-    input_BTE = torch.cat(
-        [part.chunk(ranks, -1)[to] for to in range(ranks) for part in mixer.in_proj(hidden_BTD).split(sections, -1)], -1
-    )
+    parts = mixer.in_proj(hidden_BTD).split(sections, -1)
+    input_BTE = torch.cat([part.chunk(ranks, -1)[to] for to in range(ranks) for part in parts], -1)
     out, _, _ = mamba(
         tokens_for_heads(input_BTE, context),
         mine(mixer.conv1d.weight[:, 0], sections[1:4]),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from nautilus.train.parallel.layout import Layout
 from nautilus.train.parallel.mesh import Meshes, device, meshes
 from nautilus.train.parallel.shard import distribute
 from nautilus.train.parallel.state import on_first, read_shards, take_part, whole, write_shards
-from nautilus.train.ranks import Ranks
+from nautilus.train.ranks import Ranks, T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,16 @@ class ManyRanks(Ranks):
 
     def total(self, number: Tensor) -> Tensor:
         return summed(number, self.meshes.data["data"].get_group())
+
+    def before(self, number: int) -> int:
+        numbers = torch.zeros(self.rows, dtype=torch.float64)
+        numbers[self.row] = number
+        return int(summed(numbers, self.meshes.rows["dp"].get_group())[: self.row].sum())
+
+    def gather(self, thing: T) -> list[T]:
+        things: list[Any] = [None] * self.size
+        dist.all_gather_object(things, thing)
+        return things
 
     def own(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,29 +1,35 @@
 """Heads and hidden units dealt among ranks: each mixer computes with its own, and the outputs are added up.
 
 Attention is cut by groups of heads, Mamba by groups with their heads, an MLP and the shared experts by hidden unit.
-Experts are not cut: each rank sends its share of the tokens to whole experts. Embedding and head are cut by word, see
-`vocabulary.py`. Everything else is whole on every rank.
+Experts are not cut: each rank sends its share of the tokens to whole experts, see `experts.py`. Embedding and head are
+cut by word, see `vocabulary.py`. Everything else is whole on every rank.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from functools import partial
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from nautilus.model.attention import AttentionMixer
 from nautilus.model.language import Language
+from nautilus.model.linear import Linear
 from nautilus.model.mamba import MambaMixer
 from nautilus.model.mlp import MlpMixer
 from nautilus.model.moe import ExpertsMixer
 from nautilus.model.norm import RmsNorm
+from nautilus.ops.low_precision import Piece
 from nautilus.ops.norm import rms_norm
 from nautilus.runtime import UserError
 from nautilus.train.parallel.cuts import Cut, keep_piece
-from nautilus.train.parallel.travel import Collect, Deal, Enter, Leave
+from nautilus.train.parallel.experts import DealtExperts
+from nautilus.train.parallel.mesh import device
+from nautilus.train.parallel.travel import Enter, Leave, summed
 
 Pieces = dict[str, tuple[int, tuple[int, ...]]]  # parameter: dimension, sections
 
@@ -36,13 +42,17 @@ def deal_units(model: Language, mesh: DeviceMesh) -> dict[str, Cut]:
         for path, (dim, sections) in pieces.items():
             owner, _, parameter = f"{name}.{path}".rpartition(".")
             cut = Cut(mesh=mesh, axis="tp", dim=dim, sections=sections)
-            keep_piece(model.get_submodule(owner), parameter, cut)
+            matrix = model.get_submodule(owner)
+            keep_piece(matrix, parameter, cut)
+            if isinstance(matrix, Linear):
+                matrix.piece = piece_of(matrix, cut, group)
             cuts[f"{name}.{path}"] = cut
         if pieces:
             module.register_forward_pre_hook(lambda _, args: (Enter.apply(args[0], group), *args[1:]))
             module.register_forward_hook(lambda _, args, out: (Leave.apply(out[0], group), out[1]))
         elif isinstance(module, ExpertsMixer):
-            deal_tokens(module.experts, group)
+            assert isinstance(module.experts, DealtExperts)
+            module.experts.peers = group
     return cuts
 
 
@@ -84,16 +94,24 @@ def divides(ranks: int, name: str, **size: int) -> None:
             raise UserError(f"layout.tp={ranks} does not divide {what}={number} of {name}; choose a divisor")
 
 
-def deal_tokens(experts: nn.Module, group: dist.ProcessGroup) -> None:
-    """Each rank takes its share of the tokens through the experts."""
+def piece_of(matrix: Linear, cut: Cut, group: dist.ProcessGroup) -> Piece:
+    """What products in few bits ask of the ranks that hold the rest of a matrix."""
 
-    def deal(_, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple(Deal.apply(tensor, group) for tensor in args)
+    def largest(top_G: Tensor) -> Tensor:
+        # As whole numbers, under which NaN is the largest of all; a group's max has no rule for it.
+        bits_G = top_G.view(torch.int32).to(device())
+        dist.all_reduce(bits_G, dist.ReduceOp.MAX, group=group)
+        return bits_G.to(top_G.device).view(torch.float32)
 
-    def collect(_, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        return Collect.apply(out, rows.pop(), group)
-
-    rows: list[int] = []
-    experts.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
-    experts.register_forward_pre_hook(deal)
-    experts.register_forward_hook(collect)
+    own = cut.lengths(matrix.weight.shape[cut.dim] * cut.parts)
+    starts, lengths = [0, *itertools.accumulate(own)], tuple(length // cut.parts for length in own)
+    begins = [start + length * group.rank() for start, length in zip(starts, lengths, strict=False)]
+    blocks = [torch.arange(length // 16) + begin // 16 for begin, length in zip(begins, lengths, strict=True)]
+    return Piece(
+        axis="inputs" if cut.dim else "outputs",
+        lengths=lengths,
+        blocks=torch.cat(blocks),
+        first=group.rank() == 0,
+        largest=largest,
+        total=lambda sums: summed(sums, group),
+    )
