@@ -1,6 +1,7 @@
 """What a training costs before it is started: memory of a device, communication, time of a step. Nothing is allocated.
 
-MODEL is a preset, a run, a checkpoint folder or a hub id. A layout that cannot be is refused with its reasons.
+MODEL is a preset, a run, a checkpoint folder or a hub id. A layout that cannot be is refused with its reasons; instead
+of dp, the number of devices may be given.
 
 nautilus plan ultra gpus=2048 tp=8 pp=2 ep=128 device=gb200
 """
@@ -8,6 +9,7 @@ nautilus plan ultra gpus=2048 tp=8 pp=2 ep=128 device=gb200
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
@@ -17,6 +19,8 @@ from rich.table import Table
 
 from nautilus.cli.info import config_of
 from nautilus.config import Based, weight_count
+from nautilus.config.override import parse_int
+from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Machine, Work, refuse
 from nautilus.train.optim import setting
 from nautilus.train.plan import Plan
@@ -28,21 +32,30 @@ DAY = 86400
 @dataclass(frozen=True, kw_only=True)
 class Settings(Layout, Based):
     model: str = setting("toy", "preset, run, checkpoint folder or hub id")
+    gpus: int = setting(0, "devices in all, pp x dp x cp x tp; 0: as many as those ask for")
     device: str = setting("h100", f"what machine describes: {', '.join(MACHINES)}")
     tokens: float = setting(0.0, "of the whole training; 0: the published run's, where there is one")
     work: Work = Work()
     machine: Machine = Machine()
     json: bool = setting(False, "print one JSON object instead of tables")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gpus not in (0, self.size):
+            given = f"pp={self.pp} x dp={self.dp} x cp={self.cp} x tp={self.tp}"
+            raise UserError(f"gpus={self.gpus} is not {given} = {self.size}; leave one of them out, or give a multiple")
+
     @classmethod
     def base(cls, asked: Mapping[str, str]) -> Self:
-        """The device's own numbers, and the published batch of a published model."""
+        """The device's own numbers, the published batch of a published model, and dp where gpus is given instead."""
         device = asked.get("device", "h100")
         if device not in MACHINES:
             raise ValueError(f"no device {device!r}; have {', '.join(MACHINES)}, or set machine.flops and so on")
         recipe = PUBLISHED.get(asked.get("model", ""))
         work = Work() if recipe is None else Work(mtp_depths=recipe.mtp_depths, rows=recipe.rows, length=recipe.length)
-        return replace(cls(), machine=MACHINES[device], work=work)
+        group = math.prod(max(parse_int(asked.get(name, "1")), 1) for name in ("pp", "cp", "tp"))
+        dp = max(parse_int(asked.get("gpus", "1")) // group, 1)
+        return replace(cls(), machine=MACHINES[device], work=work, dp=dp)
 
 
 def main(settings: Settings) -> None:
@@ -62,8 +75,8 @@ def examine(settings: Settings, plan: Plan) -> dict:
     return {
         "model": settings.model,
         "parameters": weight_count(plan.config),
-        "layout": {"gpus": layout.gpus, "dp": layout.dp, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp}
-        | {"ep": layout.ep, "expert_copies": layout.edp, "shard": layout.shard, "least_gpus": layout.least},
+        "layout": {"gpus": layout.size, "dp": layout.dp, "tp": layout.tp, "pp": layout.pp, "cp": layout.cp}
+        | {"ep": layout.ep, "replicas": layout.replicas, "least_gpus": layout.least},
         "micro_batches": plan.microbatches,
         "memory": plan.memory | {"total": memory},
         "fits": memory <= settings.machine.memory_gb * 1e9,

@@ -108,9 +108,10 @@ class Language(nn.Module):
     `compute` is the dtype of activations. Parameters may be wider: float32 masters with bf16 compute train as the
     published models did. In training, `checkpointing` keeps of each layer only what enters it, and `chunk` (0: off)
     also computes it in pieces of so many tokens of a row; see thrift.py. The prediction block is always kept whole.
+    `ends` is false in an early stage of a pipeline: it has no head, and what `hidden` gives is for its backward only.
     """
 
-    checkpointing, chunk = False, 0
+    checkpointing, chunk, ends = False, 0, True
 
     def __init__(self, config: Config, *, device=None, dtype: torch.dtype = torch.float32):
         super().__init__()

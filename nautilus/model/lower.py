@@ -13,6 +13,8 @@ from nautilus.model.precision import Lowered, Site
 from nautilus.ops.low_precision import How, Piece, low_linear
 from nautilus.runtime import UserError
 
+MOST = 16  # matrices of a layer, so that a matrix's number follows from its place alone
+
 
 def lower(model: Language, table: PrecisionTable, *, seed: int = 0) -> Language:
     """The model, whose matrices that the table names multiply in few bits while it trains; none, if the table is off.
@@ -24,15 +26,22 @@ def lower(model: Language, table: PrecisionTable, *, seed: int = 0) -> Language:
     model.lowered = Lowered(table=table, seed=seed) if table.on else None
     if model.lowered is not None:
         probe()
-    sites = ((name, module) for name, module in model.named_modules() if isinstance(module, Linear | ExpertWeights))
-    for number, (name, module) in enumerate(sites):
-        format = format_of(name, model.config, table)
-        lowered = model.lowered if format != "bf16" else None
-        piece = module.piece if isinstance(module, Linear) else None
-        if lowered is not None and piece is not None:
-            refuse_cut_blocks(name, piece, table, format)
-        module.site = None if lowered is None else Site(role(name, model.config), format, number, lowered, piece)
+    for index, block in enumerate(model.backbone.layers):
+        modules = [
+            (name, module) for name, module in block.named_modules() if isinstance(module, Linear | ExpertWeights)
+        ]
+        for number, (name, module) in enumerate(modules, index * MOST):
+            lower_one(f"backbone.layers.{index}.{name}", module, number, model, table)
     return model
+
+
+def lower_one(name: str, module: Linear | ExpertWeights, number: int, model: Language, table: PrecisionTable) -> None:
+    format = format_of(name, model.config, table)
+    lowered = model.lowered if format != "bf16" else None
+    piece = module.piece if isinstance(module, Linear) else None
+    if lowered is not None and piece is not None:
+        refuse_cut_blocks(name, piece, table, format)
+    module.site = None if lowered is None else Site(role(name, model.config), format, number, lowered, piece)
 
 
 def refuse_cut_blocks(name: str, piece: Piece, table: PrecisionTable, format: str) -> None:

@@ -34,7 +34,9 @@ class Lowered:
     table: PrecisionTable
     seed: int = 0
     step: int = 0
-    row: int = 0  # how many rows the earlier micro-batches of this step had, each rounded up to whole blocks
+    row: int = (
+        0  # how many rows come before the micro-batch that goes forward or backward now, each one's in whole blocks
+    )
     before: int = 0  # and how many of this micro-batch's come before those that are computed now
     recipe: str = "table"
     flushed: Flushed | None = None  # while watched
@@ -44,10 +46,6 @@ class Lowered:
         watched: count for `flush_rates`."""
         self.step, self.row, self.recipe = step, row, self.table.recipe_at(tokens)
         self.flushed = {} if watched else None
-
-    def passed(self, rows: int) -> None:
-        """After a micro-batch of so many tokens."""
-        self.row += whole_blocks(rows)
 
     @contextlib.contextmanager
     def behind(self, rows: int) -> Iterator[None]:

@@ -37,10 +37,11 @@ from nautilus.runtime import Run, UserError, keep_memory
 from nautilus.train.average import average_checkpoints
 from nautilus.train.checkpoint import snapshots
 from nautilus.train.continuing import Following, begin, checkpoints, open_run
+from nautilus.train.layout import Layout, Work, refuse_pieces
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
 from nautilus.train.optim import adamw, schedule, setting
-from nautilus.train.parallel import Layout, start
+from nautilus.train.parallel import start
 from nautilus.train.ranks import Ranks
 
 LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "chunk": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
@@ -73,15 +74,8 @@ class Settings(Following):
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         super().__post_init__()
-        self.refuse_what_does_not_go_together()
+        refuse_pieces(self.layout, self.chunk)
         compute_dtype(self.compute)
-
-    def refuse_what_does_not_go_together(self):
-        if self.chunk and self.layout.cp > 1:
-            raise UserError(
-                f"chunk={self.chunk} computes a row piece after piece, but with layout.cp={self.layout.cp} a scan needs"
-                " the whole stretches of the ranks before; raise layout.cp, or set checkpointing=true, instead of chunk"
-            )
 
 
 def main(settings: Settings) -> None:
@@ -100,7 +94,8 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
     if settings.mtp_depths and not settings.model.mtp:
         raise UserError(f"mtp_depths={settings.mtp_depths} but model.mtp is empty; set mtp_depths=0 or model.mtp=*E")
     keep_memory()
-    ranks = start(settings.layout)
+    work = Work(rows=settings.rows, length=settings.length, mtp_depths=settings.mtp_depths)
+    ranks = start(settings.layout, settings.model, work)
     settings = ranks.on_first(lambda: settings)  # what they say of another run may change while processes start
     run = ranks.on_first(lambda: open_run(settings))
     found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)

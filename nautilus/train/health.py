@@ -14,12 +14,15 @@ Growing zero gradients, early layers' residual norms and the worst layer's MaxVi
 from __future__ import annotations
 
 import math
+import resource
+import sys
 
 import torch
 from torch import Tensor, nn
 
-from nautilus.config import Config
+from nautilus.config import Config, weight_count
 from nautilus.data.batch import Batch
+from nautilus.model.language import Language
 from nautilus.model.layout import role
 from nautilus.train.balance import max_violation
 from nautilus.train.optim import gradient_norm
@@ -33,9 +36,10 @@ def gradient_health(model: nn.Module, config: Config, ranks: Ranks = ALONE) -> d
         if parameter.grad is not None:
             groups.setdefault(role(name, config), []).append(parameter)
     out = {}
-    for group, parameters in sorted(groups.items()):
+    for group in sorted(ranks.union(dict.fromkeys(groups))):
+        parameters = groups.get(group, [])
         gradients = [ranks.own(p.grad) for p in parameters]  # type: ignore[arg-type]
-        zeros = torch.stack([(g == 0).sum() for g in gradients]).double()
+        zeros = torch.tensor([float((g == 0).sum()) for g in gradients], dtype=torch.float64)
         sizes = torch.tensor([float(g.numel()) for g in gradients], dtype=torch.float64)
         out[f"grad_norm.{group}"] = gradient_norm(parameters, ranks).item()
         out[f"zero_grad.{group}"] = ranks.whole(parameters, zeros).item() / ranks.whole(parameters, sizes).item()
@@ -56,7 +60,7 @@ def residual_rms(model, batch: Batch, ranks: Ranks = ALONE) -> dict[str, float]:
     model.hidden(batch.tokens, document_BT=batch.document, taps=(tap,))
     model.train(training)
     ranks.forget(model)
-    sums = {name: ranks.total(pair).tolist() for name, pair in seen.items()}
+    sums = ranks.union({name: ranks.total(pair).tolist() for name, pair in seen.items()})
     return {name: math.sqrt(squares / size) for name, (squares, size) in sums.items()}
 
 
@@ -72,3 +76,18 @@ def load_health(loads: dict[str, Tensor]) -> dict[str, float]:
 def short(mixer: str) -> str:
     """`backbone.layers.3.mixer` → `3`, `mtp.layers.1.mixer` → `mtp.1`: the residual's numbers."""
     return mixer.removeprefix("backbone.").replace("layers.", "").removesuffix(".mixer")
+
+
+def speed(model: Language, tokens_per_s: float, peak_flops: float = 0.0) -> dict[str, float]:
+    """tokens_per_s, memory_gb (the peak so far) and, where the device's peak is known, mfu.
+
+    Model FLOPs are 6 per token and active weight: attention scores and prediction depths are left out.
+    """
+    device = next(model.parameters()).device
+    # The kernel reports kilobytes, except on macOS.
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
+    found = {"tokens_per_s": tokens_per_s, "memory_gb": peak / 1e9}
+    if peak_flops:
+        found["mfu"] = 6 * weight_count(model.config)["active"] * tokens_per_s / peak_flops
+    return found

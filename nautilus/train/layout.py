@@ -1,37 +1,57 @@
-"""How a training may be spread over devices, what a step is, and what a device is: settings, and what cannot be."""
+"""How a training is spread over devices, what a step is, and what a device is: settings, and what cannot be.
+
+    size = pp x dp x cp x tp            the layers, the rows of a step, the tokens of a row, the heads and hidden units
+    dense weights of a stage            sharded over dp x cp (FSDP), cut over tp
+    experts' weights of a stage         cut over ep, which divides dp x cp x tp, and sharded over what is left of it
+    replicas                            so many whole copies among dp; weights are sharded inside a copy only (HSDP)
+
+Neighbouring devices differ in tp first, then in cp, then in ep and dp, and in pp last.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from nautilus.config import Attention, Config, Experts, Mamba, Mlp
 from nautilus.runtime import UserError
 from nautilus.train.optim import setting
+from nautilus.train.stages import stages_at_most
+
+HALO = 8  # tokens of the next device that come along where rows are dealt
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """How a step is spread. 1 in every place: one device."""
+    """Over how many devices, or processes, each thing is shared out. 1 in every place: one of them."""
 
-    gpus: int = setting(1, "devices in all")
-    tp: int = setting(1, "ways that matrices are split")
-    pp: int = setting(1, "pipeline stages")
-    cp: int = setting(1, "ways that a row is split")
-    ep: int = setting(1, "ways that the experts are spread")
-    shard: str = setting("full", "full: weights, gradients, moments lie spread over their copies; none: each has all")
+    dp: int = setting(1, "processes, or groups of cp x tp of them, among which the rows of a step are dealt")
+    pp: int = setting(1, "stages of neighbouring layers that a micro-batch passes, each a dp x cp x tp of processes")
+    ep: int = setting(1, "processes among which the experts are dealt; divides dp x cp x tp / replicas")
+    tp: int = setting(1, "processes among which heads, hidden units and words are dealt")
+    cp: int = setting(1, "processes among which the tokens of a row are dealt")
+    replicas: int = setting(1, "whole copies of the weights; divides dp")
+
+    def __post_init__(self):
+        refuse_all(layout_faults(self))
 
     @property
-    def dp(self) -> int:
-        return self.gpus // (self.pp * self.tp * self.cp)
+    def size(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def shards(self) -> int:
+        """Over how many devices one copy of a dense weight is sharded."""
+        return self.dp * self.cp // self.replicas
 
     @property
     def edp(self) -> int:
-        """Copies of each expert."""
-        return self.gpus // (self.pp * self.ep)
+        """Over how many devices one copy of an expert's weight is sharded."""
+        return self.shards * self.tp // self.ep
 
     @property
     def least(self) -> int:
+        """The fewest devices that hold one copy."""
         return self.pp * max(self.tp * self.cp, self.ep)
 
 
@@ -72,31 +92,37 @@ MACHINES = {
 # ----- what cannot be ------------------------------------------------------------------------------------------------
 
 
-def refuse(config: Config, layout: Layout, work: Work) -> None:
-    """A UserError that names every reason why the layout cannot hold this model or cut this step."""
-    if faults := [*layout_faults(layout), *layer_faults(config, layout), *cut_faults(layout, work)]:
-        raise UserError(f"this layout cannot be: {'; '.join(dict.fromkeys(faults))}")
+def refuse(config: Config, layout: Layout, work: Work, *, now: bool = False) -> None:
+    """A UserError that names every reason why the layout cannot hold this model or cut this step.
+
+    now: to be trained at once, by this package, and not only planned.
+    """
+    faults = [*layer_faults(config, layout), *cut_faults(layout, work)]
+    refuse_all([*faults, *(unbuilt_faults(config, layout) if now else ())])
+
+
+def refuse_all(faults: Iterable[str]) -> None:
+    if named := list(dict.fromkeys(faults)):
+        raise UserError(f"this layout cannot be: {'; '.join(named)}")
 
 
 def layout_faults(layout: Layout) -> Iterator[str]:
-    small = [name for name in ("gpus", "tp", "pp", "cp", "ep") if getattr(layout, name) < 1]
+    small = [name for name in ("dp", "pp", "ep", "tp", "cp", "replicas") if getattr(layout, name) < 1]
     if small:
-        yield f"{', '.join(small)} must be at least 1"
-        return
-    if layout.shard not in ("full", "none"):
-        yield f"shard={layout.shard!r} is neither full nor none"
-    if layout.gpus < layout.least:
-        yield f"gpus={layout.gpus} is below pp*max(tp*cp, ep)={layout.least}"
-    elif layout.gpus % (layout.pp * layout.tp * layout.cp):
-        yield f"gpus={layout.gpus} is no multiple of pp*tp*cp={layout.pp * layout.tp * layout.cp}"
-    elif layout.gpus % (layout.pp * layout.ep):
-        yield f"gpus={layout.gpus} is no multiple of pp*ep={layout.pp * layout.ep}"
+        yield f"{', '.join(f'{name}={getattr(layout, name)}' for name in small)} must be at least 1"
+    elif layout.dp % layout.replicas:
+        yield f"replicas={layout.replicas} does not divide dp={layout.dp}"
+    elif layout.shards * layout.tp % layout.ep:
+        yield (
+            f"ep={layout.ep} does not divide dp x cp x tp / replicas = {layout.shards * layout.tp}: experts are dealt "
+            f"among the processes of one copy; raise dp or lower ep"
+        )
 
 
 def layer_faults(config: Config, layout: Layout) -> Iterator[str]:
-    tp, cp = max(layout.tp, 1), max(layout.cp, 1)
-    if layout.pp > len(config.layers):
-        yield f"pp={layout.pp} stages cannot share {len(config.layers)} layers"
+    tp, cp = layout.tp, layout.cp
+    if layout.pp > (most := stages_at_most(config)):
+        yield f"pp={layout.pp} stages cannot share {most} layers; give each at least one"
     if config.vocab % tp:
         yield f"tp={tp} does not divide vocab={config.vocab}"
     if layout.ep > 1 and not any(isinstance(layer, Experts) for layer in (*config.layers, *config.mtp)):
@@ -117,12 +143,31 @@ def layer_faults(config: Config, layout: Layout) -> Iterator[str]:
                 yield f"tp={tp} does not divide the MLP's width {layer.hidden}"
 
 
+def unbuilt_faults(config: Config, layout: Layout) -> Iterator[str]:
+    """What could be, with copies of groups, but not here yet."""
+    for layer in (*config.layers, *config.mtp):
+        match layer:
+            case Attention() if layer.groups % layout.tp:
+                yield f"tp={layout.tp} does not divide attention's groups={layer.groups}; copies of a group are planned"
+            case Mamba() if layer.groups % layout.tp == 0 and (layer.groups // layout.tp) % layout.cp:
+                groups = layer.groups // layout.tp
+                yield f"cp={layout.cp} does not divide Mamba's groups/tp={groups}; copies of a group are planned"
+
+
 def cut_faults(layout: Layout, work: Work) -> Iterator[str]:
     if min(work.rows, work.length, work.micro) < 1 or work.compute not in (2, 4) or work.mtp_depths < 0:
         yield f"{work} has a number that is too small, or compute bytes other than 2 and 4"
         return
-    halves = 2 * layout.cp if layout.cp > 1 else 1
-    if work.length % (halves * layout.tp):
-        yield f"length={work.length} is no multiple of 2*cp*tp={halves * layout.tp}, two pieces a rank"
-    if layout.dp and work.rows % (layout.dp * work.micro):
-        yield f"rows={work.rows} is no multiple of dp*micro={layout.dp}*{work.micro}"
+    if layout.cp > 1 and (work.length % layout.cp or work.length // layout.cp < HALO):
+        yield f"length={work.length} cannot be dealt among cp={layout.cp}: all get as many tokens, at least {HALO}"
+    if work.rows % layout.dp:
+        yield f"rows={work.rows} is no multiple of dp={layout.dp}"
+
+
+def refuse_pieces(layout: Layout, chunk: int) -> None:
+    """UserError where rows would be computed in pieces and also be dealt among processes."""
+    if chunk and layout.cp > 1:
+        raise UserError(
+            f"chunk={chunk} computes a row piece after piece, but with layout.cp={layout.cp} a scan needs the whole "
+            f"stretches of the ranks before; raise layout.cp, or set checkpointing=true, instead of chunk"
+        )

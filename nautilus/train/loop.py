@@ -12,28 +12,28 @@ Because counts are known before the first forward, the update does not depend on
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from nautilus.config import to_dict, weight_count
+from nautilus.config import PrecisionTable, to_dict
 from nautilus.data.batch import Batch
 from nautilus.model.held import refuse_training
 from nautilus.model.language import Language
-from nautilus.model.precision import rows_taken
+from nautilus.model.precision import Lowered, rows_taken
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
 from nautilus.train.checkpoint import Checkpoints, Position, Saver
 from nautilus.train.guard import Guard, Spike, Watch, each_once
-from nautilus.train.health import gradient_health, load_health, residual_rms
+from nautilus.train.health import gradient_health, load_health, residual_rms, speed
 from nautilus.train.interrupt import Stop, stop_signals
-from nautilus.train.objective import Objective, Terms
+from nautilus.train.objective import Objective, Pairs, Terms
 from nautilus.train.optim import clip_gradients, gradient_norm
 from nautilus.train.ranks import ALONE, Ranks
 from nautilus.train.sums import Sums, means
@@ -190,7 +190,7 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
         "lr": job.optimizer.param_groups[0]["lr"],
         "grad_norm": norm.item(),
         "tokens": tokens + fed,
-        **speed(job, fed / (time.perf_counter() - begin)),
+        **speed(job.model, fed / (time.perf_counter() - begin), job.peak_flops),
         **means(sums, counts, job.ranks),
         **health,
     }
@@ -244,46 +244,42 @@ def count_weights(batches: list[Batch], ranks: Ranks) -> dict[str, float]:
 
 def add_gradients(job: Job, batches: list[Batch], rows: list[int], counts: dict[str, float], stop: Stop) -> Sums | None:
     """Adds the gradient of the step's loss to the parameters, in their own dtype (float32 masters: float32 sums)."""
-    sums = Sums()
-    device = job.parameters[0].device
-    for batch, taken in zip(batches, rows, strict=True):
+    lowered = job.model.lowered or Lowered(PrecisionTable())
+    sums, coming, under_way = Sums(), zip(batches, accumulate(rows, initial=lowered.row), strict=False), deque()
+    for turn in job.ranks.turns(len(batches)):
         if stop.asked:
             return None
-        terms, watched = job.objective.terms(job.model, batch.to(device))
-        if unknown := sorted(terms.keys() - counts.keys()):
-            raise ValueError(
-                f"the objective has terms {', '.join(unknown)} but the batches carry weights for {', '.join(counts)}; "
-                f"a term's count is the sum of the weights of its name"
-            )
-        loss = torch.zeros((), device=device)
-        for name, (total, _) in terms.items():
-            if counts[name]:
-                loss = loss + total * (job.objective.coefficients.get(name, 1.0) / counts[name])
-        if loss.requires_grad:
-            loss.backward()
-        sums.add(loss, terms | watched)
-        if job.model.lowered is not None:
-            job.model.lowered.passed(taken)
-    return sums
+        if turn == "forward":
+            batch, lowered.row = next(coming)
+            loss, pairs = weighted_loss(job, batch, counts)
+            sums.add(loss, pairs)
+            under_way.append((loss, lowered.row))
+        else:
+            loss, lowered.row = under_way.popleft()
+            job.ranks.backward(loss)
+    job.ranks.join_copies(job.model)
+    return sums.over_stages(job.ranks)
 
 
-def speed(job: Job, tokens_per_s: float) -> dict[str, float]:
-    """tokens_per_s, memory_gb (the peak so far) and, where the device's peak is known, mfu.
-
-    Model FLOPs are 6 per token and active weight: attention scores and prediction depths are left out.
-    """
+def weighted_loss(job: Job, batch: Batch, counts: dict[str, float]) -> tuple[Tensor, Pairs]:
+    """A micro-batch's part of the step's loss, and everything that the objective gives."""
     device = job.parameters[0].device
-    # The kernel reports kilobytes, except on macOS.
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident
-    found = {"tokens_per_s": tokens_per_s, "memory_gb": peak / 1e9}
-    if job.peak_flops:
-        found["mfu"] = 6 * weight_count(job.model.config)["active"] * tokens_per_s / job.peak_flops
-    return found
+    terms, watched = job.objective.terms(job.model, batch.to(device))
+    if unknown := sorted(terms.keys() - counts.keys()):
+        raise ValueError(
+            f"the objective has terms {', '.join(unknown)} but the batches carry weights for {', '.join(counts)}; "
+            f"a term's count is the sum of the weights of its name"
+        )
+    loss = torch.zeros((), device=device)
+    for name, (total, _) in terms.items():
+        if counts[name]:
+            loss = loss + total * (job.objective.coefficients.get(name, 1.0) / counts[name])
+    return loss, terms | watched
 
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
-    found = gradient_health(job.model, job.model.config, job.ranks) | load_health(loads)
+    everywhere = job.ranks.union({name: load_E.cpu() for name, load_E in loads.items()})
+    found = gradient_health(job.model, job.model.config, job.ranks) | load_health(everywhere)
     found |= {} if job.model.lowered is None else job.model.lowered.flush_rates(job.ranks.gather)
     return found | residual_rms(job.model, batch.to(job.parameters[0].device), job.ranks)
 

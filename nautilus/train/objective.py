@@ -49,7 +49,7 @@ class Objective:
 def next_token(model: Language, batch: Batch) -> tuple[Pairs, Pairs]:
     """Cross entropy: minus log p of each target token."""
     hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
-    return {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)}, {}
+    return {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)} if model.ends else {}, {}
 
 
 def pretrain(*, mtp_depths: int = 0, mtp_weight: float = 0.3, aux_weight: float = 0.0) -> Objective:
@@ -73,14 +73,19 @@ def pretrain(*, mtp_depths: int = 0, mtp_weight: float = 0.3, aux_weight: float 
 def pretrain_terms(model: Language, batch: Batch, *, depths: int, balance: bool) -> tuple[Pairs, Pairs]:
     model.collect_balance(balance)
     hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
+    terms = predictions(model, hidden_BTD, batch, depths) if model.ends else {}
+    if totals := take_balance_losses(model):
+        terms["balance"] = (torch.stack(totals).sum(), batch.weights["balance"].sum())
+    return terms, {}
+
+
+def predictions(model: Language, hidden_BTD: Tensor, batch: Batch, depths: int) -> Pairs:
     terms = {"next_token": prediction(model, hidden_BTD, batch, "next_token", ahead=1)}
     if depths:
         deeper = model.mtp_hidden(hidden_BTD, batch.tokens, depths, document_BT=batch.document)
         for k, deep_BTD in enumerate(deeper, 1):
             terms[f"mtp_{k}"] = prediction(model, deep_BTD, batch, f"mtp_{k}", ahead=1 + k)
-    if totals := take_balance_losses(model):
-        terms["balance"] = (torch.stack(totals).sum(), batch.weights["balance"].sum())
-    return terms, {}
+    return terms
 
 
 def pretrain_weights(batch: Batch, *, depths: int, balance: bool) -> Batch:

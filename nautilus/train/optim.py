@@ -114,7 +114,8 @@ def gradient_norm(parameters: Iterable[Tensor], ranks: Ranks = ALONE) -> Tensor:
     float32, is the same however the parameters are shared out."""
     trained = [p for p in parameters if p.grad is not None]
     norms = [torch.linalg.vector_norm(ranks.own(p.grad), dtype=torch.float64) for p in trained]  # type: ignore[arg-type]
-    return ranks.whole(trained, torch.stack(norms).square()).sqrt()
+    squares = torch.stack(norms).square() if norms else torch.zeros(0, dtype=torch.float64)
+    return ranks.whole(trained, squares).sqrt()
 
 
 def clip_gradients(parameters: Iterable[Tensor], limit: float, norm: Tensor, ranks: Ranks = ALONE) -> None:

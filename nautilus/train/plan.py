@@ -5,10 +5,9 @@ are what the layers keep for the backward, as formulas per token (`kept_by`); `t
 with what a training on this machine holds.
 
 The layout, as in Megatron-LM: pipeline stages (pp) of neighbouring layers; inside a stage the dense parts are split
-by tensor (tp), context (cp) and data (dp = gpus / (pp tp cp)), and the experts by expert (ep) over the same devices,
-which leaves gpus / (pp ep) copies of each. Tensor parallelism splits the tokens outside matrices, too (sequence
-parallel). Weights are float32 masters; with shard=full each tensor lies spread over its copies and is gathered, in the
-compute dtype, when its layer runs.
+by tensor (tp), context (cp) and data (dp), and the experts by expert (ep) over the same devices. Tensor parallelism
+splits the tokens outside matrices, too (sequence parallel). Weights are float32 masters; each tensor lies spread over
+the devices of one of `replicas` copies and is gathered, in the compute dtype, when its layer runs.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ from functools import cached_property
 import torch
 
 from nautilus.config import Attention, Config, Experts, Layer, Mamba, Mlp, weight_count
-from nautilus.config.model import idle_weights, layer_weights
 from nautilus.model.language import Language
 from nautilus.ops.loss import ELEMENTS, HELD
 from nautilus.train.layout import Layout, Machine, Work
+from nautilus.train.stages import copies_embedding, end_flops, layer_flops, stages_of
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of an element: float32
 SEGMENT = 64  # tokens between kept states of the scan
@@ -90,16 +89,19 @@ class Plan:
 
     @cached_property
     def stages(self) -> list[int]:
-        """The stage of each layer: neighbours together, the dearest stage as cheap as can be."""
-        costs = [self.layer_flops(layer) for layer in self.config.layers]
-        head = 6.0 * self.config.vocab * self.config.width * (1 + self.work.mtp_depths)
-        costs[-1] += head + self.work.mtp_depths * sum(map(self.layer_flops, self.config.mtp))
-        return even_stages(costs, self.layout.pp)
+        """The stage of each layer."""
+        return stages_of(self.config, self.layout.pp, length=self.work.length, depths=self.work.mtp_depths)
 
     @cached_property
     def pieces(self) -> list[Piece]:
         model = Language(self.config, device="meta")
-        return [self.piece(name, p) for name, p in model.named_parameters()]
+        found = [self.piece(name, p) for name, p in model.named_parameters()]
+        return [*found, *(replace(piece, stage=self.layout.pp - 1) for piece in found if self.copied(piece))]
+
+    def copied(self, piece: Piece) -> bool:
+        """Whether the last stage has a copy of it."""
+        embedding = piece.layer == "backbone.embeddings.weight"
+        return embedding and copies_embedding(self.config, self.layout.pp, self.work.mtp_depths)
 
     def piece(self, name: str, parameter: torch.Tensor) -> Piece:
         layout, parts = self.layout, name.split(".")
@@ -111,9 +113,12 @@ class Plan:
         if not inside and parts[0] == "mtp":
             layer = self.config.mtp[int(parts[2])]
         ways = layout.ep if expert else self.split(name, layer)
-        copies = (layout.edp if expert else layout.dp * layout.cp) if layout.shard == "full" else 1
         used = -(-parameter.numel() // ways)
-        return Piece(stage, ".".join(parts[:3]), used, -(-used // copies), expert)
+        return Piece(stage, ".".join(parts[:3]), used, -(-used // self.shards(expert)), expert)
+
+    def shards(self, expert: bool) -> int:
+        """Over how many devices of one copy a tensor that they all compute with lies spread."""
+        return self.layout.edp if expert else self.layout.shards
 
     def split(self, name: str, layer: Layer | None) -> int:
         """Ways that tensor parallelism splits a dense tensor; norms, routers and latent projections are not split."""
@@ -129,7 +134,7 @@ class Plan:
 
     @property
     def microbatches(self) -> int:
-        return self.work.rows // (self.layout.dp * self.work.micro)
+        return -(-self.work.rows // (self.layout.dp * self.work.micro))
 
     @property
     def tokens(self) -> int:
@@ -195,22 +200,13 @@ class Plan:
 
     # work and communication
 
-    def layer_flops(self, layer: Layer) -> float:
-        """Forward and backward of one token: 6 per weight that it meets, and what mixes tokens."""
-        flops = 6.0 * (layer_weights(layer, self.config.width) - idle_weights(layer, self.config.width))
-        if isinstance(layer, Attention):
-            flops += 6.0 * layer.heads * layer.head_width * self.work.length  # half of scores and of values
-        if isinstance(layer, Mamba):
-            flops += 6.0 * layer.inner * (2 * layer.state + layer.chunk)
-        return flops
-
     @cached_property
     def flops(self) -> float:
         """Of one step over all devices, without what checkpointing computes again."""
-        config, depths = self.config, self.work.mtp_depths
-        per_token = sum(map(self.layer_flops, config.layers)) + depths * sum(map(self.layer_flops, config.mtp))
-        per_token += 6.0 * config.vocab * config.width * (1 + depths)
-        return per_token * self.work.rows * self.work.length
+        config, work = self.config, self.work
+        per_token = sum(layer_flops(layer, config.width, work.length) for layer in config.layers)
+        per_token += end_flops(config, work.length, work.mtp_depths)
+        return per_token * work.rows * work.length
 
     @cached_property
     def traffic(self) -> dict[str, float]:
@@ -231,18 +227,24 @@ class Plan:
             "tp": m * tensor,
             "ep": m * expert / layout.tp * away(layout.ep),
             "cp": m * context,
-            "pp": m * pipeline,
+            "pp": m * pipeline + GRADIENT * self.doubled(stage),
             "dp": self.data_traffic([piece for piece in self.pieces if piece.stage == stage]),
         }
         return sent
 
+    def doubled(self, stage: int) -> int:
+        """Elements that the first and the last stage both hold, and whose gradients they add up."""
+        ends = stage in (0, self.layout.pp - 1)
+        return sum(piece.held for piece in self.pieces if piece.stage == stage and ends and self.copied(piece))
+
     def data_traffic(self, mine: list[Piece]) -> float:
-        """Gradients are added up once a step in float32; spread weights are gathered for every pass."""
-        layout, total = self.layout, 0.0
-        for expert, copies in ((False, layout.dp * layout.cp), (True, layout.edp)):
-            used = sum(piece.used for piece in mine if piece.expert == expert) * away(copies)
-            gathers = 2 * self.microbatches * self.work.compute if layout.shard == "full" else GRADIENT
-            total += used * (GRADIENT + gathers)
+        """Gradients are added up once a step in float32, inside a copy and then over the copies; spread weights are
+        gathered for every pass."""
+        total, gathers = 0.0, 2 * self.microbatches * self.work.compute
+        for expert in (False, True):
+            used, shards = sum(piece.used for piece in mine if piece.expert == expert), self.shards(expert)
+            total += used * (GRADIENT + gathers) * away(shards)
+            total += used / shards * 2 * GRADIENT * away(self.layout.replicas)
         return total
 
     @cached_property
@@ -250,8 +252,8 @@ class Plan:
         """Of one step. Data-parallel traffic hides behind computing; the other axes do not."""
         machine, layout = self.machine, self.layout
         again = 4 / 3 if self.work.checkpointing else 1.0
-        computing = self.flops * again / layout.gpus / (machine.flops * machine.efficiency)
-        spans = {"tp": layout.tp, "cp": layout.tp * layout.cp, "ep": layout.ep, "pp": layout.gpus, "dp": layout.gpus}
+        computing = self.flops * again / layout.size / (machine.flops * machine.efficiency)
+        spans = {"tp": layout.tp, "cp": layout.tp * layout.cp, "ep": layout.ep, "pp": layout.size, "dp": layout.size}
         moving = {
             axis: sent / (machine.link if spans[axis] <= machine.domain else machine.network)
             for axis, sent in self.traffic.items()
@@ -274,7 +276,7 @@ class Plan:
     def mfu(self) -> float:
         """The usual measure: 6 FLOPs per active weight and token."""
         useful = 6 * weight_count(self.config)["active"] * self.work.rows * self.work.length
-        return useful / self.seconds["step"] / self.layout.gpus / self.machine.flops
+        return useful / self.seconds["step"] / self.layout.size / self.machine.flops
 
 
 def copied_groups(layer: Layer, tp: int) -> Layer:
@@ -300,23 +302,3 @@ def exchanged(layer: Layer) -> int:
 def zip_traffic(stages):
     found = list(stages)
     return [(axis, [one[axis] for one in found]) for axis in found[0]]
-
-
-def even_stages(costs: list[float], stages: int) -> list[int]:
-    """Cuts into `stages` runs of neighbours, none empty, whose largest sum is as small as can be."""
-    sums = [0.0]
-    for cost in costs:
-        sums.append(sums[-1] + cost)
-    count = len(costs)
-    best = {(0, 0): 0.0}
-    came: dict[tuple[int, int], int] = {}
-    for stage in range(1, stages + 1):
-        for end in range(stage, count - (stages - stage) + 1):
-            options = [(max(best[stage - 1, b], sums[end] - sums[b]), b) for b in range(end) if (stage - 1, b) in best]
-            best[stage, end], came[stage, end] = min(options)
-    out, end = [0] * count, count
-    for stage in range(stages, 0, -1):
-        begin = came[stage, end]
-        out[begin:end] = [stage - 1] * (end - begin)
-        end = begin
-    return out

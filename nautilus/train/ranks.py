@@ -73,6 +73,27 @@ class Ranks:
         """Every process's."""
         return [thing]
 
+    def stages(self, found: T) -> list[T]:
+        """What each stage of the pipeline found, the first stage's first. A stage has some of the layers, and the last
+        alone a head. Tensors must be on the CPU."""
+        return [found]
+
+    def union(self, found: dict) -> dict:
+        """The entries of all stages."""
+        return {name: value for part in self.stages(found) for name, value in part.items()}
+
+    def turns(self, count: int) -> Iterable[str]:
+        """In which order the micro-batches of a step go `forward` and `backward`; each kind is in their own order."""
+        return ["forward", "backward"] * count
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of the loss of the oldest micro-batch that has not gone backward."""
+        if loss.requires_grad:
+            loss.backward()
+
+    def join_copies(self, model: Language) -> None:
+        """After a step's micro-batches: adds up the gradients of weights that several stages have."""
+
     def own(self, tensor: Tensor) -> Tensor:
         """What of a weight, or of its gradient, lies here."""
         return tensor

@@ -17,6 +17,17 @@ class Sums:
     losses: list[Tensor] = field(default_factory=list)
     pairs: dict[str, Tensor] = field(default_factory=dict)
 
+    def over_stages(self, ranks: Ranks) -> Sums:
+        """With what the other stages of a pipeline found: losses and totals add up, and who counts a term counts it
+        whole."""
+        parts = ranks.stages((torch.stack(self.losses).cpu(), {name: pair.cpu() for name, pair in self.pairs.items()}))
+        pairs: dict[str, Tensor] = {}
+        for _, found in parts:
+            for name, (total, count) in found.items():
+                before = pairs[name][0] if name in pairs else 0.0
+                pairs[name] = torch.stack([before + total, count])
+        return Sums([*torch.stack([losses for losses, _ in parts]).sum(0)], pairs)
+
     def add(self, loss: Tensor, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         self.losses.append(loss.detach())
         for name, pair in pairs.items():

@@ -5,6 +5,7 @@ python ranks.py FOLDER SETTINGS      one process's work; its curve goes to FOLDE
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -68,17 +69,21 @@ def work(
     die: int = -1,
     tied: bool = False,
     roomy: bool = False,
-    ahead: bool = True,
+    layers: int = 4,
+    depths: int = 2,
     precision: dict | None = None,
     clip: float = 0.5,
     chunk: int = 0,
     checkpointing: bool = False,
     guard: dict | None = None,
     poison: int = -1,
+    save: bool = False,
 ) -> None:
-    """Trains a small model like a preset; a roomy one has whole blocks on two ranks. ahead: with its prediction block.
-    precision, chunk, checkpointing, guard: as `nautilus pretrain` has them. die: the last rank kills itself after that
-    step, the first time. poison: number of the row whose loss is no number."""
+    """Trains a small model like a preset; a roomy one has whole blocks on two ranks. precision, chunk, checkpointing,
+    guard: as `nautilus pretrain` has them. die: the last rank kills itself after that step, the first time. poison:
+    number of the row whose loss is no number. save: write the model to FOLDER/model at the end. Each rank leaves a
+    digest of its embedding, if it has one.
+    """
     import torch
 
     from nautilus.config import Experts, Mamba, PrecisionTable
@@ -89,17 +94,19 @@ def work(
     from nautilus.runtime import Run
     from nautilus.train.checkpoint import Checkpoints
     from nautilus.train.guard import Guard
+    from nautilus.train.layout import Layout, Work
     from nautilus.train.loop import fit
     from nautilus.train.objective import pretrain
     from nautilus.train.optim import OptimConfig, adamw, schedule
-    from nautilus.train.parallel import Layout, start
+    from nautilus.train.parallel import start
 
     torch.set_num_threads(1)
-    ranks = start(Layout(**layout))
-    config = shrink(preset(like), layers=4, width=32)
+    config = replace(shrink(preset(like), layers=layers, width=32), vocab=96, tied=tied)
     wide = lambda layer: replace(layer, heads=64 if roomy else 8, groups=4) if isinstance(layer, Mamba) else layer
     shared = lambda layer: replace(layer, shared=64) if roomy and isinstance(layer, Experts) else layer
-    config = replace(config, layers=tuple(map(shared, map(wide, config.layers))), vocab=96, tied=tied)
+    config = replace(config, layers=tuple(map(shared, map(wide, config.layers))))
+    depths = depths if config.mtp else 0
+    ranks = start(Layout(**layout), config, Work(rows=rows, length=24, mtp_depths=depths))
     model = Language(config).initialise(3)
     model.compute = getattr(torch, compute)
     model.chunk, model.checkpointing = chunk, checkpointing
@@ -116,7 +123,7 @@ def work(
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    objective = pretrain(mtp_depths=2 if config.mtp and ahead else 0, aux_weight=0.01)
+    objective = pretrain(mtp_depths=depths, aux_weight=0.01)
     objective = objective if poison < 0 else poisoned(objective, source["text"].tokens[poison])
     fit(
         model, stream, objective, adamw(model, optim), steps=steps, schedule=schedule(optim, 20), balance=1e-3,
@@ -126,7 +133,12 @@ def work(
     (folder / f"rank_{ranks.index}.json").write_text(json.dumps(lines))
     held = sum(ranks.own(parameter).numel() for parameter in model.parameters())
     (folder / f"held_{ranks.index}.json").write_text(json.dumps(held))
-    if ranks.size > 1:
+    if model.backbone.embeddings is not None:
+        own = ranks.own(model.backbone.embeddings.weight).detach()
+        (folder / f"embedding_{ranks.index}.txt").write_text(hashlib.sha256(own.numpy().tobytes()).hexdigest())
+    if save:
+        ranks.gathered(model).save(folder / "model", precision="fp32")
+    elif ranks.size > 1:
         torch.distributed.destroy_process_group()
 
 

@@ -14,7 +14,7 @@ import pytest
 from nautilus.cli import main
 from nautilus.runtime import Run, read_metrics
 from nautilus.train.guard import incidents
-from nautilus.train.parallel import Layout
+from nautilus.train.layout import Layout
 
 FILE = pathlib.Path(__file__).with_name("ranks.py")
 spec = importlib.util.spec_from_file_location("ranks", FILE)
@@ -24,7 +24,7 @@ spec.loader.exec_module(helper)
 CLOCK = {"tokens_per_s", "memory_gb"}
 NVFP4 = {"format": "nvfp4", "last_layers": 1}
 MXFP8 = {"format": "mxfp8", "last_layers": 1}
-DP, EP, TP, CP = {"dp": 2}, {"dp": 2, "ep": 2}, {"tp": 2}, {"cp": 2}
+DP, EP, TP, CP, PP = {"dp": 2}, {"dp": 2, "ep": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}
 TP_EP, CP_EP = {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}
 
 
@@ -71,7 +71,7 @@ def without_health(curve: list[dict]) -> list[dict]:
 
 
 def test_few_bits_where_rows_are_dealt_are_those_of_the_same_micro_batches(tmp_path, alone):
-    settings = {"precision": NVFP4, "steps": 6, "documents": True, "ahead": False, "health": 3}
+    settings = {"precision": NVFP4, "steps": 6, "documents": True, "depths": 0, "health": 3}
     assert_same_bits(together(tmp_path, EP, **settings), alone(**settings))
 
 
@@ -88,6 +88,7 @@ EVERYWHERE = NVFP4 | {"last_layers": 0, "mamba_out": "nvfp4", "attention": "nvfp
         (EP, {"precision": NVFP4 | {"schedule": ["960:mxfp8", "1440:table_backward"]}, "documents": True}),
         (EP, {"precision": NVFP4, "checkpointing": True, "documents": True}),
         (EP, {"precision": NVFP4, "chunk": 7, "documents": True}),
+        (PP, {"precision": NVFP4, "checkpointing": True, "documents": True}),
         (TP, {"precision": EVERYWHERE, "roomy": True, "documents": True}),
         (TP_EP, {"precision": EVERYWHERE, "roomy": True, "micro": 4, "health": 10, "checkpointing": True}),
     ],
@@ -95,7 +96,7 @@ EVERYWHERE = NVFP4 | {"last_layers": 0, "mamba_out": "nvfp4", "attention": "nvfp
 )
 def test_few_bits_on_many_processes_are_the_bits_of_one(tmp_path, alone, layout, settings):
     """Of one that has the same micro-batches. NVFP4's sums are exact here, so that those cut by layout.tp are too."""
-    settings = settings | {"steps": 20, "ahead": False}
+    settings = settings | {"steps": 20, "depths": 0}
     assert_same_bits(together(tmp_path, layout, **settings), alone(**settings))
 
 
@@ -123,7 +124,7 @@ def test_few_bits_differ_by_the_rounding_of_sums_where_sums_are_cut(tmp_path, al
 
 @pytest.mark.slow
 @pytest.mark.parametrize("thrift", [{"checkpointing": True}, {"chunk": 7}, {"chunk": 8, "documents": True}])
-@pytest.mark.parametrize("layout", [DP, EP, TP, TP_EP], ids=["dp", "ep", "tp", "tp_ep"])
+@pytest.mark.parametrize("layout", [DP, EP, TP, TP_EP, PP], ids=["dp", "ep", "tp", "tp_ep", "pp"])
 def test_layers_computed_again_and_in_pieces_give_the_curve_of_whole_rows(tmp_path, alone, layout, thrift):
     settings = {"steps": 20} | ({"documents": True} if "documents" in thrift else {})
     assert_same_curve(together(tmp_path, layout, **settings, **thrift), alone(**settings))
@@ -137,7 +138,7 @@ def test_stretches_of_rows_are_computed_again(tmp_path, alone, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [DP, EP, TP, CP], ids=["dp", "ep", "tp", "cp"])
+@pytest.mark.parametrize("layout", [DP, EP, TP, CP, PP], ids=["dp", "ep", "tp", "cp", "pp"])
 def test_all_ranks_go_back_before_a_spike_alike(tmp_path, alone, layout):
     """Row 5 makes the loss no number on the one rank that has it; the text since the last state is skipped on all."""
     settings = {"steps": 12, "every": 3, "guard": {"rollbacks": 4}, "poison": 5}

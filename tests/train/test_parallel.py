@@ -6,15 +6,18 @@ import os
 import pathlib
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import nautilus
 from nautilus.data.batch import Batch
+from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError, read_metrics
+from nautilus.train.layout import Layout, Work
 from nautilus.train.objective import pretrain
-from nautilus.train.parallel import Layout, start
+from nautilus.train.parallel import start
 from nautilus.train.ranks import ALONE
 
 FILE = pathlib.Path(__file__).with_name("ranks.py")
@@ -142,10 +145,10 @@ def test_a_layout_that_cannot_be_says_why(change):
 
 def test_a_layout_of_one_needs_no_processes_and_another_number_of_them_is_refused(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert start(Layout()) is ALONE
+    assert start(Layout(), shrink(preset("toy")), Work()) is ALONE
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match="3 were started"):
-        start(Layout(tp=2))
+        start(Layout(tp=2), replace(shrink(preset("toy")), vocab=96), Work())
 
 
 def test_a_layout_is_part_of_the_settings_but_not_of_the_run(monkeypatch):
@@ -155,7 +158,7 @@ def test_a_layout_is_part_of_the_settings_but_not_of_the_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["nautilus", "pretrain", "layout.dp=2"])
     monkeypatch.setattr(os, "execv", lambda program, words: called.append(words) or sys.exit(0))
     with pytest.raises(SystemExit):
-        start(Layout(dp=2))
+        start(Layout(dp=2), shrink(preset("toy")), Work())
     assert called[0][-5:] == ["2", "-m", "nautilus", "pretrain", "layout.dp=2"]
 
 

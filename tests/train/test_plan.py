@@ -8,14 +8,15 @@ import pytest
 import torch
 
 from nautilus.cli import main
-from nautilus.config import Attention, Config, Experts, Mamba, Mlp, lay, weight_count
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, Nothing, lay, weight_count
 from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Work, refuse
 from nautilus.train.objective import pretrain
 from nautilus.train.optim import OptimConfig, adamw
-from nautilus.train.plan import Plan, even_stages, kept_in_all
+from nautilus.train.plan import Plan, kept_in_all
+from nautilus.train.stages import even_stages, stages_of
 
 ONE = Layout()
 
@@ -86,12 +87,13 @@ def test_spreading_divides_what_each_device_holds():
     count = weight_count(config)
     biases = sum(layer.experts for layer in (*config.layers, *config.mtp) if isinstance(layer, Experts))
     assert whole["weights"] == 4 * (count["main"] + count["mtp"] - biases)
-    spread = parts(config, Layout(gpus=512, ep=64, tp=2), rows=512)
+    spread = parts(config, Layout(dp=256, ep=64, tp=2), rows=512)
     assert spread["weights"] == pytest.approx(whole["weights"] / 512, rel=0.01)
-    held = parts(config, Layout(gpus=512, ep=64, tp=2, shard="none"), rows=512)
+    held = parts(config, Layout(dp=256, ep=64, tp=2, replicas=8), rows=512)
     experts = sum(2 * e.experts * e.hidden * e.latent for e in (*config.layers, *config.mtp) if isinstance(e, Experts))
+    assert held["weights"] == pytest.approx(8 * spread["weights"], rel=0.01)
     assert held["weights"] > 4 * experts / 64 and held["weights"] < 4 * (experts / 64 + 8e9)
-    stages = parts(config, Layout(gpus=8, pp=8), rows=64)
+    stages = parts(config, Layout(pp=8), rows=64)
     assert stages["weights"] < whole["weights"] / 6
 
 
@@ -104,7 +106,7 @@ def test_checkpointing_keeps_one_layer_and_what_enters_the_others():
 
 def test_time_follows_machine_and_devices():
     config = preset("nano")
-    few, many = (plan(config, Layout(gpus=g, ep=8), rows=3072, length=8192) for g in (64, 128))
+    few, many = (plan(config, Layout(dp=g, ep=8), rows=3072, length=8192) for g in (64, 128))
     assert few.seconds["computing"] == pytest.approx(2 * many.seconds["computing"])
     active = 6 * weight_count(config)["active"] * 3072 * 8192
     assert active < few.flops < 1.6 * active
@@ -116,7 +118,7 @@ def test_time_follows_machine_and_devices():
 
 def test_traffic_of_experts_is_tokens_times_active_times_width():
     config = dataclasses.replace(preset("super"), layers=lay("E", *preset("super").layers), mtp=())
-    found = plan(config, Layout(gpus=8, ep=8), rows=8, length=1024, checkpointing=False).traffic["ep"]
+    found = plan(config, Layout(dp=8, ep=8), rows=8, length=1024, checkpointing=False).traffic["ep"]
     assert found == 4 * 1024 * 22 * 1024 * 2 * 7 / 8  # there and back, forward and backward, bf16
 
 
@@ -127,20 +129,43 @@ def test_stages_have_even_costs():
     assert even_stages([9, 1, 1, 9], 4) == [0, 1, 2, 3]
 
 
+def test_the_head_and_the_prediction_block_count_for_the_last_stage():
+    config = preset("super")
+    found = {depths: stages_of(config, 4, length=8192, depths=depths) for depths in (0, 2)}
+    assert all(own == sorted(own) and set(own) == {0, 1, 2, 3} for own in found.values())
+    assert found[2].count(3) < found[0].count(3) < found[0].count(0)
+    idle = dataclasses.replace(
+        config, layers=(Nothing(), *config.layers[:3], Nothing(), Nothing(), *config.layers[3:5])
+    )
+    assert set(stages_of(idle, 5, length=8, depths=0)) == set(range(5))
+    with pytest.raises(UserError, match="6 stages cannot share 5"):
+        refuse(idle, Layout(pp=6), Work())
+
+
+def test_what_is_planned_and_not_built_is_refused_only_when_it_is_to_run():
+    refuse(preset("nano"), Layout(tp=8), Work())
+    with pytest.raises(UserError, match="tp=8 does not divide attention's groups=2"):
+        refuse(preset("nano"), Layout(tp=8), Work(), now=True)
+    refuse(preset("super"), Layout(tp=2, cp=8), Work())
+    with pytest.raises(UserError, match="cp=8 does not divide Mamba's groups/tp=4"):
+        refuse(preset("super"), Layout(tp=2, cp=8), Work(), now=True)
+
+
 @pytest.mark.parametrize(
     "name, layout, work, message",
     [
-        ("ultra", {"gpus": 64, "tp": 8, "pp": 2, "ep": 128}, {}, r"gpus=64 is below pp\*max\(tp\*cp, ep\)=256"),
-        ("super", {"gpus": 48, "tp": 2, "cp": 1, "ep": 32}, {}, r"no multiple of pp\*ep=32"),
-        ("super", {"gpus": 512, "tp": 2, "cp": 128}, {}, "cp=128 does not divide Mamba's heads/tp=64"),
-        ("nano", {"gpus": 3, "ep": 3}, {}, "ep=3 does not divide experts=128"),
-        ("nano", {"gpus": 16, "tp": 16}, {}, "tp=16 does not divide Mamba's heads=64 and groups=8"),
-        ("nano", {"gpus": 64, "pp": 64}, {}, "64 stages cannot share 52"),
-        ("nano_4b", {"gpus": 2, "ep": 2}, {}, "no layer has experts"),
-        ("nano", {"gpus": 5}, {}, r"rows=3072 is no multiple of dp\*micro=5"),
-        ("nano", {"gpus": 2, "cp": 2}, {"length": 1022}, "no multiple of 2"),
-        ("nano", {"gpus": 0}, {}, "gpus must be at least 1"),
-        ("nano", {"shard": "some"}, {}, "neither full nor none"),
+        ("ultra", {"dp": 4, "tp": 8, "pp": 2, "ep": 128}, {}, "ep=128 does not divide dp x cp x tp / replicas = 32"),
+        ("super", {"dp": 24, "tp": 2, "cp": 1, "ep": 32}, {}, "ep=32 does not divide dp x cp x tp / replicas = 48"),
+        ("super", {"tp": 2, "cp": 128}, {}, "cp=128 does not divide Mamba's heads/tp=64"),
+        ("nano", {"dp": 3, "ep": 3}, {}, "ep=3 does not divide experts=128"),
+        ("nano", {"tp": 16}, {}, "tp=16 does not divide Mamba's heads=64 and groups=8"),
+        ("nano", {"pp": 64}, {}, "64 stages cannot share 52"),
+        ("nano_4b", {"dp": 2, "ep": 2}, {}, "no layer has experts"),
+        ("nano", {"dp": 5}, {}, "rows=3072 is no multiple of dp=5"),
+        ("nano", {"cp": 2}, {"length": 1023}, "length=1023 cannot be dealt among cp=2"),
+        ("nano", {"cp": 2}, {"length": 14}, "at least 8"),
+        ("nano", {"pp": 0}, {}, "pp=0 must be at least 1"),
+        ("nano", {"dp": 3, "replicas": 2}, {}, "replicas=2 does not divide dp=3"),
         ("nano", {}, {"compute": 3}, "compute"),
     ],
 )
@@ -152,17 +177,15 @@ def test_impossible_layouts_are_refused_with_the_reason(name, layout, work, mess
 @pytest.mark.parametrize(
     "name, layout, rows, length",
     [
-        ("nano", {"gpus": 256, "tp": 8, "pp": 4, "ep": 8, "cp": 8}, 48, 1 << 19),
-        ("super", {"gpus": 1024, "tp": 2, "ep": 64, "cp": 64}, 16, 1 << 20),
-        ("ultra", {"gpus": 512, "tp": 8, "pp": 2, "ep": 128, "cp": 32}, 24, 1 << 20),
+        ("nano", {"tp": 8, "pp": 4, "ep": 8, "cp": 8}, 48, 1 << 19),
+        ("super", {"dp": 8, "tp": 2, "ep": 64, "cp": 64}, 16, 1 << 20),
+        ("ultra", {"tp": 8, "pp": 2, "ep": 128, "cp": 32}, 24, 1 << 20),
     ],
 )
 def test_the_published_long_context_layouts_are_possible(name, layout, rows, length):
     refuse(preset(name), Layout(**layout), Work(rows=rows, length=length))
     with pytest.raises(UserError, match="bounds it"):
-        refuse(
-            preset(name), Layout(**(layout | {"cp": 2 * layout["cp"], "gpus": 4096})), Work(rows=rows, length=length)
-        )
+        refuse(preset(name), Layout(**(layout | {"cp": 2 * layout["cp"]})), Work(rows=rows, length=length))
 
 
 def test_the_command_says_it_in_numbers_or_refuses(capsys):
@@ -175,5 +198,9 @@ def test_the_command_says_it_in_numbers_or_refuses(capsys):
     assert "does not fit into 80 GB" in capsys.readouterr().out
     assert main("plan nano gpus=8 ep=3".split()) == 2
     assert "this layout cannot be" in capsys.readouterr().err
+    assert main("plan super gpus=64 tp=2 --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["layout"]["dp"] == 32
+    assert main("plan nano gpus=9 tp=2".split()) == 2
+    assert "gpus=9 is not pp=1 x dp=4 x cp=1 x tp=2 = 8" in capsys.readouterr().err
     assert main("plan nano device=abacus".split()) == 2
     assert "have h100" in capsys.readouterr().err

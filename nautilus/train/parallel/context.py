@@ -30,9 +30,8 @@ from nautilus.ops.balance import sequence_balance_loss
 from nautilus.ops.mamba import mamba
 from nautilus.ops.ssd import wide
 from nautilus.runtime import UserError
+from nautilus.train.layout import HALO
 from nautilus.train.parallel.travel import Exchange, Join, joined, summed
-
-HALO = 8  # tokens of the next rank that come along
 
 
 @dataclass

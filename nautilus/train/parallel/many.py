@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
 from nautilus.runtime import atomic_folder
+from nautilus.train.layout import Layout, Work
+from nautilus.train.parallel import pipeline
 from nautilus.train.parallel.context import stretch
 from nautilus.train.parallel.cuts import Cut
-from nautilus.train.parallel.layout import Layout
 from nautilus.train.parallel.mesh import Meshes, device, meshes
 from nautilus.train.parallel.shard import distribute
 from nautilus.train.parallel.state import on_first, read_shards, take_part, whole, write_shards
@@ -30,10 +31,13 @@ from nautilus.train.ranks import Ranks, T
 
 @dataclass(frozen=True, kw_only=True)
 class ManyRanks(Ranks):
-    """Of `layout.size` processes. `share`, by parameter: 1 / how many processes hold the same part of it."""
+    """Of `layout.size` processes. `share`, by parameter: 1 / how many processes hold the same part of it. work: what a
+    step is, for the costs of a pipeline's stages; pipe: where there are several."""
 
     layout: Layout
+    work: Work
     meshes: Meshes
+    pipe: pipeline.Pipe | None = None
     cuts: dict[str, Cut] = field(default_factory=dict)
     share: dict[Tensor, float] = field(default_factory=dict)
 
@@ -73,6 +77,25 @@ class ManyRanks(Ranks):
         dist.all_gather_object(things, thing)
         return things
 
+    def stages(self, found):
+        if self.pipe is None:
+            return [found]
+        parts = [None] * self.layout.pp
+        dist.all_gather_object(parts, found, group=self.pipe.back)
+        return parts
+
+    def turns(self, count: int) -> Iterable[str]:
+        if self.pipe is None:
+            return super().turns(count)
+        return pipeline.turns(count, self.layout.pp - 1 - self.pipe.stage)
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss) if self.pipe is None else pipeline.backward(loss, self.pipe)
+
+    def join_copies(self, model: Language) -> None:
+        if self.pipe is not None and self.pipe.shares_embedding:
+            pipeline.join_copies(model, self.pipe)
+
     def own(self, tensor: Tensor) -> Tensor:
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -103,26 +126,33 @@ class ManyRanks(Ranks):
         dist.barrier()
 
     def read(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
-        return read_shards(folder, model, self.cuts)
+        return read_shards(folder, model, self.cuts, [*self.union(dict.fromkeys(model.state_dict()))])
 
     def weights(self, model: nn.Module) -> dict[str, Tensor]:
-        found = {}
+        found, leads = {}, self.index % (self.size // self.layout.pp) == 0
         for name, tensor in model.state_dict().items():
             value = whole(tensor, self.cuts.get(name))
-            if self.index == 0:
+            if leads:
                 found[name] = value.cpu()
-        return found
+        return pipeline.collect(found, self.pipe, device()) if self.pipe is not None and leads else found
 
     def distribute(self, model: Language) -> Language:
+        if self.pipe is not None:
+            pipeline.leave_stage(model, self.pipe, self.work)
         cuts, share = distribute(model, self.layout, self.meshes)
         self.cuts.update(cuts)
         self.share.update(share)
+        if self.pipe is not None:
+            pipeline.remember(model, self.pipe)
+            if self.pipe.shares_embedding:
+                self.share[model.backbone.embeddings.weight] /= 2  # type: ignore[index]
         return model
 
     def fill(self, model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         places = model.state_dict()
         for name, tensor in tensors:
-            take_part(places[name], tensor, self.cuts.get(name))
+            if self.pipe is None or name in places:  # else it is another stage's
+                take_part(places[name], tensor, self.cuts.get(name))
 
     def gathered(self, model: Language) -> Language:
         weights = self.weights(model)
@@ -148,7 +178,7 @@ def summed(number: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return there.to(number.device)
 
 
-def join(layout: Layout) -> ManyRanks:
+def join(layout: Layout, work: Work) -> ManyRanks:
     if not dist.is_initialized():
         gpu = torch.cuda.is_available()
         if gpu:
@@ -157,4 +187,6 @@ def join(layout: Layout) -> ManyRanks:
         store, rank, size = next(rendezvous("env://"))
         attempt = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=attempt, rank=rank, world_size=size)
-    return ManyRanks(layout=layout, meshes=meshes(layout))
+    found = meshes(layout)
+    pipe = pipeline.pipe_of(found.rows) if layout.pp > 1 else None
+    return ManyRanks(layout=layout, work=work, meshes=found, pipe=pipe)

@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from nautilus.train.parallel.layout import Layout
+from nautilus.train.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Meshes:
-    """One set of ranks, seen in three ways."""
+    """One set of ranks, seen in several ways."""
 
-    dense: DeviceMesh  # replica, fsdp, tp
-    expert: DeviceMesh  # replica, edp, ep
-    rows: DeviceMesh  # dp, cp, tp
-    data: DeviceMesh  # data (= dp x cp), tp
+    dense: DeviceMesh  # pp, replica, fsdp, tp
+    expert: DeviceMesh  # pp, replica, edp, ep
+    rows: DeviceMesh  # pp, dp, cp, tp
+    data: DeviceMesh  # pp, data (= dp x cp), tp
 
 
 def device() -> torch.device:
@@ -30,12 +30,13 @@ def device() -> torch.device:
 
 def meshes(layout: Layout) -> Meshes:
     def mesh(**axes: int) -> DeviceMesh:
+        axes = {"pp": layout.pp, **axes}
         return init_device_mesh(device().type, tuple(axes.values()), mesh_dim_names=tuple(axes))
 
-    replicas, shards, tp = layout.replicas, layout.shards, layout.tp
+    replicas, tp = layout.replicas, layout.tp
     return Meshes(
-        dense=mesh(replica=replicas, fsdp=shards, tp=tp),
-        expert=mesh(replica=replicas, edp=shards * tp // layout.ep, ep=layout.ep),
+        dense=mesh(replica=replicas, fsdp=layout.shards, tp=tp),
+        expert=mesh(replica=replicas, edp=layout.edp, ep=layout.ep),
         rows=mesh(dp=layout.dp, cp=layout.cp, tp=tp),
         data=mesh(data=layout.dp * layout.cp, tp=tp),
     )

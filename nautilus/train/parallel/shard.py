@@ -17,10 +17,10 @@ from torch.distributed.tensor import Shard
 from nautilus.model.language import Block, Language
 from nautilus.model.moe import ExpertsMixer
 from nautilus.model.mtp import MtpLayer
+from nautilus.train.layout import Layout
 from nautilus.train.parallel.context import deal_time
 from nautilus.train.parallel.cuts import Cut
 from nautilus.train.parallel.experts import DealtExperts, deal_experts
-from nautilus.train.parallel.layout import Layout
 from nautilus.train.parallel.mesh import Meshes, device
 from nautilus.train.parallel.tensor import deal_units
 from nautilus.train.parallel.vocabulary import deal_words
@@ -29,7 +29,7 @@ from nautilus.train.ranks import with_memory
 
 def distribute(model: Language, layout: Layout, meshes: Meshes) -> tuple[dict[str, Cut], dict[Tensor, float]]:
     """Leaves in the model what this rank holds. Gives the cuts by parameter name, and for each parameter one over the
-    number of ranks that hold the same part of it.
+    number of ranks of a stage that hold the same part of it.
 
     The model must be the same on every rank before, or without memory (on meta): its parts then get some, unset. Make
     the optimiser afterwards: the parameters are others. UserError where a size does not divide.
@@ -50,7 +50,7 @@ def distribute(model: Language, layout: Layout, meshes: Meshes) -> tuple[dict[st
     for name, parameter in model.named_parameters():
         cut = cuts.get(name)
         shards = meshes.expert["edp"] if cut is not None and cut.axis == "ep" else meshes.dense["fsdp"]
-        share[parameter] = shards.size() * (cut.parts if cut else 1) / layout.size
+        share[parameter] = shards.size() * (cut.parts if cut else 1) * layout.pp / layout.size
     return cuts, share
 
 

@@ -6,7 +6,7 @@ On disk every tensor has its whole shape and the name that a single process give
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +30,21 @@ def write_shards(folder: Path, tensors: dict[str, Tensor], cuts: Cuts) -> None:
     dcp.save(views, checkpoint_id=folder / SHARDS)
 
 
-def read_shards(folder: Path, model: nn.Module, cuts: Cuts) -> dict[str, Tensor]:
-    """Fills the model with its own part of a state and gives the other tensors of it: `optimizer.` ones as parts."""
+def read_shards(folder: Path, model: nn.Module, cuts: Cuts, everywhere: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Fills the model with its own part of a state and gives the other tensors of it: `optimizer.` ones as parts.
+
+    everywhere: names of the tensors that the stages of a pipeline have, if the model is one of several.
+    """
     shards = folder / SHARDS
     reader = FileSystemReader(shards) if shards.is_dir() else HuggingFaceStorageReader(str(folder))
     kept: dict[str, Any] = reader.read_metadata().state_dict_metadata
     own, parameters = model.state_dict(), dict(model.named_parameters())
     names = {name for name in kept if not name.startswith(("optimizer.", "random."))}
-    if differing := sorted(names ^ own.keys()):
+    if differing := sorted(names ^ {*own, *everywhere}):
         raise UserError(f"cannot resume: the state in {folder} and the model differ in {', '.join(differing[:4])}")
     for name in sorted(kept.keys() - names):
+        if parameter_of(name) in names - own.keys():
+            continue
         own[name] = room_for(name, kept[name], parameters)
     views = {name: disk_view(tensor, cut_of(name, tensor, cuts)) for name, tensor in own.items()}
     for name, view in views.items():
@@ -54,17 +59,20 @@ def read_shards(folder: Path, model: nn.Module, cuts: Cuts) -> dict[str, Tensor]
 
 def room_for(name: str, kept, parameters: dict[str, nn.Parameter]) -> Tensor:
     """Memory for a tensor that is not the model's: a moment lies as its parameter does."""
-    parameter = parameters.get(name.removeprefix("optimizer.").rpartition(".")[0])
+    parameter = parameters.get(parameter_of(name))
     if parameter is None or not kept.size:
         return torch.zeros(kept.size, dtype=kept.properties.dtype)
     return torch.zeros_like(parameter.detach(), dtype=kept.properties.dtype)
 
 
+def parameter_of(name: str) -> str:
+    """The parameter that a moment belongs to; any other tensor is its own."""
+    return name.removeprefix("optimizer.").rpartition(".")[0] if name.startswith("optimizer.") else name
+
+
 def cut_of(name: str, tensor: Tensor, cuts: Cuts) -> Cut | None:
     """The cut of a parameter, and of its moments."""
-    if name.startswith("optimizer."):
-        name = name.removeprefix("optimizer.").rpartition(".")[0]
-    return cuts.get(name) if tensor.ndim else None
+    return cuts.get(parameter_of(name)) if tensor.ndim else None
 
 
 def disk_view(tensor: Tensor, cut: Cut | None) -> Tensor:

@@ -13,10 +13,8 @@ from nautilus.config import Mamba
 from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError
-from nautilus.train.layout import Layout as Devices
-from nautilus.train.layout import Work
+from nautilus.train.layout import Layout, Work
 from nautilus.train.objective import pretrain
-from nautilus.train.parallel import Layout
 from nautilus.train.plan import Plan
 
 FILE = pathlib.Path(__file__).parents[1] / "ranks.py"
@@ -62,10 +60,10 @@ def test_two_processes_with_half_the_words_each_train_as_one_and_hold_what_the_p
     assert_same_curve(got, alone(steps=3))
     held = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(2)]
     work = Work(rows=4, length=24, micro=2, compute=4)
-    assert [4 * count for count in held] == [planned(Devices(gpus=2, tp=2), work)] * 2
+    assert [4 * count for count in held] == [planned(Layout(tp=2), work)] * 2
 
 
-def planned(layout: Devices, work: Work, *, tied: bool = False) -> int:
+def planned(layout: Layout, work: Work, *, tied: bool = False) -> int:
     return Plan(config=config_of_the_work(tied=tied), layout=layout, work=work).memory["weights"]
 
 
@@ -76,10 +74,9 @@ def test_a_head_that_is_the_embedding_is_cut_with_it(tmp_path, alone, layout):
     size = Layout(**layout).size
     got = helper.together(tmp_path, size, layout=layout, **settings)
     assert_same_curve(got, alone(**settings))
-    devices = {axis: ways for axis, ways in layout.items() if axis != "dp"} | {"gpus": size}
     work = Work(rows=4, length=24, micro=1, compute=4)
     held = [json.loads((tmp_path / f"held_{rank}.json").read_text()) for rank in range(size)]
-    assert [4 * count for count in held] == [planned(Devices(**devices), work, tied=True)] * size
+    assert [4 * count for count in held] == [planned(Layout(**layout), work, tied=True)] * size
 
 
 @pytest.mark.slow
