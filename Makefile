@@ -1,6 +1,7 @@
-# make demo    train a small model on this machine, look at its report, talk to it
-# make test    every test, slow ones included
-# make check   what to run before a change: lint, format, types, fast tests
+# make demo      train a small model on this machine, look at its report, talk to it
+# make install   only what that needs, in .venv: then .venv/bin/nautilus --help
+# make test      every test, slow ones included
+# make check     what to run before a change: lint, format, types, fast tests
 #
 # Each makes the environment it needs in .venv and reuses it. Choose the interpreter with PYTHON=python3.12.
 
@@ -14,7 +15,13 @@ INPUTS := pyproject.toml constraints.txt setup.py $(wildcard nautilus/ops/cpu/*.
 # Two workers use two cores; torch keeps to one thread in each (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: demo test check
+.PHONY: help demo install test check
+
+help:
+	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
+
+install: .venv/.ready-demo
+	@echo "ready: $(BIN)/nautilus --help"
 
 demo: .venv/.ready-demo
 	$(BIN)/nautilus demo
@@ -30,11 +37,13 @@ check: .venv/.ready-test
 
 # A stamp is as new as the last install from the same inputs; with it in place a second run starts at once.
 .venv/.ready-demo: .venv/.ready-torch $(INPUTS)
-	$(PIP) --no-build-isolation --editable '.[report]'
+	@echo "compiling the CPU kernels, which takes a minute or two ..."
+	@$(PIP) --no-build-isolation --editable '.[report]'
 	@touch $@
 
 .venv/.ready-test: .venv/.ready-torch $(INPUTS)
-	$(PIP) --no-build-isolation --editable '.[dev,data,report]'
+	@echo "installing what tests need and compiling the CPU kernels, which takes a few minutes ..."
+	@$(PIP) --no-build-isolation --editable '.[dev,data,report]'
 	@touch $@ .venv/.ready-demo
 
 # torch comes first and alone: the constraint keeps every later install from replacing it.
@@ -42,5 +51,6 @@ check: .venv/.ready-test
 	@$(PYTHON) -c 'import sys; sys.exit("Nautilus needs Python 3.11 or newer, $(PYTHON) is %d.%d; \
 	try make PYTHON=python3.12" % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) torch setuptools
+	@echo "installing torch, about 200 MB ..."
+	@$(PIP) torch setuptools
 	@touch $@

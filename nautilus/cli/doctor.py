@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nautilus
+from nautilus.runtime import installing
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich")
 # What vectorised CPU code asks for, x86 and ARM.
@@ -191,9 +192,10 @@ def reading(speed: float | None) -> str:
 
 def extra_lines(extras: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
     for name, absent in extras.items():
-        lacking = f"lacks {', '.join(absent)}: pip install 'nautilus[{name}]'"
+        yield name, f"{EXTRAS[name].unlocks}: " + (f"lacks {', '.join(absent)}" if absent else "installed")
+    if any(extras.values()):
         # Square brackets are rich's markup unless escaped.
-        yield name, f"{EXTRAS[name].unlocks}: " + (lacking.replace("[", "\\[") if absent else "installed")
+        yield "install one", installing("NAME").replace("[", "\\[")
 
 
 def text_of(value) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Self
 
 from rich.console import Console
@@ -79,14 +79,31 @@ def examine(settings: Settings, plan: Plan) -> dict:
         | {"ep": layout.ep, "replicas": layout.replicas, "least_gpus": layout.least},
         "micro_batches": plan.microbatches,
         "memory": plan.memory | {"total": memory},
-        "fits": memory <= settings.machine.memory_gb * 1e9,
+        "fits": fits(plan),
+        "fits_from_gpus": None if fits(plan) else more_of_them(plan),
         "memory_gb": settings.machine.memory_gb,
         "traffic": plan.traffic,
         "seconds": plan.seconds,
         "tokens_per_s": fed / step,
         "mfu": plan.mfu,
+        "tokens": tokens,
         "days": tokens / fed * step / DAY if tokens else None,
     }
+
+
+def fits(plan: Plan) -> bool:
+    return sum(plan.memory.values()) <= plan.machine.memory_gb * 1e9
+
+
+def more_of_them(plan: Plan) -> int:
+    """So many devices, with more copies of the same tp, pp, cp and ep, would hold it; 0: no number of them."""
+    layout, work = plan.layout, plan.work
+    while work.rows % (2 * layout.dp * work.micro) == 0:
+        same = {field.name: getattr(layout, field.name) for field in fields(Layout)}
+        layout = Layout(**same | {"dp": 2 * layout.dp})
+        if fits(Plan(config=plan.config, layout=layout, work=work, machine=plan.machine)):
+            return layout.size
+    return 0
 
 
 def show(facts: dict) -> None:
@@ -102,8 +119,13 @@ def show(facts: dict) -> None:
         for part, value in facts[name].items():
             table.add_row(part, f"{value / scale:,.4g}")
         console.print(table)
-    fits = "fits" if facts["fits"] else "does not fit"
-    console.print(f"{facts['memory']['total'] / 1e9:.4g} GB {fits} into {facts['memory_gb']:g} GB")
-    days = f", {facts['days']:,.1f} days in all" if facts["days"] is not None else ""
+    need = f"{facts['memory']['total'] / 1e9:.4g} GB"
+    if not facts["fits"]:
+        more = facts["fits_from_gpus"]
+        cure = f"it would from gpus={more:,} on" if more else "no number of them would do; raise tp, pp, cp or ep"
+        console.print(f"{need} does not fit into {facts['memory_gb']:g} GB: {cure}")
+        return
+    console.print(f"{need} fits into {facts['memory_gb']:g} GB")
+    days = f", {facts['days']:,.1f} days for {facts['tokens']:.3g} tokens" if facts["days"] is not None else ""
     console.print(f"{facts['tokens_per_s']:,.0f} tokens/s, {facts['mfu']:.1%} of the peak{days}")
     console.print("An estimate: peaks and efficiency as in machine, data-parallel traffic hidden behind computing.")

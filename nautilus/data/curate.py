@@ -29,7 +29,7 @@ from typing import Any
 
 from nautilus.data.pieces import Job, Piece, plan
 from nautilus.data.tally import Tally, together
-from nautilus.runtime import Progress, Run, UserError, disk_errors, read_json, write_atomic
+from nautilus.runtime import Progress, Run, UserError, disk_errors, installing, read_json, write_atomic
 from nautilus.runtime.progress import clock_time
 
 FILTERS = ("repetition", "quality", "c4")
@@ -120,7 +120,7 @@ def need(asked: Plan) -> None:
     wanted |= {"py3langid": "vlm"} if asked.languages else {}
     for name, extra in wanted.items():
         if importlib.util.find_spec(name) is None:
-            raise UserError(f"this curation needs the library {name!r}; pip install 'nautilus[{extra}]'")
+            raise UserError(f"this curation needs the library {name!r}; {installing(extra)}")
 
 
 def evaluation_sets(places: Sequence[str]) -> Iterator[tuple[str, tuple[Piece, ...]]]:

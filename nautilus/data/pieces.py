@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from nautilus.data.corpus import EMBEDDED, TEXT_SUFFIXES, read, sources
 from nautilus.data.readers import Decoder, files_at, lines_of, parse_row, read_files, text_in
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, installing
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
 KIND_OF = {".jsonl": "jsonl", ".parquet": "parquet"} | dict.fromkeys(HTML_SUFFIXES, "html")
@@ -147,7 +147,7 @@ def read_parquet(piece: Piece, decode: Decoder) -> Iterator[Raw]:
         import pyarrow
         from pyarrow import parquet
     except ImportError as bad:
-        raise UserError(f"{piece.path} needs the library 'pyarrow'; pip install 'nautilus[data]'") from bad
+        raise UserError(f"{piece.path} needs the library 'pyarrow'; {installing('data')}") from bad
     try:
         with parquet.ParquetFile(piece.path) as table:
             if piece.field not in table.schema_arrow.names:

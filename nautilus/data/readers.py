@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, installing
 
 PIECE = 16384  # bytes; a lone file is read in pieces of about this size, so that a part of it can be held out
 
@@ -142,7 +142,7 @@ def open_dataset(where: str, split: str):
     try:
         import datasets
     except ImportError as bad:
-        raise UserError(f"{where!r} needs the library 'datasets'; pip install 'nautilus[data]'") from bad
+        raise UserError(f"{where!r} needs the library 'datasets'; {installing('data')}") from bad
     try:
         if not Path(where).is_dir():
             return datasets.load_dataset(where, split=split)

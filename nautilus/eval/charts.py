@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nautilus.runtime import UserError, write_atomic
+from nautilus.runtime import UserError, installing, write_atomic
 
 LIGHT = {
     "page": "#f3f6f8",
@@ -93,7 +93,7 @@ class Bar(NamedTuple):
 def missing() -> str | None:
     """Why no picture can be drawn here; None where one can."""
     if importlib.util.find_spec("matplotlib") is None:
-        return "Pictures need matplotlib, which is not installed: pip install 'nautilus[report]'."
+        return f"Pictures need matplotlib, which is not installed: {installing('report')}"
     return None
 
 

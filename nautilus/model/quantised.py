@@ -234,8 +234,13 @@ def names_of(patterns: list[str], file: Path) -> Names:
     return Names(exact=frozenset(exact), patterns=tuple(compiled))
 
 
+REPEATED_TWICE = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # may try a name's letters in more ways than end today
+
+
 def regular(pattern: str, file: Path) -> re.Pattern:
     try:
+        if REPEATED_TWICE.search(pattern):
+            raise re.error("it repeats what repeats already")
         return re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as bad:
         raise UserError(f"{file} names modules by the expression {short(pattern)}: {bad}; copy it again") from bad

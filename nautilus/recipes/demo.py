@@ -30,7 +30,7 @@ class Settings(PretrainSettings):
     rows: int = 8
     length: int = 256
     max_bytes: int = 6_000_000
-    optim: OptimConfig = OptimConfig(lr=5e-3, min_lr=5e-5, warmup=40, decay=0.3)
+    optim: OptimConfig = OptimConfig(lr=5e-3, min_lr=5e-5, warmup=-1, decay=0.3)
     prompts: tuple[str, ...] = PROMPTS
 
 

@@ -1,6 +1,6 @@
 """What every job needs around its work: errors for people, whole files, the run folder, a progress line. No torch."""
 
-from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full
+from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full, installing
 from nautilus.runtime.files import atomic_folder, read_json, read_text, repair, write_atomic
 from nautilus.runtime.hub import HUB_ID, hub_folder
 from nautilus.runtime.memory import keep_memory
@@ -19,6 +19,7 @@ __all__ = [
     "disk_full",
     "flat_settings",
     "hub_folder",
+    "installing",
     "is_run",
     "keep_memory",
     "program",

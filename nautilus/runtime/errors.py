@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,17 @@ DISK_REFUSES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EIS
 
 class UserError(ValueError):
     """A mistake a person can mend. The message says what was asked, which values clash, and what to do."""
+
+
+def installing(extra: str) -> str:
+    """The command that installs an extra for this copy. By its bare name, `nautilus`, an index has another project."""
+    root, here = Path(__file__).resolve().parents[2], Path.cwd()
+    short = lambda path: path.relative_to(here) if path.is_relative_to(here) else path
+    python = short(Path(sys.prefix, "bin", "python")) if os.name == "posix" else sys.executable
+    if not (root / "constraints.txt").is_file():
+        return f"install the extra {extra!r} from where this nautilus came"
+    constraints = short(root / "constraints.txt")
+    return f"{python} -m pip install --no-build-isolation -c {constraints} -e '{short(root)}[{extra}]'"
 
 
 def disk_full(path: Path) -> UserError:

@@ -47,7 +47,7 @@ class Following(Based):
     out: Path = setting(Path("runs/pretrain"), "the run's folder; resumed if it is there")
     steps: int = setting(1000, "updates")
     length: int = setting(512, "tokens of a row")
-    optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=50)
+    optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=-1)
     tokenizer: Path | None = setting(None, "folder of a tokenizer to use; none: learn one")
     save_every: int = setting(200, "updates between saved states, 0: only at the end")
     average: int = setting(0, "of how many snapshots of the last stretch the final weights are made, 0: none")

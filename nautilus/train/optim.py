@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ class OptimConfig:
 
     lr: float = setting(1e-3, "learning rate between warm-up and decay")
     min_lr: float = setting(1e-5, "learning rate at the end")
-    warmup: int = setting(0, "updates over which the rate rises")
+    warmup: int = setting(0, "updates over which the rate rises, -1: a fourteenth of them, at most 50")
     decay: float = setting(0.2, "share of all updates over which the rate falls")
     shape: str = setting("minus_sqrt", "of the fall: minus_sqrt, linear or cosine")
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's two memories")
@@ -50,8 +50,8 @@ class OptimConfig:
             raise ValueError(f"optim has a setting that is no finite number: {self}; give finite ones")
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"optim.min_lr={self.min_lr} must lie in 0..optim.lr={self.lr}")
-        if not (0 <= self.decay <= 1 and self.warmup >= 0):
-            raise ValueError(f"optim.decay={self.decay} must lie in 0..1 and optim.warmup={self.warmup} not below 0")
+        if not (0 <= self.decay <= 1 and self.warmup >= -1):
+            raise ValueError(f"optim.decay={self.decay} must lie in 0..1 and optim.warmup={self.warmup} not below -1")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas={self.betas} must be two numbers in [0, 1)")
         if min(self.eps, self.weight_decay, self.clip) < 0:
@@ -82,6 +82,7 @@ def schedule(optim: OptimConfig, steps: int) -> Callable[[int], float]:
 
     Update 0 already has t = 1, so that no step is spent at rate zero and the last one runs at `min_lr`.
     """
+    optim = replace(optim, warmup=optim.warmup if optim.warmup >= 0 else min(50, steps // 14))
     if optim.warmup + optim.decay * steps > steps:
         raise ValueError(
             f"optim.warmup={optim.warmup} and optim.decay={optim.decay} of steps={steps} do not fit one after the "

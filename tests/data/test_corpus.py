@@ -86,7 +86,7 @@ def test_a_folder_of_hugging_face_datasets_gives_the_named_split(tmp_path):
 
 def test_without_the_library_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ValueError, match=r"pip install 'nautilus\[data\]'"):
+    with pytest.raises(ValueError, match=r"pip install .*\[data\]'"):
         texts(one("hub:some/name"))
 
 

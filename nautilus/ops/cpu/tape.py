@@ -75,6 +75,11 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.tape = tape
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: to keep the compiler out of this, which nobody compiles, PyTorch would first import it, for 3 seconds."""
+        return False
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         read = addresses((args, kwargs)) & self.tape.memory.keys()
