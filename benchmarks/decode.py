@@ -145,8 +145,11 @@ class Turn:
     def ask(self, work: str) -> dict | None:
         """None: it died of this work, as one does that needs more memory than there is."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.write(work + "\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(work + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return None
         answer = self.process.stdout.readline()
         return json.loads(answer) if answer else None
 

@@ -27,7 +27,7 @@ from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
-from nautilus.serve.memory import Berth, Berths, point
+from nautilus.serve.memory import Berth, Berths, point, write
 from nautilus.serve.sample import Sampling, draw, whole
 
 log = logging.getLogger("nautilus.serve")
@@ -278,9 +278,13 @@ class Engine:
         if len(active) not in self.steps:
             self.steps[len(active)] = Step(self, len(active))
         step = self.steps[len(active)]
-        step.lanes.slot_B.copy_(torch.tensor([berth.slot for berth in berths]))
-        point(step.lanes, berths, 1)
-        step.tokens_BT.copy_(torch.tensor([request.tokens[-1:] for request, _ in active]))
+        if berths == step.berths:
+            write(step.lanes.rows.length, [berth.length + 1 for berth in berths])
+        else:
+            write(step.lanes.slot_B, [berth.slot for berth in berths])
+            point(step.lanes, berths, 1)
+            step.berths = berths
+        write(step.tokens_BT, [request.tokens[-1:] for request, _ in active])
         logits_BV = step.run()
         for berth in berths:
             berth.length += 1
@@ -292,6 +296,7 @@ class Step:
 
     def __init__(self, engine: Engine, rows: int):
         self.engine, self.lanes = engine, engine.berths.lanes(rows)
+        self.berths: list[Berth] = []  # that it was told of last
         self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=engine.berths.device)
         self.tape: Tape | None = None
         self.may_record = self.tokens_BT.device.type == "cpu"
