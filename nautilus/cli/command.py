@@ -123,7 +123,9 @@ def named(words: list[str]) -> tuple[str, list[str]]:
         if name in COMMANDS:
             return name, words[count:]
     if members := [name for name in COMMANDS if name.startswith(f"{words[0]} ")]:
-        raise UserError(f"{words[0]} is several commands: {', '.join(members)}; nautilus {members[0]} --help says more")
+        raise UserError(
+            f"{words[0]} is a group of commands: {', '.join(members)}; nautilus {members[0]} --help says more"
+        )
     near = difflib.get_close_matches(words[0].replace("-", "_"), COMMANDS, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"have {', '.join(COMMANDS)}"
     raise UserError(f"no command {words[0]!r}; {hint}")

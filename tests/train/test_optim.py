@@ -70,7 +70,7 @@ def test_without_decay_the_peak_holds_to_the_end():
         {"shape": "stairs"},
         {"min_lr": 2.0},
         {"decay": 1.5},
-        {"warmup": -1},
+        {"warmup": -2},
         {"betas": (0.9, 1.0)},
         {"eps": -1e-8},
         {"clip": -1.0},
@@ -79,6 +79,12 @@ def test_without_decay_the_peak_holds_to_the_end():
 def test_contradicting_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"optim.{next(iter(wrong))}"):
         OptimConfig(**wrong)
+
+
+def test_a_warm_up_that_nobody_chose_fits_any_run():
+    chosen = lambda steps, warmup: [schedule(OptimConfig(warmup=warmup), steps)(step) for step in range(steps)]  # noqa: E731
+    for steps, warmup in ((5, 0), (20, 1), (560, 40), (10_000, 50)):
+        assert chosen(steps, -1) == chosen(steps, warmup)
 
 
 def test_warm_up_and_decay_longer_than_the_run_are_refused():
