@@ -26,13 +26,21 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str = 
     """The model and the tokenizer in a run, in a Hugging Face checkpoint folder, or of a hub id.
 
     dtype: of parameters and activations; None keeps each tensor as it is stored. Errors name what is wrong with the
-    folder or its tensors; no code that came with a checkpoint is ever run.
+    folder or its tensors, or that the tokenizer has tokens that the model does not know (fewer is well); no code that
+    came with a checkpoint is ever run.
     """
     from nautilus.data.tokenizer import load_tokenizer
     from nautilus.model.weights import load_model, local_folder
+    from nautilus.runtime import UserError
 
     folder = local_folder(checkpoint_of(source))
-    return load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
+    model, tokenizer = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
+    if tokenizer.vocab > model.config.vocab:
+        raise UserError(
+            f"the tokenizer in {folder} has {tokenizer.vocab:,} tokens, the model's vocabulary {model.config.vocab:,};"
+            f" copy there the tokenizer that was released with the model or made for its training"
+        )
+    return model, tokenizer
 
 
 def checkpoint_of(source: str | Path) -> str | Path:
@@ -55,6 +63,10 @@ def checkpoint_of(source: str | Path) -> str | Path:
             f" resumes it there"
         )
     return run.model
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str):

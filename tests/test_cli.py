@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import time
@@ -137,7 +138,7 @@ def test_the_shown_settings_of_every_preset_build_it_again(name):
 
 
 def test_every_command_has_a_module():
-    assert [name for name, (module, _) in COMMANDS.items() if find_spec(module) is None] == []
+    assert [name for name, entry in COMMANDS.items() if find_spec(entry.module) is None] == []
 
 
 @pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["help"]])
@@ -169,6 +170,10 @@ def test_help_and_version_load_no_torch():
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     loaded = done.stdout.splitlines()[-1].split()
     assert "nautilus.cli.command" in loaded and not {"torch", "numpy", "nautilus.model"} & set(loaded)
+
+
+def test_the_package_lists_its_public_names():
+    assert dir(nautilus) == sorted(nautilus.__all__) and all(getattr(nautilus, name).__doc__ for name in dir(nautilus))
 
 
 def test_python_m_nautilus_is_the_command():
@@ -258,7 +263,11 @@ def test_info_agrees_with_the_published_sizes(capsys):
 def test_info_prints_tables(capsys):
     assert main(["info", "super"]) == 0
     text = capsys.readouterr().out
-    assert "123,611,033,088" in text and "40 x M Mamba" in text and "latent=1024" in text and "247.2 GB" in text
+    assert "40 x M Mamba" in text and "latent=1024" in text and "247.2 GB" in text
+    facts = info.examine("super", preset("super"))
+    counts = [count for name, count in info.totals_of(facts) if name.startswith("parameters")]
+    assert counts == ["123,611,033,088", f"{facts['parameters']['main']:,}"] and all(count in text for count in counts)
+    assert [name for name, _ in info.totals_of(info.examine("nano", preset("nano")))][0] == "parameters"
 
 
 def test_info_reads_folders_runs_and_files(tmp_path):
@@ -295,7 +304,10 @@ def test_info_shows_the_formats_of_a_quantised_folder_by_role(tmp_path, capsys):
     files = sum(row["bytes"] for row in rows.values())
     assert abs(files - (tmp_path / "quantised" / "model.safetensors").stat().st_size) < 40_000
     assert main(["info", str(tmp_path / "quantised")]) == 0
-    assert "W4A16_NVFP4" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "W4A16_NVFP4" in shown
+    (line,) = [line for line in shown.splitlines() if "all weights as stored" in line]
+    assert info.bytes_text(files) in line
 
 
 def test_info_explains_what_it_cannot_read(tmp_path, capsys):
@@ -408,6 +420,48 @@ def test_doctor_prints_every_section(capsys):
         assert word in text
 
 
+BUSY = "speeds measured now are too low"
+
+
+def test_a_busy_machine_is_remarked_upon_and_an_idle_one_is_not(monkeypatch, capsys):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for load, busy in ((2.9, False), (3.2, True)):
+        monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 9.0, 9.0))
+        assert main(["doctor", "size=64", "seconds=0.01"]) == 0
+        assert (f"load average {load} on 2 cores: {BUSY}" in capsys.readouterr().out) == busy
+        facts = {"native": {"on": True}, "machine": doctor.machine(pathlib.Path(".")), "works": []}
+        assert (f"load average {load} on 2 cores: {BUSY}" in "".join(bench.remarks(facts))) == busy
+    monkeypatch.setattr(os, "getloadavg", unknown)
+    assert doctor.load_average() is None and doctor.busy({"load_average": None, "cores": 2}) == ""
+    assert doctor.busy({"load_average": 1.6, "cores": 1}) == f"load average 1.6 on 1 core: {BUSY}"
+
+
+def unknown():
+    raise OSError("load average is unobtainable")
+
+
+def test_doctor_says_what_set_the_number_of_threads(monkeypatch):
+    import torch
+
+    threads = torch.get_num_threads()
+    for written, said in ((f"{threads}", True), (f"{threads},2", True), (f"{threads + 1}", False), ("", False)):
+        monkeypatch.setenv("OMP_NUM_THREADS", written)
+        machine = doctor.machine(pathlib.Path("."))
+        assert machine["torch_threads_from"] == (f"OMP_NUM_THREADS={written}" if said else None)
+        speeds = dict.fromkeys(("matmul_float32_gflops", "matmul_bfloat16_gflops", "memory_gb_per_s"), 1.0)
+        facts = {"machine": machine, "versions": {}, "speed": speeds | {"memory_read_gb_per_s": None}}
+        shown = dict(doctor.sections(facts | {"faster_paths": {}, "extras": {}})["machine"])
+        assert shown.get("torch threads from") == machine["torch_threads_from"] and shown["gpu"]
+
+
+def test_the_largest_cache_is_found_or_unknown(monkeypatch):
+    monkeypatch.setattr(doctor.Path, "glob", lambda *_: ["a", "b"])
+    monkeypatch.setattr(doctor, "read", {"a": "48K\n", "b": "32768K\n"}.get)
+    assert doctor.largest_cache("") == 33.6
+    monkeypatch.setattr(doctor.Path, "glob", lambda *_: [])
+    assert doctor.largest_cache("cache size\t: 1024 KB\n") == 1.0 and doctor.largest_cache("") is None
+
+
 def test_doctor_says_what_an_extra_lacks():
     extra = doctor.Extra("something", ("json", "no_such_module_here"))
     assert doctor.missing(extra) == ["no_such_module_here"]
@@ -420,7 +474,6 @@ def test_doctor_says_what_an_extra_lacks():
 
 
 def test_doctor_knows_every_extra_of_the_package():
-    import pathlib
     import tomllib
 
     root = pathlib.Path(nautilus.__file__).parent.parent
@@ -473,6 +526,7 @@ def test_bench_speed_measures_a_preset_with_random_weights(tmp_path, capsys):
     assert [line["step"] for line in lines] == [*range(8)]
     assert [line["work"] for line in lines] == [name for name in names for _ in range(2)]
     assert "making random weights in nvfp4" in err and "8/8  tokens_per_s" in err
+    assert "turn" in err and "step" not in err
 
 
 def test_bench_speed_prints_tables(capsys):
@@ -483,7 +537,27 @@ def test_bench_speed_prints_tables(capsys):
         assert word in text
     if native().functions is not None:
         assert "GB/s" in text and "Mamba in_proj" in text and "outside the kernels" in text and " %" in text
+        assert "are of one step" in text and "outside the kernels: what Python does" in text
         assert "\u2026" not in text  # nothing is cut off in 80 columns
+
+
+def test_the_first_turn_of_each_work_is_not_counted(monkeypatch, capsys):
+    from nautilus.eval.speed import Ready, Turn
+
+    turns = []
+
+    def turn(self):
+        turns.append(self.work.name)
+        return Turn(tokens_per_s=1e9 if turns.count(self.work.name) == 1 else 5.0)
+
+    monkeypatch.setattr(Ready, "turn", turn)
+    assert main(["bench", "speed", "toy", "shrink=true", "json=true", *QUICK]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [work["tokens_per_s"]["all"] for work in facts["works"]] == [[5.0, 5.0]] * 4 and len(turns) == 4 * 3
+
+
+def test_one_thread_is_no_threads():
+    assert [doctor.counted(count, "thread") for count in (1, 2)] == ["1 thread", "2 threads"]
 
 
 def test_bench_speed_opens_a_run_and_a_checkpoint(tmp_path, capsys):
@@ -533,9 +607,24 @@ def test_bench_speed_without_native_kernels_says_what_it_cannot_tell():
 
 
 def test_a_model_faster_than_memory_and_one_that_is_not_replayed_are_remarked_upon():
-    facts = {"native": {"on": True, "reason": "level x"}, "works": [{"share_of_roofline": {"median": 1.2}}]}
-    assert "above 100 %" in "".join(bench.remarks(facts))
-    facts["works"] = [{"share_of_roofline": None, "where": []}, {"share_of_roofline": {"median": 0.9}}]
+    machine = {"largest_cache_mb": 2.0, "load_average": 0.5, "cores": 2}
+    fast = {"share_of_roofline": {"median": 1.2}, "bytes_per_step": 2_000_001}
+    facts = {"native": {"on": True, "reason": "level x"}, "machine": machine, "works": [fast]}
+    assert [*bench.remarks(facts)] == [
+        "above 100 %: what a step reads lies in the caches, which are faster than memory"
+    ]
+    slow = {"share_of_roofline": {"median": 0.9}, "bytes_per_step": 2_000_001}
+    facts["works"] = [{"share_of_roofline": None, "where": []}, slow]
     assert [*bench.remarks(facts)] == [
         "no time by part: a step of this model is not replayed, since PyTorch computes some of it"
     ]
+
+
+def test_of_a_model_in_the_caches_it_is_said_what_its_share_of_the_roofline_means():
+    machine = {"largest_cache_mb": 2.0, "load_average": 0.5, "cores": 2}
+    small = {"share_of_roofline": {"median": 0.3}, "bytes_per_step": 1_500_000}
+    facts = {"native": {"on": True, "reason": "level x"}, "machine": machine, "works": [small]}
+    (line,) = bench.remarks(facts)
+    assert "a step that reads 1.5 MB finds it in the caches (the largest has 2 MB)" in line and "\n" not in line
+    machine["largest_cache_mb"] = None
+    assert [*bench.remarks(facts)] == []

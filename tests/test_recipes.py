@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import nautilus
 from nautilus.cli import main
 from nautilus.cli.command import COMMANDS
+from nautilus.recipes.demo import beginning
 from nautilus.runtime import Run, read_metrics
 from nautilus.train.average import merge_coefficients
 from nautilus.train.checkpoint import snapshots
@@ -78,6 +79,11 @@ def test_a_training_recipe_leaves_a_whole_run(name, places, tmp_path, capsys):
     model, tokenizer = nautilus.load(out)
     assert model.config.vocab == 400 and tokenizer.encode("comes before")
     assert json.loads(left.config.read_text())["settings"]["steps"] == 2
+
+
+def test_the_demo_prints_the_first_lines_of_a_completion():
+    assert beginning("a\nb") == "a\nb" and beginning("\n".join("abcdefg")) == "\n".join("abcdefg")
+    assert beginning("\n".join("abcdefgh")).splitlines() == [*"abcdefg", "…"]
 
 
 @pytest.mark.slow

@@ -1,13 +1,14 @@
 """How fast a model decodes and reads prompts on this machine, with what memory allows beside it.
 
 MODEL is a run, a checkpoint folder or a hub id, or a preset, which gets random weights: `layers`, `vocab` and `shrink`
-cut it to what fits, `format` is its number format. Every figure is a median of several turns, with its range. The
-roofline of a step is the time to read what it must at the bandwidth that memory had in the same turn; a model that fits
-into the caches may be faster than that.
+cut it to what fits, `format` is its number format. Every figure is a median of several turns after one that is not
+counted, with its range. The roofline of a step is the time to read what it must at the bandwidth that memory had in the
+same turn; a model that fits into the caches may be faster than that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import nautilus
 from nautilus.cli import doctor
+from nautilus.cli.doctor import counted
 from nautilus.cli.info import bytes_text, config_of
 from nautilus.config import Config, apply_overrides
 from nautilus.presets import PRESETS, shrink
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from nautilus.eval.speed import Meter, Work
     from nautilus.model.language import Language
 
+MACHINE = ("cpu", "cores", "torch_threads", "load_average", "largest_cache_mb")  # what speeds depend on
 SHORT = 16  # tokens before those that several sequences decode
 
 
@@ -44,7 +47,7 @@ class Settings:
     sequences: tuple[int, ...] = setting((8,), f"decode so many sequences together, after {SHORT} tokens each")
     prefill: tuple[int, ...] = setting((512,), "read prompts of so many tokens")
     steps: int = setting(32, "tokens that each sequence decodes in a turn")
-    repeats: int = setting(5, "turns of each piece of work")
+    repeats: int = setting(5, "turns of each piece of work, after one to warm up")
     where: bool = setting(False, "also where the time of a step goes")
     cache: str = setting("", "format of keys and values: bf16, fp8, int8, f32; as the activations when empty")
     state: str = setting("fp32", "format of recurrent states between tokens")
@@ -80,18 +83,19 @@ def measure(settings: Settings) -> dict:
 
     works, config = works_of(settings), config_wanted(settings)
     require_room(config, works, settings.cache, settings.state)
-    with Progress(rows_file(settings), len(works) * settings.repeats, shown=("tokens_per_s",)) as progress:
-        model, weights = model_wanted(settings, config, works, progress)
-        meter = Meter(model, works, cache=settings.cache, state=settings.state)
+    machine, turns = doctor.machine(Path(".")), len(works) * settings.repeats  # before this program is the load
+    with Progress(rows_file(settings), turns, shown=("tokens_per_s",), unit="turn") as progress:
+        with progress.uncounted():
+            model, weights = model_wanted(settings, config, works, progress)
+            meter = Meter(model, works, cache=settings.cache, state=settings.state)
         found = [timed(settings, meter, work, index, progress) for index, work in enumerate(works)]
-    machine = doctor.machine(Path("."))
     return {
         "model": settings.model,
         "pattern": config.pattern,
         "width": config.width,
         "vocab": config.vocab,
         "weights": weights,
-        "machine": {name: machine[name] for name in ("cpu", "cores", "torch_threads")},
+        "machine": {name: machine[name] for name in MACHINE},
         "native": {"on": native().functions is not None, "reason": native().reason},
         "works": found,
     }
@@ -147,12 +151,16 @@ def model_wanted(settings: Settings, config: Config, works: list[Work], progress
 def timed(settings: Settings, meter: Meter, work: Work, index: int, progress: Progress) -> dict:
     from nautilus.eval.where import where
 
-    with meter.ready(work) as ready:
+    with contextlib.ExitStack() as stack:
+        with progress.uncounted():
+            ready = stack.enter_context(meter.ready(work))
+            ready.turn()  # to warm up
         turns = []
         for number in range(settings.repeats):
             turns.append(ready.turn())
             progress({"step": index * settings.repeats + number, "work": work.name, **dataclasses.asdict(turns[-1])})
-        parts = [dataclasses.asdict(part) for part in where(ready)] if settings.where and work.steps else []
+        with progress.uncounted():
+            parts = [dataclasses.asdict(part) for part in where(ready)] if settings.where and work.steps else []
         read = ready.bytes
     return {
         "work": work.name,
@@ -182,7 +190,8 @@ def show(facts: dict) -> None:
         f"{facts['model']}: {len(facts['pattern'])} layers {facts['pattern']}, width {facts['width']}, vocabulary"
         f" {facts['vocab']:,}, weights {facts['weights']}"
     )
-    say(f"{machine['cpu']}, {machine['cores']} cores, {machine['torch_threads']} threads, {facts['native']['reason']}")
+    numbers = f"{counted(machine['cores'], 'core')}, {counted(machine['torch_threads'], 'thread')}"
+    say(f"{machine['cpu']}, {numbers}, {facts['native']['reason']}")
     console.print(table_of(WORKS, map(work_cells, facts["works"])))
     for work in facts["works"]:
         if work.get("where"):
@@ -192,7 +201,7 @@ def show(facts: dict) -> None:
 
 
 WORKS = ("work", "tokens/s", "range", "a step", "memory", "roofline")
-WHERE = ("kernels", "µs", "%", "reads", "GB/s")
+WHERE = ("kernels", "µs/step", "%", "reads", "GB/s")
 
 
 def table_of(titles: Sequence[str], cells: Iterable[Sequence[str]], left: int = 1) -> Table:
@@ -253,5 +262,19 @@ def remarks(facts: dict) -> Iterator[str]:
         yield f"no roofline, no time by part: they take native kernels, which are off: {facts['native']['reason']}"
     elif asked and not any(work.get("where") for work in facts["works"]):
         yield "no time by part: a step of this model is not replayed, since PyTorch computes some of it"
-    if any((work["share_of_roofline"] or {"median": 0})["median"] > 1 for work in facts["works"]):
+    elif asked:
+        yield (
+            "µs, % and reads are of one step, a part of the model in all its layers together; outside the kernels: what"
+            " Python does between them, such as drawing tokens and calling them, and the clock, about 1 µs a call"
+        )
+    shared = [work for work in facts["works"] if work["share_of_roofline"]]
+    cache = 1e6 * (facts["machine"]["largest_cache_mb"] or 0)
+    if cached := [work["bytes_per_step"] for work in shared if work["bytes_per_step"] <= cache]:
+        yield (
+            f"a step that reads {bytes_text(max(cached))} finds it in the caches (the largest has {bytes_text(cache)}):"
+            f" its share of the roofline compares it with reading memory, which does not bound it, and may pass 100 %"
+        )
+    elif any(work["share_of_roofline"]["median"] > 1 for work in shared):
         yield "above 100 %: what a step reads lies in the caches, which are faster than memory"
+    if line := doctor.busy(facts["machine"]):
+        yield line

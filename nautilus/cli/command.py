@@ -7,6 +7,7 @@ when they are asked for.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -18,12 +19,13 @@ from typing import NamedTuple
 
 import nautilus
 from nautilus.cli.settings import listing, pasteable, resolve
-from nautilus.runtime import DISK_FULL, UserError, disk_full
+from nautilus.runtime import DISK_FULL, UserError, disk_full, quiet
 
 
 class Command(NamedTuple):
     module: str
     help: str
+    typed: bool = False  # reads what is typed: not to be shown before it is read
 
 
 COMMANDS = {
@@ -33,7 +35,7 @@ COMMANDS = {
     "compare": Command(
         "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
     ),
-    "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal"),
+    "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),
@@ -105,7 +107,8 @@ def run(words: list[str]) -> int:
         print(f"nautilus {nautilus.__version__}")
         return 0
     name, rest = named(words)
-    module = importlib.import_module(COMMANDS[name].module)
+    with quiet() if COMMANDS[name].typed else contextlib.nullcontext():
+        module = importlib.import_module(COMMANDS[name].module)  # seconds where it needs torch
     if "--help" in rest or "-h" in rest:
         print(command_help(name, module), end="")
         return 0

@@ -91,6 +91,9 @@ def machine(folder: Path) -> dict:
         "features": [feature for feature in FEATURES if flags and feature in flags[1].split()],
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        "torch_threads_from": threads_from(torch.get_num_threads()),
+        "load_average": load_average(),
+        "largest_cache_mb": largest_cache(text),
         "memory_gb": {kind: round(int(kilobytes) / 1e6, 1) for kind, kilobytes in memory.items()},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "disk_free_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
@@ -100,6 +103,40 @@ def machine(folder: Path) -> dict:
 def read(path: str) -> str:
     """The text of a file of the system; empty where the system has no such file."""
     return Path(path).read_text(errors="replace") if Path(path).exists() else ""
+
+
+def threads_from(threads: int) -> str | None:
+    """The variable that set torch's number of threads, where it did; None where torch chose."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return f"OMP_NUM_THREADS={given}" if given.split(",")[0].strip() == str(threads) else None
+
+
+def load_average() -> float | None:
+    """How much wanted to run in the last minute, in cores; None where the system does not say."""
+    try:
+        return round(os.getloadavg()[0], 1)
+    except OSError:
+        return None
+
+
+def largest_cache(cpuinfo: str) -> float | None:
+    """In MB, of the first core; None where the system does not say."""
+    sizes = [read(str(path)) for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    sizes += re.findall(r"^cache size\s*:\s*(\d+ KB)$", cpuinfo, re.MULTILINE)
+    found = [int(size[0]) for text in sizes if (size := re.match(r"\d+", text))]
+    return round(max(found) * 1024e-6, 1) if found else None
+
+
+def busy(machine: dict) -> str:
+    """A remark where others take the time of cores; empty where there is enough for all."""
+    load, cores = machine["load_average"] or 0, machine["cores"]
+    if load <= 1.5 * cores:
+        return ""
+    return f"load average {load} on {counted(cores, 'core')}: speeds measured now are too low"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def speed(size: int, seconds: float) -> dict[str, float | None]:
@@ -169,12 +206,18 @@ def show(facts: dict) -> None:
         for name, value in lines:
             table.add_row(name, value)
         console.print(table)
+    if line := busy(facts["machine"]):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def sections(facts: dict) -> dict[str, list[tuple[str, str]]]:
     return {
         "versions": list(facts["versions"].items()),
-        "machine": [(name.replace("_", " "), text_of(value)) for name, value in facts["machine"].items()],
+        "machine": [
+            (name.replace("_", " "), text_of(value))
+            for name, value in facts["machine"].items()
+            if value is not None or name == "gpu"
+        ],
         "speed": [
             ("float32 matrix product", f"{facts['speed']['matmul_float32_gflops']:,.0f} GFLOP/s"),
             ("bfloat16 matrix product", f"{facts['speed']['matmul_bfloat16_gflops']:,.0f} GFLOP/s"),

@@ -139,7 +139,10 @@ def stored_formats(source: str) -> dict:
         count = rows.setdefault((role, kind), [0, 0])
         count[0], count[1] = count[0] + 1, count[1] + size
     facts = [{"role": role, "format": kind, "count": n, "bytes": size} for (role, kind), (n, size) in rows.items()]
-    return {"formats": sorted(facts, key=lambda row: -row["bytes"])}
+    return {
+        "formats": sorted(facts, key=lambda row: -row["bytes"]),
+        "stored_bytes": sum(row["bytes"] for row in facts),
+    }
 
 
 ALWAYS_SHOWN = ("heads", "head_width", "groups", "state", "experts", "active", "hidden")
@@ -194,13 +197,17 @@ def formats_of(facts: dict) -> Iterator[tuple[str, ...]]:
 
 def totals_of(facts: dict) -> Iterator[tuple[str, str]]:
     count = facts["parameters"]
-    yield "parameters", f"{count['total']:,}"
     if count["mtp"]:
-        yield "  of which prediction block (MTP)", f"{count['mtp']:,}"
+        yield "parameters with prediction block (MTP)", f"{count['total']:,}"
+        yield "parameters without it", f"{count['main']:,}"
+    else:
+        yield "parameters", f"{count['total']:,}"
     yield "active per token, head included", f"{count['active']:,}"
     yield "active per token, embedding too", f"{count['active_with_embedding']:,}"
     if count["published"]:
         yield "published", count["published"]
+    if "stored_bytes" in facts:
+        yield "all weights as stored", bytes_text(facts["stored_bytes"])
     for kind, size in facts["weight_bytes"].items():
         yield f"all weights in {kind}", bytes_text(size)
     window = f" ({facts['windowed_layers']} layers keep a window only)" if facts["windowed_layers"] else ""

@@ -219,7 +219,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
-            f"no tokenizer.json in {folder}; a checkpoint folder needs one (nautilus and transformers write it)"
+            f"no tokenizer.json in {folder}; copy it and its config from the release; info and bench speed need none"
         )
     text = read_text(folder / "tokenizer.json")
     try:

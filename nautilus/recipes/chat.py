@@ -14,10 +14,11 @@ from rich.console import Console
 
 import nautilus
 from nautilus.data.chat import ChatSettings, chat_tokens
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, quiet
 from nautilus.serve import Answer, Engine, Sampling, Thinking, opens_thinking
 from nautilus.serve.terminal import lines, write
 
+FEWEST = 8  # tokens of an answer whose speed is told
 HELP = "/reset forgets what was said, /seed N draws other answers, /quit ends, Ctrl-C stops an answer"
 
 
@@ -61,10 +62,13 @@ class Chat:
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to talk to; write nautilus chat MODEL, a run, a checkpoint folder or a hub id")
-    model, tokenizer = nautilus.load(settings.model)
-    chat = Chat(engine=Engine(model, tokenizer), settings=settings, sampling=settings.sampling)
+    with quiet():
+        model, tokenizer = nautilus.load(settings.model)
+        chat = Chat(engine=Engine(model, tokenizer), settings=settings, sampling=settings.sampling)
     chat.reset()
     if settings.prompt is not None:
+        if chat.raw and chat.out.is_terminal:  # what is continued; a pipe gets the answer alone
+            write(chat.out, settings.prompt, style="dim")
         reply(chat, settings.prompt)
         return
     remark(chat, f"{'Each line is continued as text' if chat.raw else 'Say something'}; {HELP}.")
@@ -89,6 +93,7 @@ def command(chat: Chat, line: str) -> None:
         remark(chat, f"{line.strip()!r} is no command; {HELP}")
 
 
+@quiet()
 def reply(chat: Chat, text: str) -> None:
     """Answer, token by token. What was written before a Ctrl-C counts as said; a prompt that is refused does not."""
     engine, asked = chat.engine, [*chat.messages, {"role": "user", "content": text}]
@@ -124,5 +129,7 @@ def speed(times: list[float]) -> str:
     """times: when the question was asked, then when each token came."""
     if len(times) < 2:
         return "stopped before the first token"
-    rate = f", then {(len(times) - 2) / (times[-1] - times[1]):.1f} tokens/s" if len(times) > 2 else ""
-    return f"{len(times) - 1} tokens, the first after {times[1] - times[0]:.2f} s{rate}"
+    count, first = len(times) - 1, times[1] - times[0]
+    # The first two steps of an engine are computed and recorded, which later ones are not: theirs is no speed.
+    rate = f", then {(count - 3) / (times[-1] - times[3]):.1f} tokens/s" if count >= FEWEST else ""
+    return f"{count} token{'' if count == 1 else 's'}, the first after {first:.2f} s{rate}"

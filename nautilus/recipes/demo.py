@@ -20,6 +20,7 @@ from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
 from nautilus.train.optim import OptimConfig
 
+LINES = 7  # of a completion that are printed; the report has all of them
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n    ", "Return the ")
 
 
@@ -39,13 +40,19 @@ def main(settings: Settings) -> None:
     run, scores, samples = pretrain(settings)
     for sample in samples:
         console.rule(style="dim")
-        console.print(Text(sample.prompt, style="bold") + Text(sample.completion, style="none"))
+        console.print(Text(sample.prompt, style="bold") + Text(beginning(sample.completion), style="none"))
     console.rule(style="dim")
     if scores is not None:
         console.print(summary(scores))
     minutes, bits = (time.monotonic() - begin) / 60, scores.total.bits_per_byte if scores else float("nan")
     console.print(f"{minutes:.1f} minutes, held-out bits per byte {bits:.3f}")
     console.print(f"report      {run.report}\ntalk to it  {talk(run)}")
+
+
+def beginning(completion: str) -> str:
+    """The first lines, and a mark where there are more."""
+    lines = completion.splitlines()
+    return completion if len(lines) <= LINES else "\n".join([*lines[:LINES], "…"])
 
 
 def summary(scores: HeldOut) -> Table:

@@ -1,5 +1,6 @@
 """What every job needs around its work: errors for people, whole files, the run folder, a progress line. No torch."""
 
+from nautilus.runtime.echo import quiet
 from nautilus.runtime.errors import DISK_FULL, UserError, disk_errors, disk_full, installing
 from nautilus.runtime.files import atomic_folder, read_json, read_text, repair, write_atomic
 from nautilus.runtime.hub import HUB_ID, hub_folder
@@ -23,6 +24,7 @@ __all__ = [
     "is_run",
     "keep_memory",
     "program",
+    "quiet",
     "read_json",
     "read_metrics",
     "read_text",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -47,10 +48,12 @@ class Progress:
 
     `start` is the first step still to do: rows from there on, written after the checkpoint one resumes from, are
     dropped, so that no step occurs twice. Without a terminal the line is printed about every ten seconds instead.
+    `unit` is what people read for a step.
     """
 
-    def __init__(self, path: str | Path, total: int, start: int = 0, *, shown=SHOWN, clock=time.monotonic):
+    def __init__(self, path: str | Path, total: int, start: int = 0, *, shown=SHOWN, unit="step", clock=time.monotonic):
         self.path, self.total, self.start, self.shown, self.clock = Path(path), total, start, shown, clock
+        self.unit = unit
 
     def __enter__(self) -> Self:
         from rich.console import Console
@@ -70,6 +73,15 @@ class Progress:
             self.task = self.bars.add_task("", total=self.total, completed=self.start, body="starting")
             self.bars.start()
         return self
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is done inside is in neither the rate nor the time left."""
+        begin = self.clock()
+        try:
+            yield
+        finally:
+            self.began += self.clock() - begin
 
     def drop_rows_from_start(self) -> None:
         kept = "".join(line for line, row in lines_and_rows(self.path) if row["step"] < self.start)
@@ -95,7 +107,7 @@ class Progress:
         ]
         rate = (done - self.start) / max(self.clock() - self.began, 1e-9)
         left = (self.total - done) / max(rate, 1e-9)
-        speed = f"{rate:.3g} steps/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.3g} s/step"
+        speed = f"{rate:.3g} {self.unit}s/s" if rate >= 1 else f"{1 / max(rate, 1e-9):.3g} s/{self.unit}"
         return "  ".join([f"{done}/{self.total}", *values, speed, f"{clock_time(left)} left"])
 
     def say(self, text: str) -> None:

@@ -97,15 +97,29 @@ class Request:
 
 
 class Engine:
-    """Answers of a model.
+    """Answers of a model to prompts; a prompt is text to continue, a list of token ids, or messages of a chat.
 
-    max_tokens: most tokens of a request, prompt and answer together (None: what the model's config allows); rows: most
-    requests that run together; chunk: most tokens of a prompt that are read at a time; cache: the format of keys and
-    values (bf16, fp8, int8, f32; as the activations when empty). `rows` and `chunk` bound memory and do not change
-    results beyond rounding; on native kernels they change no bit.
+        engine = nautilus.Engine(*nautilus.load("runs/demo"), max_tokens=512)
+        first, second = engine.generate(["Return the", "def f("], Sampling(max_tokens=20))   each a Completion
+        for piece in engine.stream([{"role": "user", "content": "Hello"}]):                  a Piece for every token
+            print(piece.text, end="")
 
-    state: how recurrent states are stored between tokens, a name of `ops/state_format.py`; state_seed: of the random
-    bits of formats that round stochastically. A state is rounded once after the prompt, then after every token.
+    `Sampling`, of `nautilus.serve`, says how tokens are chosen and when an answer ends.
+
+    model, tokenizer: as `nautilus.load` gives them; it computes where its weights are. A model in training may be asked
+        too, and is handed back as it was.
+    max_tokens: most tokens of a request, prompt and answer together, from 2 to the positions of the model's config;
+        None, the default: as many as these.
+    rows: most requests that run together (32 by default); others wait for their turn. A state is kept for each.
+    chunk: most tokens of a prompt that are read at a time (512 by default); more of them take more memory.
+    cache: the format of keys and values, "bf16", "fp8", "int8" or "f32"; "": as the activations. There is room for
+        rows x max_tokens of them, but in no more than a quarter of the machine's memory, unless one request takes more.
+    state: how recurrent states are stored between tokens: "fp32", exact, or a narrower format by its name in
+        `nautilus.ops.state_format`, such as "fp16_sr". A state is rounded after the prompt, then after every token.
+    state_seed: of the random bits of formats that round stochastically, such as that one; 0 by default.
+
+    `rows` and `chunk` bound memory and do not change results beyond rounding; on native kernels they change no bit.
+    UserError for a max_tokens, rows, chunk, cache or state that cannot be, and where there is no memory for them.
     """
 
     def __init__(

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -167,6 +169,57 @@ def test_a_model_without_a_chat_template_continues_text(monkeypatch, capsys, fol
     assert said.out == Engine(model, tokenizer).generate(["ab c"], SHORT)[0].text + "\n"
 
 
+def test_on_a_terminal_the_text_that_is_continued_stands_before_its_continuation(monkeypatch, capsys, folder):
+    model, tokenizer = nautilus.load(folder)
+    continued = Engine(model, tokenizer).generate(["ab c"], SHORT)[0].text
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    assert talk(monkeypatch, capsys, folder, prompt="ab c", raw=True).out.startswith("\x1b[2mab c\x1b[0m")
+    assert "ab c" not in talk(monkeypatch, capsys, folder, prompt="ab c").out  # an answer is none
+    monkeypatch.setattr(Console, "is_terminal", False)
+    assert talk(monkeypatch, capsys, folder, prompt="ab c", raw=True).out == continued + "\n"
+
+
+def test_the_speed_is_that_of_steps_after_the_first_two():
+    slow = [0.0, 3.0, 4.0, 6.0]  # asked, a prompt read, a step computed, a step recorded
+    assert chat.speed([*slow, 6.5, 7.0, 7.5, 8.0, 8.5]) == "8 tokens, the first after 3.00 s, then 2.0 tokens/s"
+    assert chat.speed([*slow, 6.5, 7.0, 7.5, 8.0]) == "7 tokens, the first after 3.00 s"
+    assert chat.speed([0.0, 3.0]) == "1 token, the first after 3.00 s" and "stopped" in chat.speed([0.0])
+
+
+TYPING = """
+import fcntl, os, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+import nautilus.recipes.chat as chat
+from nautilus.cli import main
+from nautilus.runtime import echo
+plain = chat.nautilus.load
+def load(source):
+    os.write(1, b"<loading>")
+    time.sleep(1)
+    return plain(source)
+chat.nautilus.load = load
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_what_is_typed_while_a_model_loads_is_shown_once(folder):
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-c", TYPING, "chat", str(folder), "--raw", "sampling.max_tokens=9"]
+    told = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": True}
+    with subprocess.Popen(words, env=os.environ | {"TERM": "dumb"}, **told) as child:
+        os.close(theirs)
+        shown = b""
+        while b"<loading>" not in shown:
+            shown += os.read(ours, 9999)
+        os.write(ours, b"zebra\n/quit\n")
+        with contextlib.suppress(OSError):  # what Linux says once the other side is closed
+            while part := os.read(ours, 9999):
+                shown += part
+    os.close(ours)
+    assert child.returncode == 0 and shown.count(b"zebra") == 1 and shown.count(b"> /quit") == 1, shown
+
+
 def test_no_model_is_an_error_that_says_how_to_name_one():
     with pytest.raises(ValueError, match="nautilus chat MODEL"):
         chat.main(Settings())
@@ -201,6 +254,19 @@ def test_a_broken_folder_is_one_message(folder, tmp_path, capsys, file, content,
     assert main(["info", str(broken)]) == (2 if file == "config.json" else 0)  # it reads no other file
     shown = capsys.readouterr().err
     assert (message in shown and len(shown.splitlines()) == 1) or shown == ""
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_knows_is_refused(folder, tmp_path, capsys):
+    other = shutil.copytree(folder, tmp_path / "model")
+    train_tokenizer(["so so so so"], vocab=SMALLEST + 1).save(other)
+    assert main(["chat", str(other), "prompt=hello"]) == 2
+    shown = capsys.readouterr().err
+    assert f"{other} has {SMALLEST + 1} tokens, the model's vocabulary {SMALLEST}; copy there" in shown
+    assert len(shown.splitlines()) == 1 and main(["info", str(other)]) == 0
+    (other / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json in .*; copy .* from the release; .* need none"):
+        nautilus.load(other)
+    assert main(["info", str(other)]) == 0
 
 
 def test_a_hub_id_without_a_hub_is_one_message(capsys):

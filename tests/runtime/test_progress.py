@@ -84,6 +84,14 @@ def test_rate_and_time_left_count_only_the_steps_of_this_start(tmp_path):
         assert progress.describe(8, {"step": 7, "loss": 3.0}) == "8/10  loss 3  2 s/step  0:04 left"
 
 
+def test_what_is_not_counted_is_in_neither_rate_nor_time_left(tmp_path):
+    now = iter([100.0, 101.0, 131.0, 135.0])
+    with Progress(tmp_path / "m", 10, unit="turn", clock=lambda: next(now)) as progress:
+        with pytest.raises(KeyError), progress.uncounted():
+            raise KeyError
+        assert progress.describe(1, {"step": 0}) == "1/10  5 s/turn  0:45 left"
+
+
 def test_a_terminal_shows_one_live_line(tmp_path):
     script = textwrap.dedent("""
         import pty, sys, os

@@ -1,4 +1,5 @@
 import dataclasses
+import inspect
 
 import hypothesis.strategies as st
 import pytest
@@ -327,3 +328,9 @@ def test_messages_need_a_chat_template():
     base.template = None
     with pytest.raises(ValueError, match="no chat template"):
         Engine(MODEL, base).stream(MESSAGES)
+
+
+def test_the_help_of_an_engine_explains_every_argument():
+    names = [*inspect.signature(Engine).parameters]
+    for name in names:
+        assert f"    {name}: " in Engine.__doc__ or f"{names[0]}, {names[1]}: " in Engine.__doc__ and name in names[:2]
