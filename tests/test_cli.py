@@ -502,7 +502,7 @@ def test_a_command_of_two_words_is_found_and_suggested(capsys):
         assert capsys.readouterr().out.startswith("nautilus bench speed [MODEL] setting=value")
     for words in (["bench"], ["bench", "sped"], ["bench", "--help"]):
         assert main(words) == 2
-        assert "bench is a group: bench speed; nautilus bench speed --help" in capsys.readouterr().err
+        assert "bench is a group of commands: bench speed; nautilus bench speed --help" in capsys.readouterr().err
 
 
 def test_bench_speed_measures_a_preset_with_random_weights(tmp_path, capsys):

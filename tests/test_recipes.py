@@ -119,3 +119,28 @@ def test_the_same_command_again_goes_on_and_other_settings_are_refused(places, c
 def test_what_pretrain_leaves_can_be_talked_to(places, capsys):
     assert run("chat", **places) == 0
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("rows=1e10 micro=0", "GB of memory"),
+        ("rows=1e10 micro=1", "GB of memory"),
+        ("length=1e9", "GB of memory"),
+        ("model.vocab=1e11", "GB of memory"),
+        ("mtp_depths=1e9", "do not lie in rows of length=48"),
+        ("save_every=-1", "save_every=-1 must be at least 0 and below 1e+38"),
+        ("balance=nan", "balance=nan must be at least 0"),
+        ("balance=1e300", "balance=1e+300 must be"),
+        ("aux_weight=-1", "aux_weight=-1.0 must be"),
+        ("mtp_weight=inf", "mtp_weight=inf must be"),
+        ("recipe=super steps=many", "steps='many' is not of type int"),
+        ("layout.pp=99", "pp=99 stages cannot share"),
+    ],
+)
+def test_pretrain_refuses_what_cannot_be_before_anything_is_written(places, tmp_path, capsys, words, message):
+    given = TRIED["pretrain"].format_map({**places, "out": tmp_path / "out"})
+    assert main(["pretrain", *given.split(), *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from nautilus.cli.info import config_of
 from nautilus.config import Based, weight_count
-from nautilus.config.override import parse_int
+from nautilus.config.override import asked_int
 from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Machine, Work, refuse
 from nautilus.train.optim import setting
@@ -44,6 +44,8 @@ class Settings(Layout, Based):
         if self.gpus not in (0, self.size):
             given = f"pp={self.pp} x dp={self.dp} x cp={self.cp} x tp={self.tp}"
             raise UserError(f"gpus={self.gpus} is not {given} = {self.size}; leave one of them out, or give a multiple")
+        if not 0 <= self.tokens < math.inf:
+            raise UserError(f"tokens={self.tokens} of the whole training must be a finite number, 0 or more")
 
     @classmethod
     def base(cls, asked: Mapping[str, str]) -> Self:
@@ -53,8 +55,8 @@ class Settings(Layout, Based):
             raise ValueError(f"no device {device!r}; have {', '.join(MACHINES)}, or set machine.flops and so on")
         recipe = PUBLISHED.get(asked.get("model", ""))
         work = Work() if recipe is None else Work(mtp_depths=recipe.mtp_depths, rows=recipe.rows, length=recipe.length)
-        group = math.prod(max(parse_int(asked.get(name, "1")), 1) for name in ("pp", "cp", "tp"))
-        dp = max(parse_int(asked.get("gpus", "1")) // group, 1)
+        given = {name: asked_int(asked, name, 1) for name in ("gpus", "pp", "cp", "tp")}
+        dp = max(given.pop("gpus") // math.prod(max(ways, 1) for ways in given.values()), 1)
         return replace(cls(), machine=MACHINES[device], work=work, dp=dp)
 
 

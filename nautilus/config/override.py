@@ -110,7 +110,7 @@ def changed_layers(layers: tuple[Layer, ...], changes: list[Change], donors: tup
 def chosen_layers(layers: tuple[Layer, ...], change: Change) -> list[int]:
     (which, *rest), full = change.path, change.full
     require(bool(rest), f"{full}={change.value!r}: name the setting too, such as {full}.heads=8")
-    if which.isdigit():
+    if which.isdecimal():
         require(int(which) < len(layers), f"{full!r}: layer {which} does not exist, the model has 0..{len(layers) - 1}")
         return [int(which)]
     require(which in KINDS, f"{full!r}: {which!r} is neither a layer number nor one of {' '.join(KINDS)}")
@@ -155,6 +155,11 @@ def parse_bool(text: str) -> bool:
     if text.lower() not in words:
         raise ValueError(text)
     return words[text.lower()]
+
+
+def asked_int(asked: Mapping[str, str], name: str, default: int) -> int:
+    """A whole number out of what was asked for, as it was written; a ValueError names it."""
+    return typing.cast(int, parse(asked[name], int, name)) if name in asked else default
 
 
 def parse_int(text: str) -> int:

@@ -112,6 +112,6 @@ class PrecisionTable:
 def read_recipe(text: str) -> Recipe:
     token, colon, name = text.partition(":")
     count = token.replace("_", "")
-    require(bool(colon) and count.isdigit(), f"precision.schedule has {text!r}; write TOKENS:RECIPE, 8_000_000:bf16")
+    require(bool(colon) and count.isdecimal(), f"precision.schedule has {text!r}; write TOKENS:RECIPE, 8_000_000:bf16")
     require(name in RECIPES, f"precision.schedule has the recipe {name!r}; choose {', '.join(RECIPES)}")
     return Recipe(int(count), name)

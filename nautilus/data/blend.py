@@ -26,6 +26,8 @@ import dataclasses
 import itertools
 import json
 import operator
+import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,7 @@ from nautilus.data.mix import Phase
 from nautilus.data.mixtures import BORDERS, mixture
 from nautilus.runtime import UserError, read_text
 
+FILE_NAME = re.compile(r"[^/.\0][^/\0]{0,99}")
 KEYS = {"base", "missing", "unit", "sources", "phases"}
 
 
@@ -118,6 +121,8 @@ def read_blend(path: str | Path) -> Blend:
     places, unit = document.get("sources"), document.get("unit", "share")
     if not isinstance(places, dict) or not places or not all(isinstance(each, str) for each in places.values()):
         raise UserError(f'{path} needs a table [sources] of name = "place"; it has {places!r}')
+    if strange := [name for name in places if not FILE_NAME.fullmatch(name)]:
+        raise UserError(f"{path}: source {strange[0]!r} names a folder of the run; take / and a dot in front out of it")
     if unit not in ("share", "tokens"):
         raise UserError(f"{path}: unit={unit!r} is neither share nor tokens")
     phases = checked(path, phases_in(path, document), unit)
@@ -169,7 +174,7 @@ def checked(path: Path, phases: list, unit: str) -> list:
     border = 0.0
     for i, (until, weights) in enumerate(phases):
         numbers = [until, *(weights.values() if isinstance(weights, dict) else ["no table"])]
-        if any(type(each) not in (int, float) or each < 0 or each != each for each in numbers):
+        if any(type(each) not in (int, float) or each < 0 or each != each or beyond(each) for each in numbers):
             raise UserError(f"{path}: phase {i + 1} has until={until}, weights={weights}; numbers from 0 on are needed")
         if sum(weights.values()) in (0, float("inf")):
             raise UserError(
@@ -180,6 +185,11 @@ def checked(path: Path, phases: list, unit: str) -> list:
             raise UserError(f"{path}: phase {i + 1} ends at until={until} {unit}; borders rise, shares from 0 to 1")
         border = until
     return phases
+
+
+def beyond(number: float) -> bool:
+    """Whether a whole number, which may have any length, is none of floating point."""
+    return isinstance(number, int) and number > sys.float_info.max
 
 
 def with_places(path: Path, phases: list, places: Mapping[str, str], missing: str) -> tuple:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nautilus.data import embedded
-from nautilus.data.readers import Decoder, files_at, is_jsonl, read_dataset, read_files, read_jsonl
+from nautilus.data.readers import Decoder, files_at, is_jsonl, name_of, read_dataset, read_files, read_jsonl
 from nautilus.runtime import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
@@ -114,7 +114,7 @@ def locate(place: str) -> list[tuple[str, str, str, str]]:
         return [("tokens", base.name, str(base), "train")]
     if not path.exists():
         raise UserError(f"no text at {place!r}: no such file or folder; use 'embedded', a path, or hub:owner/name")
-    return [(kind_of(path), path.resolve().name, str(path), "train")]
+    return [(kind_of(path), name_of(Path(path.resolve().name)), str(path), "train")]
 
 
 def kind_of(path: Path) -> str:

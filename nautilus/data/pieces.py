@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nautilus.data.corpus import EMBEDDED, TEXT_SUFFIXES, read, sources
-from nautilus.data.readers import Decoder, files_at, lines_of, parse_row, read_files, text_in
+from nautilus.data.readers import Decoder, files_at, lines_of, name_of, parse_row, read_files, text_in
 from nautilus.runtime import UserError, installing
 
 HTML_SUFFIXES = (".html", ".htm", ".xhtml")
@@ -47,7 +47,7 @@ def pieces_at(place: str, size: int, skip: list[str]) -> Iterator[Piece]:
         # A lone text file is read in parts, as in training; among others a text file is one document.
         kind = "lone text" if kind == "text" and len(files) == 1 else kind
         if not kind:
-            skip.append(str(path))
+            skip.append(name_of(path))
         elif kind == "jsonl" and path.suffix != ".gz":
             for start in range(0, whole, size):
                 stop = min(start + size, whole)

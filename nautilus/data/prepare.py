@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nautilus.data.corpus import Corpus, Source, survey
@@ -15,6 +14,7 @@ from nautilus.data.mix import Phase, Stream
 from nautilus.data.shard import Shard, encode_corpus
 from nautilus.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from nautilus.runtime import UserError, atomic_folder
+from nautilus.runtime.progress import screen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,4 +126,4 @@ def texts(corpora: Mapping[str, Corpus], progress: Progress, task) -> Iterator[s
 
 def bars() -> Progress:
     columns = TextColumn("{task.description:<22}"), BarColumn(20), TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(*columns, console=Console(stderr=True))
+    return Progress(*columns, console=screen())

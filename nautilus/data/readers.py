@@ -41,20 +41,34 @@ class Decoder:
 
 def walk(root: Path) -> list[tuple[str, Path]]:
     """Files below a folder by relative name, sorted; hidden files and folders are left out, links are not followed."""
+
+    def refuse(bad: OSError) -> None:
+        raise bad
+
     found = []
-    for folder, below, files in os.walk(root):
-        below[:] = [name for name in below if not name.startswith(".")]
-        paths = [Path(folder, name) for name in files if not name.startswith(".")]
-        # Regular files only: a pipe would be waited for without end.
-        found += [(path.relative_to(root).as_posix(), path) for path in paths if path.is_file()]
+    try:
+        for folder, below, files in os.walk(root, onerror=refuse):
+            below[:] = [name for name in below if not name.startswith(".")]
+            paths = [Path(folder, name) for name in files if not name.startswith(".")]
+            # Regular files only: a pipe would be waited for without end.
+            found += [(name_of(path.relative_to(root)), path) for path in paths if path.is_file()]
+    except OSError as bad:
+        raise UserError(
+            f"cannot read all of {root}: {bad.strerror} ({bad.filename}); change its permissions or name other places"
+        ) from bad
     return sorted(found)
+
+
+def name_of(path: Path) -> str:
+    """A path as text that can be written anywhere: the bytes of a file's name need not be UTF-8."""
+    return os.fsencode(path.as_posix()).decode("utf-8", "backslashreplace")
 
 
 def files_at(where: str) -> list[tuple[str, Path]]:
     root = Path(where)
     if not root.is_file() and not root.is_dir():
         raise UserError(f"no text at {where!r}: no such file or folder, or a pipe or device; check the path")
-    return [(root.name, root)] if root.is_file() else walk(root)
+    return [(name_of(Path(root.name)), root)] if root.is_file() else walk(root)
 
 
 def lines_of(path: Path) -> Iterator[bytes]:

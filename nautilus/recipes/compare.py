@@ -138,7 +138,9 @@ def gather(study: Study, trials: Sequence[Trial], failed: Mapping[tuple[str, int
 
 def text_of(trials: Sequence[Trial]) -> dict[str, str]:
     """The hash of the text, which differs between versions of Python: it stands in the name of the tokenizer."""
-    found = [folder.name for trial in trials for folder in (trial.folder / "data").glob("tokenizer-*")]
+    found = [
+        file.parent.name for trial in trials for file in (trial.folder / "data").glob("tokenizer-*/tokenizer.json")
+    ]
     return {"text": ", ".join(sorted({name.split("-", 2)[2] for name in found}))}
 
 

@@ -34,6 +34,7 @@ from nautilus.model.lower import lower
 from nautilus.ops.precision import compute_dtype
 from nautilus.presets import toy
 from nautilus.runtime import Run, UserError, keep_memory
+from nautilus.serve.memory import memory_bytes
 from nautilus.train.average import average_checkpoints
 from nautilus.train.checkpoint import snapshots
 from nautilus.train.continuing import Following, begin, checkpoints, open_run
@@ -42,9 +43,12 @@ from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
 from nautilus.train.optim import adamw, schedule, setting
 from nautilus.train.parallel import start
+from nautilus.train.plan import plan_of, refuse_too_large
 from nautilus.train.ranks import Ranks
 
 LEAST = {"steps": 1, "rows": 1, "length": 2, "micro": 0, "chunk": 0, "mtp_depths": 0, "average": 0, "average_every": 1}
+LARGEST = 1e38  # a float32 holds it
+LEAST |= {"save_every": 0, "mtp_weight": 0, "aux_weight": 0, "balance": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +75,8 @@ class Settings(Following):
 
     def __post_init__(self):
         for name, least in LEAST.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+            if not least <= getattr(self, name) < LARGEST:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least} and below {LARGEST:g}")
         super().__post_init__()
         refuse_pieces(self.layout, self.chunk)
         compute_dtype(self.compute)
@@ -97,6 +101,7 @@ def pretrain(settings: Settings) -> tuple[Run, HeldOut | None, Sequence[Sample]]
     work = Work(rows=settings.rows, length=settings.length, mtp_depths=settings.mtp_depths)
     ranks = start(settings.layout, settings.model, work)
     settings = ranks.on_first(lambda: settings)  # what they say of another run may change while processes start
+    refuse_too_large(plan_of(settings, ranks.rows), memory_bytes())
     run = ranks.on_first(lambda: open_run(settings))
     found = sources_of(settings.data, settings.blend, undecodable=settings.undecodable, max_bytes=settings.max_bytes)
     prepared = ranks.first_then_all(

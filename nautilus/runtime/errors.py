@@ -46,6 +46,11 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as bad:
         if bad.errno in DISK_FULL:
             raise disk_full(path) from bad
+        if bad.errno == errno.EFBIG:
+            raise UserError(
+                f"cannot write {path}: a file of it would be larger than this file system or `ulimit -f` allows; raise"
+                f" that limit or choose another folder, then start again. What was saved before is untouched."
+            ) from bad
         if bad.errno in DISK_REFUSES:
             raise UserError(
                 f"cannot write {path}: {bad.strerror} ({bad.filename or first_existing(path)});"

@@ -8,10 +8,13 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from nautilus.runtime.errors import UserError, disk_errors
 from nautilus.runtime.files import write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHOWN = ("loss", "next_token", "lr", "grad_norm", "tokens_per_s", "mfu", "memory_gb")
 PLAIN_SECONDS = 10.0
@@ -43,6 +46,17 @@ def parse_row(line: str) -> dict | None:
     return row if type(step) is int and 0 <= step < 1 << 53 else None
 
 
+def screen() -> Console:
+    """Stderr, for people. When its reader has gone, as `tee` does on Ctrl-C, nothing more is shown and work goes on."""
+    from rich.console import Console
+
+    class Screen(Console):
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+
+    return Screen(stderr=True, soft_wrap=True)
+
+
 class Progress:
     """One live line on stderr, one JSON line per step on disk. The file is the truth; the line is a view.
 
@@ -56,11 +70,10 @@ class Progress:
         self.unit = unit
 
     def __enter__(self) -> Self:
-        from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as Bars
 
-        self.console = Console(stderr=True, soft_wrap=True)
+        self.console = screen()
         with disk_errors(self.path):
             self.drop_rows_from_start()
             self.file = open(self.path, "a")
@@ -112,7 +125,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line for people that stays; with a live line, above it."""
-        self.console.print(text, markup=False, highlight=False)
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            self.console.print(text, markup=False, highlight=False)
 
     def __exit__(self, *error) -> None:
         if self.bars is not None:

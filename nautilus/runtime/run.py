@@ -39,6 +39,13 @@ class Run:
     @staticmethod
     def create(folder: str | Path, settings: dict) -> Run:
         """A new run in a new or empty folder."""
+        run = Run.vacant(folder)
+        run.write_settings(settings)
+        return run
+
+    @staticmethod
+    def vacant(folder: str | Path) -> Run:
+        """A new or empty folder, for a run."""
         run = Run(folder)
         with disk_errors(run.folder):
             if run.folder.exists() and not run.folder.is_dir():
@@ -50,7 +57,6 @@ class Run:
                 f"cannot create a run in {folder}: it already holds {', '.join(found[:4])}; choose another folder,"
                 f" resume the run that is there, or remove it."
             )
-        run.write_settings(settings)
         return run
 
     def write_settings(self, settings: dict) -> None:
@@ -111,7 +117,10 @@ def continue_or_create(folder: str | Path, settings: dict) -> Run:
     """The run that is in the folder, to be resumed, or a new one. A resumed run must have been begun with the same
     settings, `out` aside; otherwise a UserError names those that differ. One that never saved a state begins anew."""
     if not is_run(folder):
-        return Run.create(folder, settings).claim()
+        run = Run.vacant(folder).claim()
+        if not is_run(folder):  # else another process was here between the two lines
+            run.write_settings(settings)
+            return run
     run = Run.open(folder).claim()
     if not run.state.is_dir() and not run.model.is_dir():
         run.write_settings(settings)

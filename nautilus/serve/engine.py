@@ -123,17 +123,9 @@ class Engine:
     """
 
     def __init__(
-        self,
-        model: Language,
-        tokenizer: Tokenizer,
-        *,
-        max_tokens: int | None = None,
-        rows: int = 32,
-        chunk: int = 512,
-        cache: str = "",
-        state: str = "fp32",
-        state_seed: int = 0,
-    ):
+        self, model: Language, tokenizer: Tokenizer, *, max_tokens: int | None = None, rows: int = 32, chunk: int = 512,
+        cache: str = "", state: str = "fp32", state_seed: int = 0,
+    ):  # fmt: skip
         positions = model.config.positions
         self.max_tokens = positions if max_tokens is None else max_tokens
         if not whole(self.max_tokens) or not 1 < self.max_tokens <= positions:

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nautilus.runtime import UserError, flat_settings, read_json, write_atomic
+from nautilus.runtime.progress import screen
 from nautilus.train.continuing import kept
 from nautilus.train.interrupt import stop_signals
 
@@ -57,6 +57,8 @@ class Trial:
         if not self.result.is_file():
             return None
         found = read_json(self.result)
+        if not all(isinstance(found.get(name), dict) for name in ("settings", "scores")):
+            raise UserError(f"{self.result} is no result of a training; remove it, and it is written anew")
         before, now = (dict(flat_settings(each)) for each in (found["settings"], plain(self.settings)))
         names = [n for n in before.keys() | now.keys() if before.get(n) != now.get(n) and n != "out"]
         if names:
@@ -129,7 +131,7 @@ def run_trials(trials: Sequence[Trial], work: Work, *, jobs: int, threads: int) 
 def board(trials: Sequence[Trial]) -> Iterator[Callable[..., None]]:
     """A bar over the steps of all trainings with the time left, and a line that stays for each that has ended."""
     columns = TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn()
-    bars = Progress(*columns, console=Console(stderr=True, soft_wrap=True, highlight=False))
+    bars = Progress(*columns, console=screen())
     whole = sum(trial.settings.steps for trial in trials)
     task = bars.add_task("steps", total=whole, completed=sum(trial.steps_done for trial in trials))
 
@@ -137,7 +139,7 @@ def board(trials: Sequence[Trial]) -> Iterator[Callable[..., None]]:
         bars.update(task, completed=sum(each.steps_done for each in trials))
         if trial is not None:
             scores = ", ".join(f"{name} {value:.4f}" for name, value in (trial.scores or {}).items())
-            bars.console.print(f"{trial.variant} seed {trial.seed}: {error or scores}", markup=False)
+            bars.console.print(f"{trial.variant} seed {trial.seed}: {error or scores}", markup=False, highlight=False)
 
     with bars:
         yield show

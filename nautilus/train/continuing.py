@@ -15,7 +15,7 @@ import json
 import shutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,7 +23,7 @@ from typing import Any, Self
 import torch
 
 from nautilus.config import Based, Config, from_dict, to_dict
-from nautilus.config.override import parse_int, record_type
+from nautilus.config.override import asked_int, record_type
 from nautilus.data.turns import check_lengths
 from nautilus.model.initialise import initial_values
 from nautilus.model.language import Language
@@ -77,7 +77,7 @@ class Following(Based):
         out = Path(asked["out"]) if "out" in asked else start.out
         origin = find_origin(Path(asked["from"]), out) if asked.get("from") else None
         if origin is not None:
-            start = following(start, origin, parse_int(asked.get("anneal", "0")))
+            start = following(start, origin, asked_int(asked, "anneal", 0))
         return follow_recipe(start, asked, origin) if asked.get("recipe") else start
 
 
@@ -91,8 +91,11 @@ class Origin:
 
 def find_origin(source: Path, out: Path) -> Origin:
     """What `out` says of its origin; for a new run the newest sound state of `source`, or what it is itself."""
-    if (out / "origin.json").is_file():
-        return Origin(**read_json(out / "origin.json"))
+    if (told := out / "origin.json").is_file():
+        found, cure = read_json(told), "restore it from a copy, or start a new run"
+        if type(found.get("step")) is not int or not isinstance(found.get("folder"), str):
+            raise UserError(f"{told} has {sorted(found)}, not the folder and the step where {out} began; {cure}")
+        return Origin(folder=found["folder"], step=found["step"])
     if is_run(source):
         found = newest_sound(Run.open(source))
         if found is None:
@@ -118,7 +121,7 @@ def following(start, origin: Origin, anneal: int):
         tokenizer, model = folder if (folder / "tokenizer.json").is_file() else None, check_trainable(folder).config
         return replace(start, model=model, tokenizer=tokenizer, mtp_depths=start.mtp_depths if model.mtp else 0)
     run = run_of(origin)
-    told = restored(type(start), {name: v for name, v in run.settings.items() if name not in OWN})
+    told = settings_of(type(start), run, without=OWN)
     told = replace(told, tokenizer=told.tokenizer or tokenizer_of(run))
     return replace(told, **following_curve(told.optim, told.steps, origin.step, anneal))
 
@@ -143,13 +146,13 @@ def tokenizer_of(run: Run) -> Path:
 
 def follow_recipe(start, asked: Mapping[str, str], origin: Origin | None):
     """The published numbers at this run's size."""
-    name, steps = asked["recipe"], parse_int(asked.get("steps", str(start.steps)))
+    name, steps = asked["recipe"], asked_int(asked, "steps", start.steps)
     if name not in LATER:
         return replace(start, recipe=name, **published(name).settings(steps, depth(start, asked)))
     if origin is None:
         raise UserError(f"recipe={name} goes on with a trained model; give from=RUN")
     model, stage = LATER[name]
-    length = parse_int(asked.get("length", str(start.length)))
+    length = asked_int(asked, "length", start.length)
     later = published(model).long_settings(stage, steps=start.steps, length=length, rate=start.optim.lr)
     return replace(start, **later)
 
@@ -159,6 +162,16 @@ def depth(start, asked: Mapping[str, str]) -> int:
     if "model.layers" in asked:
         return len(asked["model.layers"])
     return len((preset(asked["model"]) if "model" in asked else start.model).layers)
+
+
+def settings_of(kind, run: Run, without: Sequence[str] = ()):
+    """What the run was begun with, as a record of this kind. UserError where its config.json is damaged."""
+    try:
+        return restored(kind, {name: value for name, value in run.settings.items() if name not in without})
+    except (ValueError, TypeError, AttributeError, LookupError) as bad:
+        raise UserError(
+            f"{run.config} has settings that cannot be ({bad}); restore it from a copy, or start a new run"
+        ) from bad
 
 
 def restored(kind, values: Mapping[str, Any]):
@@ -246,7 +259,7 @@ def extend(out: Path, settings) -> None:
     """
     if not is_run(out) or not state_folders(run := Run.open(out).claim()):
         return
-    begun = restored(type(settings), run.settings)
+    begun = settings_of(type(settings), run)
     changed = replace(begun, steps=settings.steps, optim=settings.optim, out=settings.out)
     if begun == replace(settings, out=begun.out) or changed != settings or curveless(begun) != curveless(settings):
         return

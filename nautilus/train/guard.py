@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nautilus.runtime import UserError, disk_errors
+from nautilus.runtime import UserError, read_metrics, write_atomic
 from nautilus.train.optim import setting
 
 WATCHED = ("loss", "grad_norm")
@@ -102,7 +102,7 @@ def each_once(lists: Iterable[list[str]]) -> list[str]:
 
 def incidents(path: Path) -> list[dict]:
     """What went wrong in a run so far, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return read_metrics(path)
 
 
 def note(path: Path, spike: Spike, back_to: int, rows: tuple[object, object]) -> None:
@@ -110,8 +110,7 @@ def note(path: Path, spike: Spike, back_to: int, rows: tuple[object, object]) ->
     found = {name: value if math.isfinite(value) else str(value) for name, value in spike.found.items()}
     line = {"step": spike.step, "why": str(spike), **found, "batches": spike.batches, "back_to": back_to}
     line |= {"skipped": {"from": rows[0], "to": rows[1]}}
-    with disk_errors(path), path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    write_atomic(path, "".join(json.dumps(each) + "\n" for each in [*incidents(path), line]))
 
 
 def endure(guard: Guard, path: Path, so_far: list[dict], spike: Spike) -> None:

@@ -35,8 +35,11 @@ def stop_signals(listen: bool) -> Iterator[Stop]:
     def ask(number, frame):
         stop.asked = signal.Signals(number).name
         give_back()
-        # A handler may run inside a buffered write to stderr, where another one would raise.
-        os.write(2, f"\n{stop.asked}: finishing this micro-batch, then saving; once more to exit at once\n".encode())
+        # A handler may run inside a buffered write to stderr, where another one would raise. Ctrl-C may have ended who
+        # reads it, such as `tee`.
+        with contextlib.suppress(OSError):
+            said = f"\n{stop.asked}: finishing this micro-batch, then saving; once more to exit at once\n"
+            os.write(2, said.encode())
 
     for number in SIGNALS:
         signal.signal(number, ask)

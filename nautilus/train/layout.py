@@ -10,14 +10,16 @@ Neighbouring devices differ in tp first, then in cp, then in ep and dp, and in p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from nautilus.config import Attention, Config, Experts, Mamba, Mlp
 from nautilus.runtime import UserError
 from nautilus.train.optim import setting
 from nautilus.train.stages import stages_at_most
 
+MOST = 10**18  # tokens of a step, above which only a slip of the pen can be
 HALO = 8  # tokens of the next device that come along where rows are dealt
 
 
@@ -78,6 +80,10 @@ class Machine:
     link: float = setting(450e9, "bytes/s between devices of a domain, each way")
     network: float = setting(50e9, "bytes/s of a device between domains")
     domain: int = setting(8, "devices of a domain")
+
+    def __post_init__(self):
+        if wrong := [f"{name}={value}" for name, value in asdict(self).items() if not 0 < value < math.inf]:
+            raise UserError(f"machine has {', '.join(wrong)}; its numbers must be finite and above 0")
 
 
 # Published peaks of dense bf16 without sparsity; links one way.
@@ -160,6 +166,12 @@ def cut_faults(layout: Layout, work: Work) -> Iterator[str]:
         return
     if layout.cp > 1 and (work.length % layout.cp or work.length // layout.cp < HALO):
         yield f"length={work.length} cannot be dealt among cp={layout.cp}: all get as many tokens, at least {HALO}"
+    if work.micro * layout.dp > work.rows:
+        yield f"micro={work.micro} rows on each of dp={layout.dp} are more than the rows={work.rows} of a step"
+    if work.rows * work.length > MOST:
+        yield f"rows={work.rows} of length={work.length} are more than {MOST:.0e} tokens a step"
+    if work.mtp_depths >= work.length:
+        yield f"mtp_depths={work.mtp_depths} tokens ahead do not lie in rows of length={work.length}"
     if work.rows % layout.dp:
         yield f"rows={work.rows} is no multiple of dp={layout.dp}"
 

@@ -21,6 +21,8 @@ import torch
 from nautilus.config import Attention, Config, Experts, Layer, Mamba, Mlp, weight_count
 from nautilus.model.language import Language
 from nautilus.ops.loss import ELEMENTS, HELD
+from nautilus.ops.precision import compute_dtype
+from nautilus.runtime import UserError
 from nautilus.train.layout import Layout, Machine, Work
 from nautilus.train.stages import copies_embedding, end_flops, layer_flops, stages_of
 
@@ -277,6 +279,33 @@ class Plan:
         """The usual measure: 6 FLOPs per active weight and token."""
         useful = 6 * weight_count(self.config)["active"] * self.work.rows * self.work.length
         return useful / self.seconds["step"] / self.layout.size / self.machine.flops
+
+
+def plan_of(settings, ways: int) -> Plan:
+    """What a training with the settings of `nautilus pretrain` holds at least, its rows dealt `ways` ways. Of rows
+    computed in pieces it counts one piece."""
+    work = Work(
+        rows=settings.rows,
+        length=min(settings.chunk or settings.length, settings.length),
+        micro=min(settings.micro or settings.rows, settings.rows // ways),
+        compute=compute_dtype(settings.compute).itemsize,
+        checkpointing=settings.checkpointing,
+        mtp_depths=settings.mtp_depths,
+    )
+    return Plan(config=settings.model, layout=replace(settings.layout, dp=ways), work=work)
+
+
+def refuse_too_large(plan: Plan, has: int) -> None:
+    """UserError where one process would need more than `has` bytes: by the plan, and for the rows of a step."""
+    work = plan.work
+    parts = plan.memory | {"rows": 16 * work.rows * work.length // plan.layout.dp}  # their tokens and weights
+    if (need := sum(parts.values())) > has:
+        largest = ", ".join(f"{name} {size / 1e9:,.1f}" for name, size in parts.items() if size > need / 20)
+        raise UserError(
+            f"rows={work.rows} of length={work.length} in micro-batches of {work.micro} need {need / 1e9:,.1f} GB of"
+            f" memory ({largest}), here are {has / 1e9:,.1f}; give fewer or shorter rows, a smaller micro=, a smaller"
+            f" model, or checkpointing=true"
+        )
 
 
 def copied_groups(layer: Layer, tp: int) -> Layer:

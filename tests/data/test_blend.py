@@ -95,6 +95,10 @@ def test_sources_without_a_place_are_an_error_or_left_out(place):
         (("[sources]", 'base = "nano"\n[sources]'), "both"),
         (("[sources]", 'unit = "steps"\n[sources]'), "neither share nor tokens"),
         (("[sources]", "[sources"), "is no TOML"),
+        (("a = 3", "a = nan"), "numbers from 0 on"),
+        (("a = 3", "a = 1" + "0" * 400), "numbers from 0 on"),
+        (("[sources]", '[sources]\n"../../a" = "a.txt"'), "names a folder of the run"),
+        (("[sources]", '[sources]\n"" = "a.txt"'), "names a folder of the run"),
     ],
 )
 def test_what_cannot_be_is_said(place, change, complaint):

@@ -308,3 +308,26 @@ def test_the_embedded_text_is_the_same_in_another_process():
         env={**os.environ, "PYTHONHASHSEED": "7"},
     )
     assert found.stdout.strip() == survey(*sources(["python"])).fingerprint
+
+
+def test_a_name_that_is_no_utf8_is_spelt_so_that_it_can_be_written(tmp_path):
+    put(tmp_path, {"a.txt": "a"})
+    (tmp_path / os.fsdecode(b"b\xff.txt")).write_text("b")
+    assert texts(one(tmp_path)) == {"a.txt": "a", "b\\xff.txt": "b"}
+    assert survey(one(tmp_path / os.fsdecode(b"b\xff.txt"))).train == {"b\\xff.txt:000000"}
+
+
+def test_a_folder_that_may_not_be_read_is_an_error_and_not_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # folders above it may not be entered
+    put(tmp_path, {"a.txt": "a", "secret/b.txt": "b"})
+    tmp_path.chmod(0o755)
+    (tmp_path / "secret").chmod(0)
+    us = os.geteuid()
+    if us == 0:
+        os.seteuid(65534)  # root may read anything
+    try:
+        with pytest.raises(ValueError, match=r"cannot read all of .*: Permission denied \(.*secret\); change its"):
+            texts(Source(name="s", kind="files", where="."))
+    finally:
+        os.seteuid(us)
+        (tmp_path / "secret").chmod(0o755)

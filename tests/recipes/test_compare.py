@@ -11,8 +11,9 @@ import pytest
 
 import nautilus
 from nautilus.cli import main
-from nautilus.recipes.compare import Settings
+from nautilus.recipes.compare import Settings, text_of
 from nautilus.runtime import UserError
+from nautilus.studies.trials import Trial
 
 ROOT = pathlib.Path(nautilus.__file__).parent.parent
 STEPS = 40
@@ -150,3 +151,21 @@ def test_mistakes_are_told_before_anything_is_trained(study, tmp_path, capsys):
 def test_seeds_and_jobs_are_checked():
     with pytest.raises(UserError, match="jobs=-1"):
         Settings(jobs=-1)
+
+
+@pytest.mark.parametrize("result", ["{}", '{"settings": [], "scores": {}}'])
+def test_a_damaged_result_is_named_and_kept(study, tmp_path, capsys, result):
+    path = tmp_path / "out" / "control" / "seed_0" / "result.json"
+    path.parent.mkdir(parents=True)
+    (tmp_path / "out" / "config.json").write_text('{"nautilus_run": 1, "settings": {}}')
+    path.write_text(result)
+    assert main(words(study, tmp_path / "out", "jobs=1")) == 2
+    assert "result.json is no result of a training; remove it" in capsys.readouterr().err
+    assert path.read_text() == result
+
+
+def test_the_hash_of_the_text_is_that_of_the_tokenizer_whatever_sources_are_called(tmp_path):
+    for name in ("tokenizer-400-abcd1234-ef", "tokenizer-0123456789ab"):  # the second: text from a folder `tokenizer`
+        (tmp_path / "data" / name).mkdir(parents=True)
+    (tmp_path / "data" / "tokenizer-400-abcd1234-ef" / "tokenizer.json").touch()
+    assert text_of([Trial(variant="a", seed=0, settings=Settings(out=tmp_path))]) == {"text": "abcd1234-ef"}

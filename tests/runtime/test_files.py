@@ -1,6 +1,7 @@
 import errno
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import textwrap
@@ -266,3 +267,15 @@ def test_what_is_no_file_is_not_read(tmp_path):
     for name, message in {"gone": "no gone; do this", "pipe": "no pipe that is a file", ".": "that is a file"}.items():
         with pytest.raises(UserError, match=message):
             read_json(tmp_path / name, "do this")
+
+
+def test_a_file_larger_than_may_be_is_an_error_that_says_so_and_leaves_the_old_one(tmp_path):
+    path, before = tmp_path / "file", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_atomic(path, "old")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
+    try:
+        with pytest.raises(UserError, match="cannot write .*ulimit -f.*saved before is untouched"):
+            write_atomic(path, b"x" * (1 << 21))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old" and [place.name for place in tmp_path.iterdir()] == ["file"]

@@ -114,3 +114,22 @@ def test_a_terminal_shows_one_live_line(tmp_path):
 @pytest.mark.parametrize("seconds,text", [(0.4, "0:00"), (42, "0:42"), (723, "12:03"), (11275, "3:07:55")])
 def test_times_are_written_as_clocks_show_them(seconds, text):
     assert clock_time(seconds) == text
+
+
+def test_work_goes_on_when_the_reader_of_stderr_is_gone(tmp_path):
+    script = textwrap.dedent("""
+        import sys
+        from nautilus.runtime import Progress
+        sys.stdin.readline()
+        with Progress(sys.argv[1], 3) as progress:
+            for step in range(3):
+                progress({"step": step, "loss": 1.5})
+                progress.say("a line for nobody")
+        print("the end")
+    """)
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", script, str(tmp_path / "m")]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as child:
+        child.stderr.close()
+        assert child.communicate("go\n")[0] == "the end\n" and child.returncode == 0
+    assert len(read_metrics(tmp_path / "m")) == 3

@@ -105,3 +105,15 @@ def test_a_run_knows_its_newest_saved_step(tmp_path):
     for name in ("step_000000004", "step_000000012", "damaged_0_step_000000030", "step_x", ".step_000000040.tmp-1"):
         (run.state / name).mkdir(parents=True)
     assert run.saved_step == 12
+
+
+def test_settings_are_written_only_by_whom_the_folder_belongs_to(tmp_path, monkeypatch):
+    """Of two that begin at the same moment one comes too late: it must not leave its settings in the other's run."""
+
+    def too_late(self):
+        raise UserError("is being trained by another process")
+
+    monkeypatch.setattr(Run, "claim", too_late)
+    with pytest.raises(UserError, match="another process"):
+        continue_or_create(tmp_path / "run", {"steps": 1})
+    assert not (tmp_path / "run" / "config.json").exists()

@@ -203,3 +203,24 @@ def test_settings_come_back_from_the_file_as_they_were(ten):
     asked = resolve(Settings, [*SMALL.split(), "steps=10", f"out={ten.folder}", "optim.decay=0.5"])
     kept = restored(Settings, ten.settings)
     assert dataclasses.replace(kept, data=asked.data) == asked
+
+
+@pytest.mark.parametrize("origin", ['{"a": 1}', '{"folder": 3, "step": "x"}', "{}"])
+def test_a_damaged_origin_is_named(ten, pretrain, tmp_path, capsys, origin):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "origin.json").write_text(origin)
+    assert pretrain(tmp_path / "out", f"from={ten.folder}", plain=False) == 2
+    assert "origin.json has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [{"model": 5}, {"optim": None}, {"optim": {"lr": "x"}}, {"data": 5}, {"steps": "many"}],
+)
+def test_damaged_settings_of_a_run_are_named(ten, pretrain, tmp_path, capsys, damage):
+    run = copied(ten, tmp_path)
+    run.write_settings(run.settings | damage)
+    assert pretrain(tmp_path / "later", f"from={run.folder}", "steps=3", plain=False) == 2
+    assert pretrain(run.folder, "steps=20") == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all("config.json has settings that cannot be" in line for line in said)

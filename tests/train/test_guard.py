@@ -2,6 +2,8 @@
 
 import logging
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 import nautilus.train.checkpoint as checkpoint
 from nautilus.runtime import Run, UserError, read_metrics
 from nautilus.train.checkpoint import Checkpoints, state_folders
-from nautilus.train.guard import Guard, Watch, incidents
+from nautilus.train.guard import Guard, Spike, Watch, incidents, note
+from nautilus.train.interrupt import stop_signals
 from nautilus.train.loop import fit
 from nautilus.train.objective import Objective, pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule
@@ -159,3 +162,29 @@ def test_a_median_needs_a_few_steps_and_forgets_old_ones():
 def test_impossible_guards_are_refused(wrong):
     with pytest.raises(ValueError, match=f"guard.{next(iter(wrong))}"):
         Guard(**wrong)
+
+
+def test_a_note_torn_by_a_crash_is_left_out_and_the_next_one_stands(tmp_path):
+    path, spike = tmp_path / "incidents.jsonl", Spike("too much", 9, ["a"], {"loss": math.inf})
+    note(path, spike, 6, ({}, {}))
+    with path.open("a") as file:
+        file.write('{"step": 11, "why": "to')
+    assert [line["step"] for line in incidents(path)] == [9]
+    note(path, spike, 8, ({}, {}))
+    assert [line["back_to"] for line in incidents(path)] == [6, 8]
+
+
+def test_a_signal_is_heard_where_nobody_reads_what_is_said():
+    """Ctrl-C ends `tee`, too, which read the messages."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    stderr = os.dup(2)
+    os.dup2(writes, 2)
+    try:
+        with stop_signals(True) as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        os.dup2(stderr, 2)
+        os.close(writes)
+        os.close(stderr)
+    assert stop.asked == "SIGTERM"

@@ -15,7 +15,7 @@ from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Work, refuse
 from nautilus.train.objective import pretrain
 from nautilus.train.optim import OptimConfig, adamw
-from nautilus.train.plan import Plan, kept_in_all
+from nautilus.train.plan import Plan, kept_in_all, refuse_too_large
 from nautilus.train.stages import even_stages, stages_of
 
 ONE = Layout()
@@ -204,3 +204,35 @@ def test_the_command_says_it_in_numbers_or_refuses(capsys):
     assert "gpus=9 is not pp=1 x dp=4 x cp=1 x tp=2 = 8" in capsys.readouterr().err
     assert main("plan nano device=abacus".split()) == 2
     assert "have h100" in capsys.readouterr().err
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("toy gpus=many", "gpus='many' is not of type int"),
+        ("toy gpus=8 tp=1.5", "tp='1.5' is not of type int"),
+        ("nano gpus=1e9", "rows=3072 is no multiple of dp=1000000000"),
+        ("toy gpus=-4", "gpus=-4 is not pp=1"),
+        ("toy tokens=-1", "tokens=-1.0 of the whole training must be a finite number"),
+        ("toy tokens=nan", "tokens=nan"),
+        ("toy machine.flops=0 machine.domain=0", "machine has flops=0.0, domain=0; its numbers must be finite"),
+        ("toy machine.link=nan", "machine has link=nan"),
+        ("toy work.mtp_depths=1e9", "mtp_depths=1000000000 tokens ahead do not lie in rows of length=8192"),
+        ("toy work.rows=1e300", "tokens a step"),
+        ("toy work.micro=1e300", "are more than the rows=3072 of a step"),
+    ],
+)
+def test_a_plan_of_what_cannot_be_is_one_message(capsys, words, message):
+    assert main(["plan", *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+
+
+def test_a_training_that_no_memory_holds_is_refused():
+    small, large = plan(shrink(preset("nano"))), plan(shrink(preset("nano")), rows=10**9, micro=10**9)
+    refuse_too_large(small, 10**9)
+    with pytest.raises(UserError, match=r"rows=1000000000 of length=64 .* need .* GB of memory .*smaller micro="):
+        refuse_too_large(large, 10**12)
+    with pytest.raises(UserError, match=r"rows 1,024.0"):
+        refuse_too_large(plan(shrink(preset("nano")), rows=10**9), 10**12)

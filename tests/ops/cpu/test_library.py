@@ -213,3 +213,14 @@ def test_a_wheel_carries_the_library_and_its_seal(tmp_path):
         [sys.executable, "-c", program], cwd=tmp_path / "out", env=environment, capture_output=True, text=True
     )
     assert done.stdout.split() == [str(tmp_path / "installed/nautilus/ops/cpu/libnautilus.so"), "True"], done.stderr
+
+
+@pytest.mark.parametrize("fault", ["no file", "a seal that is no text"])
+def test_a_library_that_cannot_be_read_is_refused_and_torch_runs(fresh, tmp_path, fault):
+    path = tmp_path / "libnautilus.so"
+    path.mkdir() if fault == "no file" else path.write_bytes(b"code")
+    path.with_suffix(".sha256").write_bytes(b"\xff\xfe\n")
+    library.native.cache_clear()
+    fresh.setattr(library, "FILE", path)
+    assert library.native().functions is None and "install nautilus again" in library.native().reason
+    assert norm_runs_on_torch()
