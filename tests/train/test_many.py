@@ -189,8 +189,8 @@ def one(out, *words) -> Run:
 def start_many(out, *words) -> subprocess.Popen:
     command = [sys.executable, "-m", "nautilus", "pretrain", f"out={out}", *words]
     environment = os.environ | helper.ALIKE
-    log = (out.parent / f"{out.name}.log").open("w")
-    return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    with (out.parent / f"{out.name}.log").open("w") as log:
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def many(out, *words) -> Run:
