@@ -77,7 +77,7 @@ def test_a_picture_is_a_png_with_all_its_parts(tmp_path):
 
 def test_without_matplotlib_the_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(charts.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"nautilus\[report\]"):
+    with pytest.raises(UserError, match=r"\[report\]"):
         svg(charts.draw_loss, LOSS)
 
 

@@ -77,7 +77,7 @@ def test_without_matplotlib_the_page_has_its_numbers_and_says_why(report, outlin
     found = outline(render(report))
     assert not found.named("svg") and "[report]" in found.text
     assert [each for each in found.named("details") if "open" in each], "the tables stand open"
-    with pytest.raises(UserError, match=r"nautilus\[report\]"):
+    with pytest.raises(UserError, match=r"\[report\]"):
         write_picture("never.png", report)
 
 

@@ -127,7 +127,7 @@ def test_few_bits_differ_by_the_rounding_of_sums_where_sums_are_cut(tmp_path, al
 @pytest.mark.parametrize("layout", [DP, EP, TP, TP_EP, PP], ids=["dp", "ep", "tp", "tp_ep", "pp"])
 def test_layers_computed_again_and_in_pieces_give_the_curve_of_whole_rows(tmp_path, alone, layout, thrift):
     settings = {"steps": 20} | ({"documents": True} if "documents" in thrift else {})
-    assert_same_curve(together(tmp_path, layout, **settings, **thrift), alone(**settings))
+    assert_same_curve(together(tmp_path, layout, **settings | thrift), alone(**settings))
 
 
 @pytest.mark.slow
