@@ -148,7 +148,7 @@ def poisoned(objective, row_T):
     def terms(model, batch):
         found, metrics = objective.terms(model, batch)
         if "next_token" not in found:  # an early stage of a pipeline
-            return found, watched
+            return found, metrics
         total, count = found["next_token"]
         bad = (batch.tokens[:, :10] == row_T[:10]).all(1).any()
         return found | {"next_token": (total * float("nan") if bad else total, count)}, metrics
