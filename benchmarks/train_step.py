@@ -222,9 +222,9 @@ def prepare(folder: Path) -> float:
     return sum(length_of[token] for token in parts["held_out"].flatten().tolist()) / parts["held_out"].numel()
 
 
-def best_modes(folder: Path, precision: str, compiled: bool) -> list[tuple[str, bool]]:
+def best_modes(folder: Path, precision: str, experts: list[str], compiled: bool) -> list[tuple[str, bool]]:
     """The peer's fastest mode as it is installed, and its fastest with our allocator settings; best of three steps."""
-    modes = [*PEER_EXPERTS, *(f"{mode}+compile" for mode in PEER_EXPERTS if compiled)]
+    modes = [*experts, *(f"{mode}+compile" for mode in experts if compiled)]
     best, hopeless = [], set()
     for tuned in (False, True):
         speed = {}
@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--precision", nargs="*", default=["fp32", "bf16"])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=60, help="training time of each side before the held-out loss")
+    parser.add_argument("--experts", nargs="*", default=PEER_EXPERTS, help="the peer's ways that are tried")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--record", type=Path, help="append the rows to this JSONL file")
     for hidden in ("--worker", "--folder", "--mode"):
@@ -317,7 +318,7 @@ def main() -> None:
         bytes_per_token = prepare(folder)
         for precision in options.precision:
             print(f"{precision}: the peer's modes")
-            modes = best_modes(folder, precision, options.compile)
+            modes = best_modes(folder, precision, options.experts, options.compile)
             rows, verdict = compare(folder, precision, modes, options.repeats, options.seconds, bytes_per_token)
             for row in rows:
                 print("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
