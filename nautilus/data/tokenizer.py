@@ -224,6 +224,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     text = read_text(folder / "tokenizer.json")
     try:
         core = tokenizers.Tokenizer.from_str(text)
+    except (KeyboardInterrupt, SystemExit):
+        raise
     except BaseException as bad:  # the tokenizers library raises nothing narrower, and its panics are no Exception
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
     config, generation = (

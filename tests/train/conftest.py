@@ -1,3 +1,7 @@
+import importlib.util
+import json
+import pathlib
+
 import pytest
 import torch
 
@@ -7,6 +11,32 @@ from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
 
 torch.set_num_threads(1)
+
+spec = importlib.util.spec_from_file_location("ranks", pathlib.Path(__file__).with_name("ranks.py"))
+assert spec and spec.loader
+helper = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(helper)
+
+
+@pytest.fixture(scope="session")
+def written_alone(tmp_path_factory):
+    """A function that gives the folder of what a single process, this one, wrote while it trained."""
+    known = {}
+
+    def folder_of(**settings) -> pathlib.Path:
+        key = json.dumps(settings, sort_keys=True)
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("alone")
+            helper.work(known[key], layout={}, **settings)
+        return known[key]
+
+    return folder_of
+
+
+@pytest.fixture(scope="session")
+def alone(written_alone):
+    """A function that gives the curve of a single process."""
+    return lambda **settings: helper.curve_of(written_alone(**settings))
 
 
 @pytest.fixture(scope="session")

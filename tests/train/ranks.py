@@ -21,6 +21,23 @@ PATIENCE = 240  # seconds
 ALIKE = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": str(Path(nautilus.__file__).parents[1])}
 
 
+CLOCK = {"tokens_per_s", "memory_gb"}
+
+
+def curve_of(folder: Path, rank: int = 0) -> list[dict]:
+    """The metrics of every step but those of the clock."""
+    lines = json.loads((folder / f"rank_{rank}.json").read_text())
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def assert_same_curve(got: list[dict], want: list[dict], rel: float = 1e-5) -> None:
+    import pytest
+
+    assert len(got) == len(want) > 0
+    for one, other in zip(got, want, strict=True):
+        assert one == pytest.approx(other, rel=rel, abs=1e-9)
+
+
 def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))

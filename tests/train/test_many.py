@@ -1,7 +1,6 @@
 """Few bits, layers computed again, rows in pieces, spikes and phases on many processes: as on one."""
 
 import importlib.util
-import json
 import os
 import pathlib
 import signal
@@ -21,34 +20,11 @@ spec = importlib.util.spec_from_file_location("ranks", FILE)
 assert spec and spec.loader
 helper = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(helper)
-CLOCK = {"tokens_per_s", "memory_gb"}
+CLOCK, assert_same_curve = helper.CLOCK, helper.assert_same_curve
 NVFP4 = {"format": "nvfp4", "last_layers": 1}
 MXFP8 = {"format": "mxfp8", "last_layers": 1}
 DP, EP, TP, CP, PP = {"dp": 2}, {"dp": 2, "ep": 2}, {"tp": 2}, {"cp": 2}, {"pp": 2}
 TP_EP, CP_EP = {"tp": 2, "ep": 2}, {"cp": 2, "ep": 2}
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A function that gives the curve of a single process, in this one."""
-    known = {}
-
-    def curve(**settings) -> list[dict]:
-        key = json.dumps(settings, sort_keys=True)
-        if key not in known:
-            folder = tmp_path_factory.mktemp("alone")
-            helper.work(folder, layout={}, **settings)
-            lines = json.loads((folder / "rank_0.json").read_text())
-            known[key] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-        return known[key]
-
-    return curve
-
-
-def assert_same_curve(got: list[dict], want: list[dict], rel: float = 1e-5):
-    assert len(got) == len(want) > 0
-    for one, other in zip(got, want, strict=True):
-        assert one == pytest.approx(other, rel=rel, abs=1e-9)
 
 
 def together(folder, layout, **settings):

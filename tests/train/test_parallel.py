@@ -25,30 +25,7 @@ spec = importlib.util.spec_from_file_location("ranks", FILE)
 assert spec and spec.loader
 helper = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(helper)
-CLOCK = {"tokens_per_s", "memory_gb"}
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A function that gives the curve of a single process, in this one."""
-    known = {}
-
-    def curve(**settings) -> list[dict]:
-        key = json.dumps(settings, sort_keys=True)
-        if key not in known:
-            folder = tmp_path_factory.mktemp("alone")
-            helper.work(folder, layout={}, **settings)
-            lines = json.loads((folder / "rank_0.json").read_text())
-            known[key] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-        return known[key]
-
-    return curve
-
-
-def assert_same_curve(got: list[dict], want: list[dict], rel: float = 1e-5):
-    assert len(got) == len(want) > 0
-    for one, other in zip(got, want, strict=True):
-        assert one == pytest.approx(other, rel=rel, abs=1e-9)
+assert_same_curve = helper.assert_same_curve
 
 
 def new_run(folder: pathlib.Path) -> str:
@@ -129,9 +106,9 @@ def test_a_killed_rank_costs_the_steps_since_the_last_state_and_nothing_else(tmp
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "died").exists()
     want = alone(steps=7)
-    again = json.loads((tmp_path / "rank_0.json").read_text())
+    again = helper.curve_of(tmp_path)
     assert [line["step"] for line in again] == [4, 5, 6]
-    assert_same_curve([{k: v for k, v in line.items() if k not in CLOCK} for line in again], want[4:])
+    assert_same_curve(again, want[4:])
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == list(range(7))
 
 

@@ -1,7 +1,6 @@
 """A pipeline trains as one process does, alone and together with every other way to share a model out."""
 
 import importlib.util
-import json
 import os
 import pathlib
 import subprocess
@@ -25,30 +24,13 @@ spec = importlib.util.spec_from_file_location("ranks", FILE)
 assert spec and spec.loader
 helper = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(helper)
-CLOCK = {"tokens_per_s", "memory_gb"}
+assert_same_curve = helper.assert_same_curve
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """A function that gives the curve of a single process, in this one, and where it wrote."""
-    known = {}
-
-    def curve(**settings):
-        key = json.dumps(settings, sort_keys=True)
-        if key not in known:
-            folder = tmp_path_factory.mktemp("alone")
-            helper.work(folder, layout={}, **settings)
-            lines = json.loads((folder / "rank_0.json").read_text())
-            known[key] = [{k: v for k, v in line.items() if k not in CLOCK} for line in lines], folder
-        return known[key]
-
-    return curve
-
-
-def assert_same_curve(got, want, rel=1e-5):
-    assert len(got) == len(want) > 0
-    for one, other in zip(got, want, strict=True):
-        assert one == pytest.approx(other, rel=rel, abs=1e-9)
+def alone(written_alone):
+    """A function that gives the curve of a single process, and where it wrote."""
+    return lambda **settings: (helper.curve_of(folder := written_alone(**settings)), folder)
 
 
 def test_two_stages_train_as_one_process(tmp_path, alone):
