@@ -232,3 +232,13 @@ def test_a_tokenizer_that_is_not_byte_level_is_refused(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
     with pytest.raises(ValueError, match="not byte-level"):
         load_tokenizer(tmp_path)
+
+
+def test_an_interrupt_while_a_tokenizer_is_read_stays_one(tmp_path, monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(tokenizers.Tokenizer, "from_str", staticmethod(interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(tmp_path)
