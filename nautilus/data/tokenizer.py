@@ -214,20 +214,24 @@ def utf8(text: str) -> str:
     return text
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """A checkpoint folder's tokenizer, with the folder's own template: chat_template.jinja, else the config's."""
-    folder = Path(folder)
+def core_of(folder: Path) -> tokenizers.Tokenizer:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(
             f"no tokenizer.json in {folder}; copy it and its config from the release; info and bench speed need none"
         )
     text = read_text(folder / "tokenizer.json")
     try:
-        core = tokenizers.Tokenizer.from_str(text)
+        return tokenizers.Tokenizer.from_str(text)
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as bad:  # the tokenizers library raises nothing narrower, and its panics are no Exception
         raise UserError(f"{folder / 'tokenizer.json'} is no tokenizer ({bad}); copy it again") from bad
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """A checkpoint folder's tokenizer, with the folder's own template: chat_template.jinja, else the config's."""
+    folder = Path(folder)
+    core = core_of(folder)
     config, generation = (
         read_json(folder / name) if (folder / name).exists() else {}
         for name in ("tokenizer_config.json", "generation_config.json")

@@ -1,8 +1,8 @@
 """What a training costs on a layout of devices, before it is started: memory, communication, time of a step.
 
 Parameters, gradients and optimiser are counted tensor by tensor on the real model, built without memory. Activations
-are what the layers keep for the backward, as formulas per token (`kept_by`); `tests/train/test_plan.py` compares both
-with what a training on this machine holds.
+are what native kernels keep for the backward, as formulas per token (`kept_by`); plain PyTorch keeps up to twice as
+much of a Mamba layer. `tests/train/test_plan.py` compares both with what a training on this machine holds.
 
 The layout, as in Megatron-LM: pipeline stages (pp) of neighbouring layers; inside a stage the dense parts are split
 by tensor (tp), context (cp) and data (dp), and the experts by expert (ep) over the same devices. Tensor parallelism

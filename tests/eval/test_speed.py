@@ -67,6 +67,7 @@ def test_a_window_and_a_tied_head_are_accounted_for():
         assert ready.reads["lm_head"] == 320 * 64 * 2 and ready.reads["backbone.embeddings"] == 64 * 2
 
 
+@pytest.mark.skipif(native().functions is None, reason="only native kernels read keys and values in fp8")
 def test_matrices_in_few_bits_and_stored_states_count_as_they_are_stored():
     with meter_of(format="nvfp4", state="int8", cache="fp8").ready(ONE) as ready:
         number = 1 / 2 + 1 / 16

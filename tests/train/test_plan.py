@@ -10,6 +10,7 @@ import torch
 from nautilus.cli import main
 from nautilus.config import Attention, Config, Experts, Mamba, Mlp, Nothing, lay, weight_count
 from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Work, refuse
@@ -52,6 +53,7 @@ KINDS = (
 )
 
 
+@pytest.mark.skipif(native().functions is None, reason="the plan counts what native kernels keep; others keep more")
 @pytest.mark.parametrize("pattern, depths", [("M", 0), ("*", 0), ("E", 0), ("-", 0), ("ME*-EM", 0), ("M*", 2)])
 @pytest.mark.parametrize("compute", [4, 2])
 def test_activations_are_what_the_graph_keeps_to_two_percent(pattern, depths, compute, random_rows):
