@@ -53,7 +53,7 @@ KINDS = (
 )
 
 
-@pytest.mark.skipif(native().functions is None, reason="the plan counts what native kernels keep; others keep more")
+@pytest.mark.skipif(native().functions is None, reason="it counts what native kernels keep")
 @pytest.mark.parametrize("pattern, depths", [("M", 0), ("*", 0), ("E", 0), ("-", 0), ("ME*-EM", 0), ("M*", 2)])
 @pytest.mark.parametrize("compute", [4, 2])
 def test_activations_are_what_the_graph_keeps_to_two_percent(pattern, depths, compute, random_rows):
