@@ -51,7 +51,6 @@ def test_few_bits_where_rows_are_dealt_are_those_of_the_same_micro_batches(tmp_p
     assert_same_bits(together(tmp_path, EP, **settings), alone(**settings))
 
 
-# Without prediction ahead, whose products are never in few bits: of these, sums over ranks differ in their rounding.
 EVERYWHERE = NVFP4 | {"last_layers": 0, "mamba_out": "nvfp4", "attention": "nvfp4"}
 
 
@@ -65,13 +64,11 @@ EVERYWHERE = NVFP4 | {"last_layers": 0, "mamba_out": "nvfp4", "attention": "nvfp
         (EP, {"precision": NVFP4, "checkpointing": True, "documents": True}),
         (EP, {"precision": NVFP4, "chunk": 7, "documents": True}),
         (PP, {"precision": NVFP4, "checkpointing": True, "documents": True}),
-        (TP, {"precision": EVERYWHERE, "roomy": True, "documents": True}),
-        (TP_EP, {"precision": EVERYWHERE, "roomy": True, "micro": 4, "health": 10, "checkpointing": True}),
     ],
     ids=lambda value: "-".join(map(str, value)),
 )
 def test_few_bits_on_many_processes_are_the_bits_of_one(tmp_path, alone, layout, settings):
-    """Of one that has the same micro-batches. NVFP4's sums are exact here, so that those cut by layout.tp are too."""
+    """Of one that has the same micro-batches."""
     settings = settings | {"steps": 20, "depths": 0}
     assert_same_bits(together(tmp_path, layout, **settings), alone(**settings))
 
@@ -81,7 +78,8 @@ def test_few_bits_on_many_processes_are_the_bits_of_one(tmp_path, alone, layout,
     "layout, settings, steps",
     [
         (EP, {"precision": NVFP4}, 20),
-        (TP, {"precision": NVFP4 | {"mamba_out": "nvfp4"}, "roomy": True}, 20),
+        (TP, {"precision": EVERYWHERE, "roomy": True}, 2),
+        (TP_EP, {"precision": EVERYWHERE, "roomy": True, "micro": 4, "health": 1, "checkpointing": True}, 2),
         (TP, {"precision": MXFP8, "roomy": True}, 2),
         (TP, {"precision": NVFP4, "roomy": True, "chunk": 7}, 2),
         (CP, {"precision": NVFP4, "checkpointing": True}, 3),
