@@ -50,6 +50,17 @@ NVFP4 = Study(
     demonstrate=True,
 )
 
+DEMO = Study(
+    name="demo",
+    about="Training in NVFP4 against bf16 on the model and the text of `nautilus demo`, with its settings.",
+    base=(
+        *("steps=560", "rows=8", "length=256", "max_bytes=6_000_000", "compute=bf16", "prompts=def"),
+        *("optim.lr=5e-3", "optim.min_lr=5e-5", "optim.decay=0.3"),
+    ),
+    equal=("tokens", "parameters", "active"),
+    variants={"bf16": (), "nvfp4": FOUR},
+)
+
 LATENT = Study(
     name="latent",
     about="LatentMoE against standard experts at equal multiply-adds: width 96 in place of 384, 64 experts in place of "
@@ -107,4 +118,4 @@ NEEDLE = Study(
     measure="needle",
 )
 
-NAMED = {study.name: study for study in (NVFP4, LATENT, MTP, HYBRID, DECAY, NEEDLE)}
+NAMED = {study.name: study for study in (NVFP4, DEMO, LATENT, MTP, HYBRID, DECAY, NEEDLE)}

@@ -10,6 +10,10 @@
     run/snapshots/step_000001000/   model.safetensors only, kept for averaging
 
 A folder appears whole or not at all, and is read only if its checksums hold; otherwise the one before it is used.
+
+While training goes on, a thread writes the state, from a copy in host memory: the training is held up only by that
+copy. The next save, a stop, the way back after a spike and the end wait for the thread; what it failed of ends the
+training at the next step.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,7 @@ from torch import Tensor, nn
 from nautilus.config.keys import short
 from nautilus.model.shards import write_file
 from nautilus.runtime import Progress, Run, UserError, read_json, read_metrics, repair
+from nautilus.train.beside import Beside
 from nautilus.train.guard import Guard, Spike, Watch, endure, incidents, note
 from nautilus.train.moments import moments, random_states, restore_moments, restore_random_states
 from nautilus.train.ranks import ALONE, Ranks
@@ -47,6 +53,7 @@ class Checkpoints:
     settings: whatever shapes the curve and `fit` cannot see, such as the stage's own settings. Resuming with others is
     an error that names them. first: save before the first step too, to have somewhere to go back to. hold: numbers of
     updates after which the state is saved and never removed. most_snapshots: older ones are removed, 0: none is.
+    beside: training goes on while a state is written, which takes a copy of weights and moments in host memory.
     """
 
     run: Run
@@ -56,6 +63,7 @@ class Checkpoints:
     first: bool = False
     hold: tuple[int, ...] = ()
     most_snapshots: int = 0
+    beside: bool = True
 
     def __post_init__(self):
         if self.every < 0 or self.snapshots < 0:
@@ -86,20 +94,36 @@ def save_state(
     settings: dict,
     ranks: Ranks = ALONE,
     hold: Sequence[int] = (),
-) -> Path:
-    """Writes the state and forgets all but this one, the one before, and those of the steps in `hold`."""
-    target = run.state / step_name(position.step)
+    beside: Beside | None = None,
+) -> None:
+    """Writes the state and forgets all but this one, the one before, and those of the steps in `hold`.
+
+    With `beside` it only copies the state as it is now, and begins to write the copy there.
+    """
     training = moments(model, optimizer) | {f"random.{name}": value for name, value in position.random.items()}
+    parts = [ranks.parts(model.state_dict()), ranks.parts(training)]
     record = {"step": position.step, "tokens": position.tokens, "stream": position.stream, "settings": settings}
+    text, target = json.dumps(record, indent=1), run.state / step_name(position.step)
+    if beside is None:
+        return write_state(run, target, text, parts, ranks, hold)
+    copies = [{name: tensor.detach().to("cpu", copy=True) for name, tensor in part.items()} for part in parts]
+    beside.begin(partial(write_state, run, target, text, copies, ranks.apart(), hold))
+
+
+def write_state(
+    run: Run, target: Path, record: str, parts: Sequence[dict[str, Tensor]], ranks: Ranks, hold: Sequence[int]
+) -> None:
+    """parts: of the model, and of the training; see `Ranks.parts`."""
     with ranks.folder(target) as folder:
-        ranks.write(folder, model, training)
-        if ranks.index == 0:
-            (folder / "state.json").write_text(json.dumps(record, indent=1))
-            files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
-            sums = {name: sha256(folder / name) for name in files}
-            (folder / "sha256.json").write_text(json.dumps(sums, indent=1))
+        ranks.write(folder, *parts)
+        ranks.on_first(lambda: seal(folder, record))
     ranks.on_first(lambda: forget_states_before(run, target, hold))
-    return target
+
+
+def seal(folder: Path, record: str) -> None:
+    (folder / "state.json").write_text(record)
+    files = [file.relative_to(folder).as_posix() for file in sorted(folder.rglob("*")) if file.is_file()]
+    (folder / "sha256.json").write_text(json.dumps({name: sha256(folder / name) for name in files}, indent=1))
 
 
 def forget_states_before(run: Run, target: Path, hold: Sequence[int] = ()) -> None:
@@ -224,8 +248,7 @@ def save_snapshot(run: Run, step: int, model: nn.Module, ranks: Ranks = ALONE) -
     target = run.folder / "snapshots" / step_name(step)
     weights = ranks.weights(model)
     with ranks.folder(target) as folder:
-        if ranks.index == 0:
-            write_file(folder / "model.safetensors", weights)
+        ranks.on_first(lambda: write_file(folder / "model.safetensors", weights))
     return target
 
 
@@ -257,6 +280,7 @@ class Saver:
     stream: Any
     settings: dict
     ranks: Ranks = ALONE
+    writing: Beside = field(default_factory=Beside)
 
     def resume(self) -> Position:
         """Continues from the newest sound state: weights, moments, data and random states; else from the start."""
@@ -283,6 +307,7 @@ class Saver:
         whatever happens next goes on from there. Raises it where it may not be answered so, on all processes alike."""
         if self.checkpoints is None:
             raise spike
+        self.writing.wait()
         run, behind = self.checkpoints.run, self.stream.state()
         endure(guard, run.incidents, self.ranks.on_first(lambda: incidents(run.incidents)), spike)
         found = load_state(run, self.model, self.optimizer, self.settings, self.ranks)
@@ -301,7 +326,7 @@ class Saver:
         return Position(step=step, tokens=tokens, stream=self.stream.state(), random=random_states())
 
     def after_step(self, position: Position, *, last: bool) -> None:
-        """Saves what is due after a step; the last one always is."""
+        """Saves what is due after a step; the last one always is, and then nothing is still being written."""
         if self.checkpoints is None:
             return
         own, step = self.checkpoints, position.step
@@ -309,12 +334,29 @@ class Saver:
             save_snapshot(own.run, step, self.model, self.ranks)
             self.ranks.on_first(lambda: forget_snapshots(own))
         if last or (own.every and step % own.every == 0) or step in own.hold:
-            self.save(position)
+            self.save(position, beside=own.beside and not last)
 
-    def save(self, position: Position) -> None:
-        if self.checkpoints is not None:
-            run, hold = self.checkpoints.run, self.checkpoints.hold
-            save_state(run, position, self.model, self.optimizer, self.settings, self.ranks, hold)
+    def save(self, position: Position, *, beside: bool = False) -> None:
+        """beside: only begins to, and the training may go on."""
+        if self.checkpoints is None:
+            return
+        self.writing.wait()  # before there is another copy
+        run, hold, where = self.checkpoints.run, self.checkpoints.hold, self.writing if beside else None
+        save_state(run, position, self.model, self.optimizer, self.settings, self.ranks, hold, where)
+
+    @contextlib.contextmanager
+    def settled(self) -> Iterator[None]:
+        """An error inside is raised when nothing is being written any more; going back after a spike waits itself."""
+        try:
+            yield
+        except Spike:
+            raise
+        except Exception:
+            try:
+                self.writing.wait()
+            except Exception as bad:
+                log.warning("the last state could not be saved either: %s", bad)
+            raise
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[Callable[[dict], None]]:

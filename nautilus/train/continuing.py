@@ -50,6 +50,7 @@ class Following(Based):
     optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=-1)
     tokenizer: Path | None = setting(None, "folder of a tokenizer to use; none: learn one")
     save_every: int = setting(200, "updates between saved states, 0: only at the end")
+    save_async: bool = setting(True, "write states while training goes on, from a copy in memory of 12 bytes a weight")
     average: int = setting(0, "of how many snapshots of the last stretch the final weights are made, 0: none")
     average_every: int = setting(50, "updates between those snapshots")
     recipe: str = setting("", "published numbers for what is not given: nano, super, ultra; super_long with from=")
@@ -198,8 +199,8 @@ def restored_value(hint, value):
 
 
 def kept(settings) -> dict[str, Any]:
-    """What a run remembers: not how its processes share it out, which changes no curve."""
-    return {name: value for name, value in to_dict(settings).items() if name != "layout"}
+    """What a run remembers: not how its processes share it out and save it, which changes no curve."""
+    return {name: value for name, value in to_dict(settings).items() if name not in ("layout", "save_async")}
 
 
 def open_run(settings) -> Run:
@@ -288,6 +289,7 @@ def checkpoints(settings: Following, run: Run) -> Checkpoints:
     return Checkpoints(
         run=run,
         every=settings.save_every,
+        beside=settings.save_async,
         first=settings.guard.rollbacks > 0,
         hold=(start,) if 0 < start < settings.steps else (),
         snapshots=settings.average_every if settings.average else 0,

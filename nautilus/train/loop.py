@@ -99,7 +99,7 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
     saver.recall(job.watch, position.step)
     batches = iter(saver.stream)
     job.model.train()
-    with saver.progress(position.step, steps) as show, stop_signals(checkpoints is not None) as stop:
+    with saver.progress(position.step, steps) as show, saver.settled(), stop_signals(checkpoints is not None) as stop:
         for step in range(position.step, steps):
             done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
             if done is None:
@@ -111,7 +111,7 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
             show(metrics)
             log(metrics)
             position = saver.position(step + 1, metrics["tokens"])
-            asked = ranks.agree(bool(stop.asked))
+            asked = ranks.agree(bool(stop.asked) or saver.writing.failed)  # after a failure the last save raises it
             saver.after_step(position, last=asked or step + 1 == steps)
             if asked:
                 break

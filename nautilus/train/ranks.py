@@ -118,10 +118,19 @@ class Ranks:
         """A folder that all write into and that appears whole; see `atomic_folder`."""
         return atomic_folder(path)
 
-    def write(self, folder: Path, model: nn.Module, training: dict[str, Tensor]) -> None:
-        """Writes a state's tensors, each process its part. training: moments and random states, by name."""
-        write_file(folder / "model.safetensors", model.state_dict())
+    def parts(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a state's tensors this process writes, as `write` takes it. They may be the same memory."""
+        return tensors
+
+    def write(self, folder: Path, model: dict[str, Tensor], training: dict[str, Tensor]) -> None:
+        """Writes a state's tensors, each process its `parts`. training: moments and random states."""
+        write_file(folder / "model.safetensors", model)
         write_file(folder / "training.safetensors", training)
+
+    def apart(self) -> Ranks:
+        """The same processes; `on_first`, `folder` and `write` talk in a group of their own, so that one thread may
+        save while another trains."""
+        return self
 
     def read(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
         """Fills the model from a state of any layout, and gives the training tensors of it."""

@@ -5,6 +5,8 @@ python ranks.py FOLDER SETTINGS      one process's work; its curve goes to FOLDE
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -12,6 +14,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,11 +99,15 @@ def work(
     guard: dict | None = None,
     poison: int = -1,
     save: bool = False,
+    beside: bool = True,
+    held_up: int = 0,
+    full: int = -1,
 ) -> None:
     """Trains a small model like a preset; a roomy one has whole blocks on two ranks. precision, chunk, checkpointing,
     guard: as `nautilus pretrain` has them. die: the last rank kills itself after that step, the first time. poison:
     number of the row whose loss is no number. save: write the model to FOLDER/model at the end. Each rank leaves a
-    digest of its embedding, if it has one.
+    digest of its embedding, if it has one. beside: states are written while training goes on. held_up: each only after
+    so many further steps. full: the rank whose disk is full; what training ends with goes to FOLDER/told_<rank>.txt.
     """
     import torch
 
@@ -118,6 +126,7 @@ def work(
     from nautilus.train.parallel import start
 
     torch.set_num_threads(1)
+    torch.manual_seed(0)  # the global generator's state is saved too
     config = replace(shrink(preset(like), layers=layers, width=32), vocab=96, tied=tied)
     wide = lambda layer: replace(layer, heads=64 if roomy else 8, groups=4) if isinstance(layer, Mamba) else layer
     shared = lambda layer: replace(layer, shared=64) if roomy and isinstance(layer, Experts) else layer
@@ -137,16 +146,20 @@ def work(
     def log(line):
         lines.append(line)
         if line["step"] == die and ranks.index == ranks.size - 1 and not (folder / "died").exists():
+            while not (run.state / f"step_{die - die % every:09}").exists():
+                time.sleep(0.01)  # it is being written
             (folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
     objective = pretrain(mtp_depths=depths, aux_weight=0.01)
     objective = objective if poison < 0 else poisoned(objective, source["text"].tokens[poison])
-    fit(
-        model, stream, objective, adamw(model, optim), steps=steps, schedule=schedule(optim, 20), balance=1e-3,
-        clip=clip, health_every=health, ranks=ranks, log=log, guard=Guard(**(guard or {})),
-        checkpoints=Checkpoints(run=run, every=every, first=guard is not None) if run else None,
-    )  # fmt: skip
+    disk(lines, held_up, full == ranks.index)
+    with contextlib.nullcontext() if full < 0 else told(folder / f"told_{ranks.index}.txt"):
+        fit(
+            model, stream, objective, adamw(model, optim), steps=steps, schedule=schedule(optim, 20), balance=1e-3,
+            clip=clip, health_every=health, ranks=ranks, log=log, guard=Guard(**(guard or {})),
+            checkpoints=Checkpoints(run=run, every=every, first=guard is not None, beside=beside) if run else None,
+        )  # fmt: skip
     (folder / f"rank_{ranks.index}.json").write_text(json.dumps(lines))
     held = sum(ranks.own(parameter).numel() for parameter in model.parameters())
     (folder / f"held_{ranks.index}.json").write_text(json.dumps(held))
@@ -157,6 +170,45 @@ def work(
         ranks.gathered(model).save(folder / "model", precision="fp32")
     elif ranks.size > 1:
         torch.distributed.destroy_process_group()
+
+
+def disk(lines: list[dict], held_up: int, full: bool) -> None:
+    """From now on the states of many ranks are written only when so many further steps have been made; or not at all,
+    for want of room."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    from nautilus.train.parallel import many
+
+    usual, stream = many.write_shards, FileSystem.create_stream
+
+    def later(folder, *what):
+        until = time.monotonic() + PATIENCE / 4
+        step = int(folder.name.removeprefix(".step_").partition(".")[0])
+        while threading.current_thread() is not threading.main_thread() and len(lines) < step + held_up:
+            assert time.monotonic() < until, "the training waits"
+            time.sleep(0.001)
+        usual(folder, *what)
+
+    def no_room(self, path, mode):
+        if mode == "wb":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return stream(self, path, mode)
+
+    if held_up:
+        many.write_shards = later
+    if full:
+        FileSystem.create_stream = no_room
+
+
+@contextlib.contextmanager
+def told(file: Path):
+    """What ends the training is written down, and expected."""
+    from nautilus.runtime import UserError
+
+    try:
+        yield
+    except UserError as bad:
+        file.write_text(str(bad))
 
 
 def poisoned(objective, row_T):

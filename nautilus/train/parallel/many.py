@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,26 +18,29 @@ from torch.distributed.tensor import DTensor
 
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
-from nautilus.runtime import atomic_folder
+from nautilus.runtime import atomic_folder, disk_errors
 from nautilus.train.layout import Layout, Work
 from nautilus.train.parallel import pipeline
 from nautilus.train.parallel.context import stretch
 from nautilus.train.parallel.cuts import Cut
 from nautilus.train.parallel.mesh import Meshes, device, meshes
 from nautilus.train.parallel.shard import distribute
-from nautilus.train.parallel.state import on_first, read_shards, take_part, whole, write_shards
+from nautilus.train.parallel.state import disk_views, on_first, read_shards, take_part, whole, write_shards
 from nautilus.train.ranks import Ranks, T
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManyRanks(Ranks):
     """Of `layout.size` processes. `share`, by parameter: 1 / how many processes hold the same part of it. work: what a
-    step is, for the costs of a pipeline's stages; pipe: where there are several."""
+    step is, for the costs of a pipeline's stages; pipe: where there are several. saving: a group on the CPU; group: the
+    one that states are saved in, by default that of all."""
 
     layout: Layout
     work: Work
     meshes: Meshes
     pipe: pipeline.Pipe | None = None
+    saving: dist.ProcessGroup | None = None
+    group: dist.ProcessGroup | None = None
     cuts: dict[str, Cut] = field(default_factory=dict)
     share: dict[Tensor, float] = field(default_factory=dict)
 
@@ -107,7 +110,7 @@ class ManyRanks(Ranks):
         return bool(summed(torch.tensor(float(asked)), None))
 
     def on_first(self, function):
-        return on_first(function)
+        return on_first(function, self.group)
 
     def first_then_all(self, function):
         found = []
@@ -116,14 +119,19 @@ class ManyRanks(Ranks):
 
     @contextlib.contextmanager
     def folder(self, path: Path) -> Iterator[Path]:
-        with contextlib.ExitStack() as stack:
-            yield on_first(lambda: stack.enter_context(atomic_folder(path)))
-            dist.barrier()
-        dist.barrier()
+        with disk_errors(path), contextlib.ExitStack() as stack:
+            yield self.on_first(lambda: stack.enter_context(atomic_folder(path)))
+            dist.barrier(group=self.group)
+            self.on_first(stack.close)
 
-    def write(self, folder: Path, model: nn.Module, training: dict[str, Tensor]) -> None:
-        write_shards(folder, model.state_dict() | training, self.cuts)
-        dist.barrier()
+    def parts(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return disk_views(tensors, self.cuts)
+
+    def write(self, folder: Path, model: dict[str, Tensor], training: dict[str, Tensor]) -> None:
+        write_shards(folder, model | training, self.group)
+
+    def apart(self) -> ManyRanks:
+        return replace(self, group=self.saving)
 
     def read(self, folder: Path, model: nn.Module) -> dict[str, Tensor]:
         return read_shards(folder, model, self.cuts, [*self.union(dict.fromkeys(model.state_dict()))])
@@ -189,4 +197,5 @@ def join(layout: Layout, work: Work) -> ManyRanks:
         dist.init_process_group("nccl" if gpu else "gloo", store=attempt, rank=rank, world_size=size)
     found = meshes(layout)
     pipe = pipeline.pipe_of(found.rows) if layout.pp > 1 else None
-    return ManyRanks(layout=layout, work=work, meshes=found, pipe=pipe)
+    saving = dist.new_group(backend="gloo")
+    return ManyRanks(layout=layout, work=work, meshes=found, pipe=pipe, saving=saving)  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from nautilus.runtime import UserError
@@ -24,10 +24,15 @@ SHARDS = "shards"  # the folder in a state that holds what many processes wrote
 Cuts = dict[str, Cut]
 
 
-def write_shards(folder: Path, tensors: dict[str, Tensor], cuts: Cuts) -> None:
-    """tensors: each rank's own parts, by the names of a single process."""
-    views = {name: disk_view(tensor, cut_of(name, tensor, cuts)) for name, tensor in tensors.items()}
-    dcp.save(views, checkpoint_id=folder / SHARDS)
+def write_shards(folder: Path, views: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """views: each rank's own, by the names of a single process. group: what the ranks talk in, by default that of all.
+
+    What goes wrong on one rank is raised on all.
+    """
+    try:
+        dcp.save(views, checkpoint_id=folder / SHARDS, process_group=group)
+    except CheckpointException as bad:
+        raise next(error for error, _ in bad.failures.values()) from bad
 
 
 def read_shards(folder: Path, model: nn.Module, cuts: Cuts, everywhere: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -46,7 +51,7 @@ def read_shards(folder: Path, model: nn.Module, cuts: Cuts, everywhere: Sequence
         if parameter_of(name) in names - own.keys():
             continue
         own[name] = room_for(name, kept[name], parameters)
-    views = {name: disk_view(tensor, cut_of(name, tensor, cuts)) for name, tensor in own.items()}
+    views = disk_views(own, cuts)
     for name, view in views.items():
         if tuple(view.shape) != tuple(kept[name].size):
             sizes = f"{tuple(kept[name].size)} there and {tuple(view.shape)} here"
@@ -73,6 +78,11 @@ def parameter_of(name: str) -> str:
 def cut_of(name: str, tensor: Tensor, cuts: Cuts) -> Cut | None:
     """The cut of a parameter, and of its moments."""
     return cuts.get(parameter_of(name)) if tensor.ndim else None
+
+
+def disk_views(tensors: dict[str, Tensor], cuts: Cuts) -> dict[str, Tensor]:
+    """Every rank must ask, in the same order of names."""
+    return {name: disk_view(tensor, cut_of(name, tensor, cuts)) for name, tensor in tensors.items()}
 
 
 def disk_view(tensor: Tensor, cut: Cut | None) -> Tensor:
@@ -126,7 +136,7 @@ def whole(tensor: Tensor, cut: Cut | None) -> Tensor:
     return cut.join(pieces)
 
 
-def on_first(function: Callable):
+def on_first(function: Callable, group: dist.ProcessGroup | None = None):
     """What the first rank's call gives, on every rank; a person's or the disk's mistake is raised everywhere too."""
     found: list = [None]
     if dist.get_rank() == 0:
@@ -134,7 +144,7 @@ def on_first(function: Callable):
             found = [(function(), None)]
         except (ValueError, OSError) as bad:  # UserError is one; the others would wait for ever
             found = [(None, bad)]
-    dist.broadcast_object_list(found, 0)
+    dist.broadcast_object_list(found, 0, group=group)
     value, bad = found[0]
     if bad is not None:
         raise bad
