@@ -43,7 +43,7 @@ class Berths:
         config, device = model.config, model.head_weight.device
         pages = pages_for(max_tokens)
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
-        affordable = int(SHARE * memory_bytes() / per_token) // PAGE if per_token else 0
+        affordable = int(SHARE * memory_bytes() / per_token) // PAGE if per_token else rows * pages
         self.most = pages
         count = max(pages, min(rows * pages, affordable))
         try:
