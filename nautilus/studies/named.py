@@ -50,24 +50,26 @@ NVFP4 = Study(
     demonstrate=True,
 )
 
-RECIPE = Study(
-    name="recipe",
-    about="The whole NVFP4 recipe against NVFP4 in every layer with none of its techniques: no rotation, rounding to "
-    "nearest, weights scaled in rows. More seeds than elsewhere, for the difference is small at this size.",
-    base=(*SMALL, *HYBRID_LAYERS, *ALONE, *SHORT, "steps=1200"),
-    equal=("tokens", "parameters", "active"),
-    variants={"none": (*FOUR, *EVERYWHERE, *NAIVE), "recipe": FOUR},
+DEMO_MODEL = (
+    *("steps=560", "rows=8", "length=256", "max_bytes=6_000_000", "compute=bf16", "prompts=def"),
+    *("optim.lr=5e-3", "optim.min_lr=5e-5", "optim.decay=0.3"),
 )
 
 DEMO = Study(
     name="demo",
     about="Training in NVFP4 against bf16 on the model and the text of `nautilus demo`, with its settings.",
-    base=(
-        *("steps=560", "rows=8", "length=256", "max_bytes=6_000_000", "compute=bf16", "prompts=def"),
-        *("optim.lr=5e-3", "optim.min_lr=5e-5", "optim.decay=0.3"),
-    ),
+    base=DEMO_MODEL,
     equal=("tokens", "parameters", "active"),
     variants={"bf16": (), "nvfp4": FOUR},
+)
+
+RECIPE = Study(
+    name="recipe",
+    about="The whole NVFP4 recipe against NVFP4 in every layer with none of its techniques: no rotation, rounding to "
+    "nearest, weights scaled in rows. On the model and the text of `nautilus demo`.",
+    base=DEMO_MODEL,
+    equal=("tokens", "parameters", "active"),
+    variants={"none": (*FOUR, *EVERYWHERE, *NAIVE), "recipe": FOUR},
 )
 
 LATENT = Study(
@@ -127,4 +129,4 @@ NEEDLE = Study(
     measure="needle",
 )
 
-NAMED = {study.name: study for study in (NVFP4, RECIPE, DEMO, LATENT, MTP, HYBRID, DECAY, NEEDLE)}
+NAMED = {study.name: study for study in (NVFP4, DEMO, RECIPE, LATENT, MTP, HYBRID, DECAY, NEEDLE)}
