@@ -34,7 +34,10 @@ if MACHINE in ("x86_64", "AMD64"):
 elif MACHINE in ("aarch64", "arm64"):
     LEVELS |= {"neon": ["-march=armv8-a", *NEON], "neon_dot": ["-march=armv8.2-a+dotprod", *NEON]}
 # Compiled once for each level.
-KERNELS = ("activation", "attention", "experts", "linear", "lowbit", "mamba", "norm", "quant", "rotary", "route")
+KERNELS = (
+    *("activation", "attention", "attention_backward", "experts", "linear", "lowbit", "mamba", "norm", "quant"),
+    *("rotary", "route"),
+)
 ONCE = ("entry", "pool")
 
 

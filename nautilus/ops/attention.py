@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nautilus.ops.cpu.attention import attention_native, attention_refuses
+from nautilus.ops.cpu.attention_backward import Native
 from nautilus.ops.cpu.rotary import rotate_native, rotate_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.shapes import checked
@@ -73,7 +74,7 @@ def wants_gradient(*tensors: Tensor) -> bool:
 def attention_through_pages(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
     """The native forward, the same whether or not a gradient is asked for."""
     if wants_gradient(q_BTHP, k_BSGP, v_BSGP):
-        return Training.apply(attention_native, q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+        return Native.apply(q_BTHP, k_BSGP, v_BSGP, first_BT, window)  # type: ignore[return-value]
     return attention_native(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
 
 
@@ -87,7 +88,7 @@ def training_refuses(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> str 
 
 def attention_training(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
     """For training on the CPU without native kernels."""
-    return Training.apply(attention_blocks, q_BTHP, k_BSGP, v_BSGP, first_BT, window)
+    return Training.apply(q_BTHP, k_BSGP, v_BSGP, first_BT, window)
 
 
 def attention_blocks(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
@@ -101,7 +102,7 @@ def attention_blocks(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tens
 
 
 class Training(torch.autograd.Function):
-    """Any forward, and one backward, which rebuilds the probabilities block by block from the inputs.
+    """The forward and backward in blocks; the backward rebuilds the probabilities block by block from the inputs.
 
     Z: queries times heads of a group.
     """
@@ -109,10 +110,10 @@ class Training(torch.autograd.Function):
     SCORES = 1 << 22  # held at a time in float32: 16 MiB
 
     @staticmethod
-    def forward(ctx, function, q_BTHP, k_BSGP, v_BSGP, first_BT, window):
+    def forward(ctx, q_BTHP, k_BSGP, v_BSGP, first_BT, window):
         ctx.save_for_backward(q_BTHP, k_BSGP, v_BSGP, first_BT)
         ctx.window = window
-        return function(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
+        return attention_blocks(q_BTHP, k_BSGP, v_BSGP, first_BT=first_BT, window=window)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +133,7 @@ class Training(torch.autograd.Function):
         dk_BSGP, dv_BSGP = torch.empty_like(k_BSGP), torch.empty_like(v_BSGP)
         put(dk_BSGP, dk)
         put(dv_BSGP, dv)
-        return None, dq_BTHP, dk_BSGP, dv_BSGP, None, None
+        return dq_BTHP, dk_BSGP, dv_BSGP, None, None
 
 
 def blocks(q_BTHP: Tensor, positions: int, first_BT: Tensor | None, window: int):

@@ -474,8 +474,11 @@ struct Block {
   }
 
   void finish(int64_t m) {
-    F factor = set(f.v_scale / sum_lanes(load(w.sum + m * W)));
+    float sum = sum_lanes(load(w.sum + m * W));
+    F factor = set(f.v_scale / sum);
     T* out = static_cast<T*>(f.out) + offset(m);
+    // In double: logarithms of float differ among libraries of C.
+    if (f.lse) f.lse[offset(m) / width] = w.top[m] + static_cast<float>(log(static_cast<double>(sum)));
     for (int64_t c = 0; c < width; c += W) store(out + c, load(w.out + m * wide + c) * factor, width - c);
   }
 };

@@ -47,7 +47,7 @@ class Forward(ctypes.Structure):
     _fields_ = [
         ("at", KvPages),
         *((name, ctypes.c_int64) for name in ("heads", "window", "parts")),
-        *((name, ctypes.c_void_p) for name in ("q", "first", "out")),
+        *((name, ctypes.c_void_p) for name in ("q", "first", "out", "lse")),
         *((name, ctypes.c_float) for name in ("scale", "v_scale")),
     ]
 
@@ -161,11 +161,12 @@ def kv_write(pool: Pool, rows: Rows, k_NGP: Tensor, v_NGP: Tensor) -> None:
 
 def attention_paged(
     q_NHP: Tensor, pool: Pool, rows: Rows, *,
-    first_N: Tensor | None = None, window: int = 0, scale: float | None = None,
+    first_N: Tensor | None = None, window: int = 0, scale: float | None = None, lse_NH: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """out_NHP of new tokens whose keys and values are written, without gradient. ValueError for what does not fit.
 
     first_N (int32) is the position at which each one's document begins; the scale of scores is 1 / sqrt(P) by default.
+    lse_NH, contiguous float32, is written: log(sum_s exp(score_s)) over the positions that each token sees.
     """
     tokens, heads, width = q_NHP.shape
     wanted = torch.float32 if pool.format == "f32" else torch.bfloat16
@@ -181,12 +182,12 @@ def attention_paged(
     q, first = q_NHP.detach().contiguous(), None if first_N is None else first_N.cpu().contiguous()
     out, factor = torch.empty_like(q), (width**-0.5 if scale is None else scale) * pool.k_scale
     sizes = heads, window, parts(heads // pool.groups, len(rows.length) * pool.groups)
-    record = Forward(pages(pool, rows, tokens), *sizes, *map(pointer, (q, first, out)), factor, pool.v_scale)
+    record = Forward(pages(pool, rows, tokens), *sizes, *map(pointer, (q, first, out, lse_NH)), factor, pool.v_scale)
     run("nautilus_attention_forward", record, lambda: misplaced(pool, rows, tokens, first, window))
     return out
 
 
-def attention_native(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tensor:
+def attention_native(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0, lse_BTH=None) -> Tensor:
     """See `ops/attention.py`; without gradient. Keys and values go into pages of their own first."""
     (batch, time, _, width), (positions, groups) = q_BTHP.shape, k_BSGP.shape[1:3]
     most = math.ceil(positions / PAGE)
@@ -199,7 +200,9 @@ def attention_native(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> Tens
     )
     kv_write(pool, old, k_BSGP.flatten(0, 1), v_BSGP.flatten(0, 1))
     first_N = None if first_BT is None else first_BT.expand(batch, time).flatten().to(torch.int32)
-    return attention_paged(q_BTHP.flatten(0, 1), pool, new, first_N=first_N, window=window).view(q_BTHP.shape)
+    lse_NH = None if lse_BTH is None else lse_BTH.flatten(0, 1)
+    named = {"first_N": first_N, "window": window, "lse_NH": lse_NH}
+    return attention_paged(q_BTHP.flatten(0, 1), pool, new, **named).view(q_BTHP.shape)
 
 
 def attention_refuses(q_BTHP, k_BSGP, v_BSGP, *, first_BT=None, window=0) -> str | None:

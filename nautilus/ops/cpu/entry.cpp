@@ -27,6 +27,7 @@
   void fill_quant_##name(Kernels*);     \
   void fill_route_##name(Kernels*);     \
   void fill_attention_##name(Kernels*); \
+  void fill_attention_backward_##name(Kernels*); \
   void fill_activation_##name(Kernels*);\
   void fill_rotary_##name(Kernels*);    \
   void fill_lowbit_##name(Kernels*);    \
@@ -38,6 +39,7 @@
     fill_quant_##name(k);               \
     fill_route_##name(k);               \
     fill_attention_##name(k);           \
+    fill_attention_backward_##name(k);  \
     fill_activation_##name(k);          \
     fill_rotary_##name(k);              \
     fill_lowbit_##name(k);              \
@@ -142,7 +144,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 18; }
+EXPORT int nautilus_interface() { return 19; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -583,4 +585,26 @@ EXPORT int nautilus_attention_forward(const AttentionForward* f, int threads) {
                                   call->scratch + call->bytes * thread);
       },
       f, kernels.attention_scratch(f), kernels.attention_items(f), threads);
+}
+
+// Slab after slab: keys of all strips at once, then what they found for the slab's queries.
+EXPORT int nautilus_attention_backward(const AttentionBackward* b, int threads) {
+  struct Slab {
+    const AttentionBackward* b;
+    int64_t from;
+  };
+  int64_t pairs = b->rows * b->groups, rows = b->time * (b->heads / b->groups), strips = blocks(b->positions, b->strip);
+  for (Slab slab{b, 0}; slab.from < rows; slab.from += b->slab) {
+    int failed = share_out(
+        [](void* context, int64_t item, int thread) {
+          auto* call = static_cast<Call*>(context);
+          auto* slab = static_cast<const Slab*>(call->arguments);
+          kernels.attention_backward_piece(slab->b, item, slab->from, call->scratch + call->bytes * thread);
+        },
+        &slab, kernels.attention_backward_scratch(b), pairs * strips, threads);
+    if (failed) return failed;
+    each_item(threads, pairs * (b->slab / ATTENTION_BLOCK),
+              [&](int64_t item) { kernels.attention_backward_queries(b, item, slab.from); });
+  }
+  return share_out_plainly(kernels.attention_backward_keys, b, pairs * strips, threads);
 }

@@ -294,7 +294,23 @@ struct AttentionForward {
   const void* q;                 // (tokens, H, P), float for pages of float, else bf16
   const int32_t* first;          // (tokens); null: zeros
   void* out;                     // (tokens, H, P) as q
+  float* lse;                    // (tokens, H): log of the sum of exp of all scores; null: not wanted
   float scale, v_scale;          // of scores and of outputs
+};
+
+// Queries are the last T of S positions. A row is a query and a head of one group: there are T H / G for each batch row
+// and group. A block of rows meets a tile of keys; slabs are blocks of rows, strips tiles of keys. `sums` begins as zeros.
+enum { ATTENTION_BLOCK = 48, ATTENTION_TILE = 48, ATTENTION_PAD = 16 };
+
+struct AttentionBackward {
+  int64_t rows, time, positions, heads, groups, width, window, bf16, strip, slab;
+  const void *q, *k, *v, *out, *dout;  // (B, T, H, P), (B, S, G, P), bf16 or float, as are the gradients
+  const float* lse;                    // (B, T, H)
+  const int32_t* first;                // (B, T); null: zeros
+  void *dq, *dk, *dv;
+  float* sums;   // (B, G, strips, 2, strip, P rounded up to a multiple of ATTENTION_PAD)
+  float* parts;  // (B, G, strips, slab, as many)
+  float scale;
 };
 
 // Low-precision training; see lowbit.cpp. Rows come in groups, those of group g are first[g] .. first[g + 1] - 1: the
@@ -369,6 +385,11 @@ struct Kernels {
   int64_t (*attention_items)(const AttentionForward*);
   void (*attention_forward)(const AttentionForward*, int64_t item, void* scratch);
   int64_t (*attention_scratch)(const AttentionForward*);
+  // item: (batch row, group, strip), against the slab that begins with row `from`
+  void (*attention_backward_piece)(const AttentionBackward*, int64_t item, int64_t from, void* scratch);
+  int64_t (*attention_backward_scratch)(const AttentionBackward*);
+  void (*attention_backward_queries)(const AttentionBackward*, int64_t item, int64_t from);  // item: ..., block of slab
+  void (*attention_backward_keys)(const AttentionBackward*, int64_t item);  // item: (batch row, group, strip)
   uint32_t (*lowbit_largest)(const LowBit*, const LowBitSpan*);  // bits of the largest magnitude
   int64_t (*lowbit_round)(const LowBit*, const LowBitSpan*, float amax);
   int64_t (*lowbit_panels)(const LowBitProduct*);

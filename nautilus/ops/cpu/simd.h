@@ -246,6 +246,26 @@ inline Pairs set_pair(const uint16_t* p) {
 inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
 #endif
 
+// Two vectors as bf16, lane by lane in pairs.
+#if defined(__AVX512BF16__)
+inline void store_pairs(uint16_t* p, F even, F odd) {
+  alignas(64) static constexpr uint16_t order[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
+                                                     8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  __m512i both = (__m512i)_mm512_cvtne2ps_pbh(odd.v, even.v);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi16(_mm512_load_si512(order), both));
+}
+#else
+inline void store_pairs(uint16_t* p, F even, F odd) {
+  uint16_t first[W], second[W];
+  store(first, even);
+  store(second, odd);
+  for (int i = 0; i < W; i++) {
+    uint32_t both = first[i] | static_cast<uint32_t>(second[i]) << 16;
+    memcpy(p + 2 * i, &both, 4);
+  }
+}
+#endif
+
 // Whole numbers, one in each lane; four bytes of a lane at a time meet four bytes of another vector in `dot`. The bytes of
 // the first operand are unsigned and at most 127, or signed in `dot_signed`, whose sum comes out larger by SIGNED_BIAS
 // times the sum of the second operand. A table of sixteen bytes is looked up by the low or the high half of each byte.

@@ -14,6 +14,7 @@ import torch
 from nautilus.ops.cpu import library
 from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool, positions_native
+from nautilus.ops.cpu.attention_backward import Native
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import fold_native, mamba_native, new_slots, slots_native
@@ -156,6 +157,9 @@ def attention(dtype, lengths, new, heads, groups, width, window):
         assert (positions_native(places(new), sum(new)) < max(lengths)).all()
     one = lambda t: t[None, : lengths[0]]
     finite(attention_native(q[None, : new[0]], one(k), one(v), window=window))
+    leaves = [t.detach().requires_grad_() for t in (q[None, : new[0]], one(k), one(v))]
+    for first_BT in (None, torch.full((1, new[0]), (lengths[0] - new[0]) // 3)):
+        back([Native.apply(*leaves, first_BT, window)], leaves)
 
 
 def route(tokens, count, active):
