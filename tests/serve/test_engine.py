@@ -248,14 +248,15 @@ def test_requests_for_which_there_is_no_memory_are_refused(rows):
 
 
 @pytest.mark.timeout(60)
-def test_a_stream_that_nobody_reads_on_is_not_waited_for():
+def test_a_stream_that_nobody_reads_on_holds_nobody_up_and_is_there_later():
     engine = Engine(ENDLESS, UNENDING, max_tokens=64, rows=1)
     stream = engine.stream([1, 2], GREEDY)
     first = next(stream)
-    with pytest.raises(UserError, match=r"1 answers .* nobody reads on .* rows=1 .* close them"):
-        engine.generate([[3]], GREEDY)
-    assert len([first, *stream]) == GREEDY.max_tokens
-    assert len(engine.generate([[3]], GREEDY)[0].tokens) == GREEDY.max_tokens
+    other = engine.generate([[3]], GREEDY)[0]
+    assert len(other.tokens) == GREEDY.max_tokens
+    alone = Engine(ENDLESS, UNENDING, max_tokens=64).generate([[1, 2]], GREEDY)[0]
+    assert [piece.token for piece in (first, *stream)] == list(alone.tokens)
+    assert engine.scheduler.idle and len(engine.berths.slots) == 1
 
 
 @pytest.mark.parametrize("prompts", ["abc", None])
