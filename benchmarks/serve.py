@@ -17,7 +17,6 @@ import asyncio
 import dataclasses
 import datetime
 import json
-import os
 import random
 import signal
 import socket
@@ -56,7 +55,7 @@ async def ask(port: int, prompt: list[int], tokens: int, **more) -> Answered:
     data = json.dumps(body | more).encode()
     begin = time.perf_counter()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
     first = last = 0.0
     answer = b""
@@ -146,12 +145,12 @@ def toy():
 def serve_ours(shape: str, format: str, port: int, users: int, longest: int) -> None:
     """The server of `nautilus serve` on random weights."""
     import torch
+    from nautilus.serve.api.server import serve_engine
 
     from nautilus.data.tokenizer import SMALLEST, train_tokenizer
     from nautilus.eval.random_model import random_model
     from nautilus.runtime import keep_memory
     from nautilus.serve import Engine
-    from nautilus.serve.api.server import serve_engine
 
     keep_memory()
     torch.set_num_threads(2)

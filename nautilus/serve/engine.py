@@ -21,12 +21,15 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.control import StopStrings
+from nautilus.serve.budget import thinking_rules
+from nautilus.serve.control import StopStrings, opens_thinking
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berths
 from nautilus.serve.prefixes import Prefixes
 from nautilus.serve.request import Completion, Piece, Request
-from nautilus.serve.sample import Sampling, draw_one, whole
+from nautilus.serve.rules import Rule, rules_of
+from nautilus.serve.sample import draw_one
+from nautilus.serve.sampling import Sampling, whole
 from nautilus.serve.scheduler import Scheduler
 
 Prompt = str | Sequence[int] | Sequence[Mapping]
@@ -147,19 +150,29 @@ class Engine:
             request.raise_error()
         return [request.completion() for request in requests]
 
-    def request(self, prompt: Prompt, sampling: Sampling, **more) -> Request:
-        """more: fields of Request."""
+    def request(self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), **more) -> Request:
+        """rules: beside those that the sampling implies, grammars for example; more: fields of Request."""
         tokens = self.checked(self.tokens(prompt))
+        ends = sampling.ends((*self.model.config.eos, *self.tokenizer.stop))
+        inside = sampling.thinking_budget is not None and self.begins_thinking(tokens)
+        implied = rules_of(sampling, tokens, ends, self.model.config.vocab)
         return Request(
             prompt=len(tokens),
             tokens=tokens,
             sampling=sampling,
-            ends=frozenset((*self.model.config.eos, *self.tokenizer.stop, *sampling.stop_tokens)),
+            ends=ends,
             limit=min(len(tokens) + sampling.max_tokens, self.max_tokens),
             written=self.tokenizer.stream(skip_special=True),
             stops=StopStrings(sampling.stop),
+            rules=[*implied, *rules, *thinking_rules(sampling, self.tokenizer, inside=inside)],
             **more,
         )
+
+    def begins_thinking(self, tokens: list[int]) -> bool:
+        """Whether an answer to these begins within a thinking block."""
+        turn = self.tokenizer.control.get("<|im_start|>")
+        begin = len(tokens) - tokens[::-1].index(turn) if turn in tokens else max(0, len(tokens) - 8)
+        return opens_thinking(self.tokenizer.decode(tokens[begin:]))
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The tokens of messages, by the chat template; of text, begun as its tokenizer does; tokens as they are."""
@@ -271,8 +284,7 @@ class Engine:
         found = []
         for request, logits_V in zip(requests, logits_BV.unbind(), strict=True):
             try:
-                token, logprob = draw_one(logits_V, request.sampling, len(request.tokens))
-                piece = request.take(token, logprob)
+                piece = request.take(*draw_one(logits_V, request.sampling, len(request.tokens), request.rules))
             except UserError as bad:
                 request.error, piece = bad, request.end("error")
             found.append((request, piece))

@@ -10,7 +10,8 @@ from nautilus.data.tokenizer import TextStream
 from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
 from nautilus.serve.memory import Berth
-from nautilus.serve.sample import Sampling
+from nautilus.serve.rules import Rule
+from nautilus.serve.sampling import Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class Request:
     limit: int
     written: TextStream
     stops: StopStrings
+    rules: Sequence[Rule] = ()
     tenant: str = ""
     priority: int = 0
     marks: Sequence[int] = ()
@@ -81,8 +83,13 @@ class Request:
     def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> Piece:
         """Add a token; what it means for the text and for the end of the request."""
         self.tokens.append(token)
+        for rule in self.rules:
+            rule.add(token)
         ended = token in self.ends
-        text = "" if ended else self.stops.add(self.written.push(token))
+        text = "" if ended else self.written.push(token)
+        ended = ended or any(rule.ended for rule in self.rules)
+        if len(self.tokens) - self.prompt > self.sampling.min_tokens:  # before, no string ends an answer
+            text = self.stops.add(text)
         if ended or len(self.tokens) >= self.limit:
             text += self.stops.add(self.written.close()) + self.stops.finish()
         reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None

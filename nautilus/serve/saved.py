@@ -99,8 +99,8 @@ class Saved:
     # ----- what an engine asks ---------------------------------------------------------------------------------------
 
     def find(self, space: str, tokens: Tokens, most: int) -> Found:
-        """The entry that saves most of these tokens, but no more than `most` of them: one at least must be computed, for
-        its logits. It is exempt from eviction until `unlock`. It may have to be read from its file first.
+        """The entry that saves most of these tokens, but no more than `most` of them: one at least must be computed,
+        for its logits. It is exempt from eviction until `unlock`. It may have to be read from its file first.
 
         Where `length` ends inside a page, that page is to be copied before a token is added to it: it has other owners.
         """

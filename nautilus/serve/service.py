@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from nautilus.runtime import UserError
 from nautilus.serve.engine import Engine
 from nautilus.serve.request import Piece, Request
-from nautilus.serve.sample import Sampling
+from nautilus.serve.rules import Rule
+from nautilus.serve.sampling import Sampling
 
 log = logging.getLogger("nautilus.serve")
 
@@ -37,10 +38,11 @@ class Draining(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A prompt and how to answer it; see Request for tenant, priority and marks."""
+    """A prompt and how to answer it; see Request for tenant, priority and marks. rules: grammars, for example."""
 
     tokens: Sequence[int]
     sampling: Sampling = Sampling()
+    rules: Sequence[Rule] = ()
     tenant: str = ""
     priority: int = 0
     marks: Sequence[int] = ()
@@ -133,7 +135,7 @@ class Service:
         if not self.ready:
             raise Draining("the server is stopping; ask another one" if self.draining else "the engine has stopped")
         fields = {"tenant": job.tenant, "priority": job.priority, "marks": tuple(job.marks)}
-        request = self.engine.request(list(job.tokens), job.sampling, **fields)
+        request = self.engine.request(list(job.tokens), job.sampling, job.rules, **fields)
         self.refuse_too_many(request)
         reply = self.replies[request] = Reply(self, request)
         self.queued[request] = request.prompt

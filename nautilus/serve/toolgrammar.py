@@ -21,10 +21,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nautilus.runtime import UserError
+from nautilus.serve.markers import CALLS, CLOSE, OPEN
 from nautilus.serve.schema import expect, found, pointer, references, screened
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
-MARKERS = (OPEN, CLOSE, "<function=", "</function>", "<parameter=", "</parameter>")
 NEWLINE = "\n"
 END = "\n</parameter>\n"
 MOST_LARK = 1 << 20  # characters, definitions shared by many parameters written out for each
@@ -105,7 +104,7 @@ def value_rules(rule: str, schema: Any, root: Any, where: str) -> Iterator[str]:
         yield f'{rule}: "\\n" %json {json.dumps(closed(schema, root, where))} {quoted(END)}'
     elif choices is not None:
         written = [choice if isinstance(choice, str) else json.dumps(choice) for choice in choices]
-        if any(line.startswith(MARKERS) for text in written for line in text.split(NEWLINE)):
+        if any(line.startswith(CALLS) for text in written for line in text.split(NEWLINE)):
             raise UserError(f"{where} has a choice with a line that begins like markup of a call; leave it out")
         yield f"{rule}: {' | '.join(quoted(f'{NEWLINE}{text}{END}') for text in written)}"
     elif schema.get("type") == "string" and (bounds := [*limits_of(schema, where)]):

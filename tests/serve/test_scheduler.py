@@ -147,7 +147,7 @@ def test_answers_go_on_while_a_long_prompt_is_read():
     engine.submit(quick)
     engine.step()
     engine.submit(long)
-    for count in range(1, 6):
+    for _ in range(5):
         begun = len(quick.pieces)
         engine.step()
         assert len(quick.pieces) == begun + 1 and not long.pieces
