@@ -17,6 +17,7 @@ import asyncio
 import dataclasses
 import datetime
 import json
+import os
 import random
 import signal
 import socket
@@ -99,7 +100,7 @@ class Server:
             try:
                 asyncio.run(ask(port, [300, 301], 2))
                 break
-            except (OSError, RuntimeError):
+            except OSError:
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise SystemExit(f"{name} did not start; see {log}") from None
                 time.sleep(0.2)
@@ -129,7 +130,7 @@ def contestants(shape: str, format: str, users: int, longest: int, folder: Path)
     ours = [sys.executable, __file__, "--ours", shape, "--format", format, "--port", port, "--users", users]
     gguf = llama_cpp.model_file(shape, "Q4_0") if shape != "toy" else folder / "toy.gguf"
     if not gguf.is_file():
-        llama_cpp.write_gguf(gguf, toy(), "BF16")
+        llama_cpp.write_gguf(gguf, toy_config(), "Q4_0")
     tools = llama_cpp.build()
     theirs = [tools.server, "-m", gguf, "--port", other, "-t", 2, "-tb", 2, "-np", users, "-c", users * longest]
     return [
@@ -138,27 +139,26 @@ def contestants(shape: str, format: str, users: int, longest: int, folder: Path)
     ]
 
 
-def toy():
-    return toy_config()
-
-
 def serve_ours(shape: str, format: str, port: int, users: int, longest: int) -> None:
     """The server of `nautilus serve` on random weights."""
     import torch
-    from nautilus.serve.api.server import serve_engine
 
-    from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+    from nautilus.data.tokenizer import train_tokenizer
     from nautilus.eval.random_model import random_model
+    from nautilus.recipes.serve import Settings, api_module, serve
     from nautilus.runtime import keep_memory
     from nautilus.serve import Engine
 
     keep_memory()
     torch.set_num_threads(2)
-    config = toy() if shape == "toy" else llama_cpp.shape(shape)
-    model = random_model(dataclasses.replace(config, positions=1 << 20), "bf16" if shape == "toy" else format)
-    tokenizer = train_tokenizer([], vocab=SMALLEST)
+    config = toy_config() if shape == "toy" else llama_cpp.shape(shape)
+    model = random_model(dataclasses.replace(config, positions=1 << 20), format)
+    texts = [file.read_text(errors="replace") for file in sorted(Path(os.__file__).parent.glob("*.py"))]
+    tokenizer = train_tokenizer(texts, vocab=config.vocab)
     engine = Engine(model, tokenizer, max_tokens=longest, rows=users, step_seconds=0.25, saved_gb=1)
-    serve_engine(engine, host="127.0.0.1", port=port, name="bench")
+    with api_module("server").bound("127.0.0.1", port) as listening:
+        settings = Settings(name="bench", rows=users)
+        asyncio.run(serve(engine, settings, api_module("keys").Keys(), listening))
 
 
 def main() -> None:
@@ -183,7 +183,7 @@ def main() -> None:
     try:
         for name in options.work:
             for users in options.users:
-                rows.append(compare(servers, name, users, options.repeats, toy().vocab))
+                rows.append(compare(servers, name, users, options.repeats, toy_config().vocab))
     finally:
         for server in servers:
             server.close()

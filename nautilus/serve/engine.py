@@ -61,8 +61,8 @@ class Engine:
     step_seconds: how long prompts are read before those that are answered get their next token; for ever by default,
         which is fastest in all.
     saved_gb: memory for the states of known prefixes, in 10^9 bytes, which are then not read again; none by default.
-    saved_folder: where states go that memory has no room for, and come back from, also in another process; at most
-        saved_folder_gb of them, 16 by default.
+    saved_folder: where states go that memory has no room for, and come back from, also in another process.
+    saved_folder_gb: most 10^9 bytes of files there; 16 by default.
 
     `rows`, `chunk` and `step_seconds` do not change results beyond rounding; on native kernels they change no bit.
     UserError for a max_tokens, rows, chunk, cache or state that cannot be, and where there is no memory for them.

@@ -43,6 +43,7 @@ log = logging.getLogger("nautilus.serve")
 NAME = re.compile(r"[0-9a-f]{32}\.safetensors")
 KEY, PARTIAL = "key", "partial"
 HEADER_MOST = 1 << 20  # bytes of a header: one of 108 layers has some 30 KB
+TOKENS_MOST = 1 << 24
 HEADER_ROOM = 1 << 12  # bytes by which a file may be larger than its tensors, roughly; for the size cap
 # What the library, torch and parsers say to a header that was not written here, and the system to a file.
 UNREADABLE = (OSError, UserError, RuntimeError, TypeError, ValueError, OverflowError, KeyError)
@@ -82,6 +83,8 @@ class Folder:
         self.lock = private_folder(self.path)
         try:
             self.partial = self.path / PARTIAL
+            if self.partial.is_symlink():
+                self.partial.unlink()
             self.partial.mkdir(mode=0o700, exist_ok=True)
             for leftover in self.partial.iterdir():
                 leftover.unlink()
@@ -116,7 +119,7 @@ class Folder:
 
     def remove(self, name: str) -> None:
         self.sizes.pop(name, None)
-        with contextlib.suppress(FileNotFoundError), self.quietly():
+        with self.quietly(), contextlib.suppress(FileNotFoundError):
             os.unlink(self.path / name)
 
     def touch(self, name: str) -> None:
@@ -207,8 +210,8 @@ class Folder:
 
     def checked(self, name: str, metadata: dict[str, str], tensors: dict[str, Tensor]) -> Header:
         tokens = tensors.pop("tokens", None)
-        if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 1:
-            raise BadFile("it has no list of tokens")
+        if tokens is None or tokens.dtype != torch.int32 or tokens.dim() != 1 or not 0 < len(tokens) <= TOKENS_MOST:
+            raise BadFile("it has no list of tokens, or one too long")
         tokens_T = tokens.numpy().copy()
         seal = self.seal(metadata, tensors, tokens_T)
         if not hmac.compare_digest(seal.encode(), metadata.get("seal", "").encode()):
@@ -245,7 +248,7 @@ def named(kind: str, tensors: Sequence[Tensor]) -> dict[str, Tensor]:
 def checksum(data: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for _, tensor in sorted(data.items()):
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -280,8 +283,10 @@ def private_folder(path: Path) -> int:
     else:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            reason = "which another process uses; give each server a folder of its own"
+        except OSError as bad:
+            reason = (
+                f"which another process uses ({bad.strerror}); give each server a folder of its own, on a local disk"
+            )
     if reason:
         os.close(handle)
         raise UserError(f"{what}, {reason}")

@@ -10,7 +10,7 @@ from torch import Tensor
 from nautilus.serve.prefix import Node
 
 MIB = 1 << 20
-ALPHA = 1.0
+ALPHA = 1.5
 
 
 @dataclass(kw_only=True, eq=False)
