@@ -469,6 +469,19 @@ def test_the_largest_cache_is_found_or_unknown(monkeypatch):
     assert doctor.largest_cache("cache size\t: 1024 KB\n") == 1.0 and doctor.largest_cache("") is None
 
 
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("words", ["seconds=inf", "seconds=nan", "seconds=0", "seconds=1e9", "size=1e6", "size=0"])
+def test_doctor_refuses_measurements_that_never_end(capsys, words):
+    assert main(["doctor", words]) == 2
+    error = capsys.readouterr().err
+    name, bound = words.split("=")[0], {"seconds": "not above 600", "size": "between 1 and 8192"}
+    assert error.startswith(f"nautilus: {name}=") and bound[name] in error and len(error.splitlines()) == 1
+
+
+def test_doctor_shows_the_free_space_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert doctor.machine(tmp_path / "not" / "yet")["disk_free_gb"] == doctor.machine(tmp_path)["disk_free_gb"] > 0
+
+
 def test_doctor_says_what_an_extra_lacks():
     extra = doctor.Extra("something", ("json", "no_such_module_here"))
     assert doctor.missing(extra) == ["no_such_module_here"]
@@ -581,6 +594,14 @@ def test_bench_speed_opens_a_run_and_a_checkpoint(tmp_path, capsys):
     assert "has weights of its own; leave them out, or give a preset" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", ["vocab=1 layers=_", "layers=M format=nvfp4"])
+def test_bench_speed_measures_what_is_nearly_nothing(capsys, words):
+    quick = "context= sequences=2 prefill= steps=2 repeats=1".split()
+    assert main(["bench", "speed", "toy", "json=true", *quick, *words.split()]) == 0
+    (work,) = json.loads(capsys.readouterr().out)["works"]
+    assert work["sequences"] == 2 and work["tokens_per_s"]["median"] > 0
+
+
 @pytest.mark.parametrize(
     "words,message",
     [
@@ -593,6 +614,7 @@ def test_bench_speed_opens_a_run_and_a_checkpoint(tmp_path, capsys):
         ("toy state=fp17", "there is none called 'fp17'; did you mean"),
         ("toy cache=fp9", "pages of 'fp9' for heads of width 16 do not exist; take one of f32, bf16"),
         (f"toy metrics={__file__}", "that file is there; give a new name"),
+        ("toy metrics=/no/where", "metrics=/no/where were asked for, but /no is no folder; make it first"),
         ("llama_3_1_8b layers=* vocab=99 context=131073", "131,105 positions; the model has 131,072"),
     ],
 )

@@ -110,10 +110,13 @@ def works_of(settings: Settings) -> list[Work]:
 
 
 def rows_file(settings: Settings) -> Path:
-    """Where a line per turn goes. UserError for a file that is there, which would be written over."""
+    """Where a line per turn goes. UserError for a file that is there, which would be written over, and
+    for a folder that is not."""
     file = Path(settings.metrics or os.devnull)
     if file.is_file():
         raise UserError(f"the rows of metrics={file} were asked for, but that file is there; give a new name")
+    if not file.parent.is_dir():
+        raise UserError(f"the rows of metrics={file} were asked for, but {file.parent} is no folder; make it first")
     return file
 
 

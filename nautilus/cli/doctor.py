@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import nautilus
-from nautilus.runtime import installing
+from nautilus.runtime import UserError, installing
+from nautilus.runtime.errors import first_existing
 
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "huggingface_hub", "rich")
 # What vectorised CPU code asks for, x86 and ARM.
 FEATURES = "avx2 fma avx512f avx512_vnni avx512_bf16 avx_vnni amx_bf16 amx_int8 asimd asimddp bf16 i8mm sve".split()
+LARGEST, LONGEST = 8192, 600  # more takes minutes: matrices of 268 MB, seconds
 
 
 class Extra(NamedTuple):
@@ -49,11 +51,15 @@ class Settings:
     json: bool = field(default=False, metadata={"help": "print one JSON object instead of tables"})
     size: int = field(default=1024, metadata={"help": "rows and columns of the matrices that are timed"})
     seconds: float = field(default=0.5, metadata={"help": "how long each measurement may take"})
-    folder: str = field(default=".", metadata={"help": "where runs would be written; its free space is shown"})
+    folder: str = field(
+        default=".", metadata={"help": "where runs would be written, there already or not; its free space is shown"}
+    )
 
     def __post_init__(self):
-        if self.size < 1 or self.seconds <= 0:
-            raise ValueError(f"size={self.size} and seconds={self.seconds} must both be positive")
+        if not 1 <= self.size <= LARGEST:
+            raise UserError(f"size={self.size} of the matrices that are timed must lie between 1 and {LARGEST}")
+        if not 0 < self.seconds <= LONGEST:
+            raise UserError(f"seconds={self.seconds} of each measurement must lie above 0 and not above {LONGEST}")
 
 
 def main(settings: Settings) -> None:
@@ -96,7 +102,7 @@ def machine(folder: Path) -> dict:
         "largest_cache_mb": largest_cache(text),
         "memory_gb": {kind: round(int(kilobytes) / 1e6, 1) for kind, kilobytes in memory.items()},
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "disk_free_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
+        "disk_free_gb": round(shutil.disk_usage(first_existing(folder)).free / 1e9, 1),
     }
 
 

@@ -130,7 +130,4 @@ def show(facts: dict) -> None:
     console.print(f"{need} fits into {facts['memory_gb']:g} GB")
     days = f", {facts['days']:,.1f} days for {facts['tokens']:.3g} tokens" if facts["days"] is not None else ""
     console.print(f"{facts['tokens_per_s']:,.0f} tokens/s, {facts['mfu']:.1%} of the peak{days}")
-    console.print(
-        "An estimate: peaks and efficiency as in machine, data-parallel traffic hidden behind computing, activations "
-        "as native kernels keep them (plain PyTorch up to twice as much of a Mamba layer)."
-    )
+    console.print("An estimate: peaks and efficiency as in machine, data-parallel traffic hidden behind computing.")

@@ -13,8 +13,9 @@ import json
 
 import jinja2
 import jinja2.ext
-import jinja2.sandbox
 
+from nautilus.config.keys import short
+from nautilus.data.bounded import METER, Sandbox, TooMuch, metered, rendered
 from nautilus.runtime import UserError
 
 _TEXT = r"""
@@ -142,7 +143,12 @@ def render_template(template: str, variables: dict) -> str:
     """The text of any template, ours or a checkpoint's own."""
     ready = compiled(template)
     try:
-        return ready.render(variables)
+        return rendered(ready, variables)
+    except TooMuch as bad:
+        raise UserError(
+            f"the chat template {short(template)} does more than any conversation needs: {bad}; use the checkpoint's"
+            f" original file"
+        ) from bad
     # What a filter raises on a value that it was not made for may be of any kind.
     except Exception as bad:
         raise UserError(
@@ -152,12 +158,10 @@ def render_template(template: str, variables: dict) -> str:
 
 @functools.lru_cache(maxsize=16)
 def compiled(template: str) -> jinja2.Template:
-    """In the immutable sandbox: a template of unknown origin can neither reach Python nor change what it is given."""
+    """In the sandbox: a template of unknown origin cannot reach Python, change what it is given, or take long."""
     # Line breaks after blocks are swallowed, as templates written for transformers expect.
-    sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]
-    )
-    sandbox.filters["tojson"] = as_json
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    sandbox.filters["tojson"] = metered("tojson", as_json)
     sandbox.globals["raise_exception"] = raise_exception
     sandbox.globals["strftime_now"] = strftime_now
     try:
@@ -175,8 +179,10 @@ def as_json(
 
 
 def raise_exception(message: str):
+    METER.get().told(message)
     raise jinja2.TemplateError(message)
 
 
 def strftime_now(pattern: str) -> str:
+    METER.get().refuse_widths(pattern, ())
     return datetime.datetime.now().strftime(pattern)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nautilus.config.keys import short
+from nautilus.model.expression import Expression
 from nautilus.runtime import UserError, read_json
 
 OWN_FILE = "hf_quant_config.json"
@@ -76,7 +77,7 @@ class Names:
     """Modules: by name, with all that lies below; by glob; by regular expression, matched from the beginning."""
 
     exact: frozenset[str] = frozenset()
-    patterns: tuple[re.Pattern, ...] = ()
+    patterns: tuple[re.Pattern | Expression, ...] = ()
 
     def __contains__(self, module: str) -> bool:
         return any(
@@ -230,18 +231,13 @@ def names_of(patterns: list[str], file: Path) -> Names:
         else:
             exact.add(pattern)
     if globs:
-        compiled.append(regular("|".join(globs), file))
+        compiled.append(re.compile("|".join(globs)))  # as fnmatch writes them, a letter is tried once for each star
     return Names(exact=frozenset(exact), patterns=tuple(compiled))
 
 
-REPEATED_TWICE = re.compile(r"\([^()]*[*+}][^()]*\)[*+{]")  # may try a name's letters in more ways than end today
-
-
-def regular(pattern: str, file: Path) -> re.Pattern:
+def regular(pattern: str, file: Path) -> Expression:
     try:
-        if REPEATED_TWICE.search(pattern):
-            raise re.error("it repeats what repeats already")
-        return re.compile(pattern)
+        return Expression(pattern)
     except (re.error, RecursionError, OverflowError) as bad:
         raise UserError(f"{file} names modules by the expression {short(pattern)}: {bad}; copy it again") from bad
 

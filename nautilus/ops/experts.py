@@ -186,20 +186,21 @@ class SortedExperts(torch.autograd.Function):
         up_ZF = grouped_matmul(x_ZX, up_EFX.transpose(1, 2), pairs.counts)
         gate_ZF = None if gate_EFX is None else grouped_matmul(x_ZX, gate_EFX.transpose(1, 2), pairs.counts)
         y_ZX = grouped_matmul(activate(up_ZF, gate_ZF), down_EXF.transpose(1, 2), pairs.counts)
-        ctx.save_for_backward(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF)
-        ctx.pairs = pairs
+        of_pairs = pairs.token_Z, pairs.weight_Z, pairs.place_RK
+        ctx.save_for_backward(x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF, *of_pairs)
+        ctx.counts = pairs.counts
         return combine(y_ZX, pairs.place_RK, weight_RK).to(x_RX.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout_RX):  # type: ignore[override]
-        x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF = ctx.saved_tensors
-        pairs, counts = ctx.pairs, ctx.pairs.counts
-        dout_ZX, x_ZX = dout_RX[pairs.token_Z], x_RX[pairs.token_Z]
+        x_RX, weight_RK, up_EFX, down_EXF, gate_EFX, up_ZF, gate_ZF, token_Z, weight_Z, place_RK = ctx.saved_tensors
+        counts = ctx.counts
+        dout_ZX, x_ZX = dout_RX[token_Z], x_RX[token_Z]
         dact_ZF = grouped_matmul(dout_ZX, down_EXF, counts)
         act_ZF = activate(up_ZF, gate_ZF)
-        dweight = (act_ZF * dact_ZF).sum(-1, dtype=weight_RK.dtype)[pairs.place_RK]
-        weight_Z1 = pairs.weight_Z[:, None].to(x_RX.dtype)
+        dweight = (act_ZF * dact_ZF).sum(-1, dtype=weight_RK.dtype)[place_RK]
+        weight_Z1 = weight_Z[:, None].to(x_RX.dtype)
         ddown = grouped_outer(dout_ZX.mul_(weight_Z1), act_ZF, counts)
         dact_ZF.mul_(weight_Z1)
         if gate_ZF is None:
@@ -211,7 +212,7 @@ class SortedExperts(torch.autograd.Function):
             dgate = grouped_outer(dgate_ZF, x_ZX, counts)
             dx_ZX = grouped_matmul(dup_ZF, up_EFX, counts) + grouped_matmul(dgate_ZF, gate_EFX, counts)
         dup = grouped_outer(dup_ZF, x_ZX, counts)
-        dx_RX = combine(dx_ZX, pairs.place_RK, torch.ones_like(weight_RK)).to(x_RX.dtype)
+        dx_RX = combine(dx_ZX, place_RK, torch.ones_like(weight_RK)).to(x_RX.dtype)
         return dx_RX, dweight, dup, ddown, dgate, None
 
 

@@ -50,6 +50,15 @@ NVFP4 = Study(
     demonstrate=True,
 )
 
+RECIPE = Study(
+    name="recipe",
+    about="The whole NVFP4 recipe against NVFP4 in every layer with none of its techniques: no rotation, rounding to "
+    "nearest, weights scaled in rows. More seeds than elsewhere, for the difference is small at this size.",
+    base=(*SMALL, *HYBRID_LAYERS, *ALONE, *SHORT, "steps=1200"),
+    equal=("tokens", "parameters", "active"),
+    variants={"none": (*FOUR, *EVERYWHERE, *NAIVE), "recipe": FOUR},
+)
+
 DEMO = Study(
     name="demo",
     about="Training in NVFP4 against bf16 on the model and the text of `nautilus demo`, with its settings.",
@@ -118,4 +127,4 @@ NEEDLE = Study(
     measure="needle",
 )
 
-NAMED = {study.name: study for study in (NVFP4, DEMO, LATENT, MTP, HYBRID, DECAY, NEEDLE)}
+NAMED = {study.name: study for study in (NVFP4, RECIPE, DEMO, LATENT, MTP, HYBRID, DECAY, NEEDLE)}

@@ -20,6 +20,7 @@ from nautilus.train.optim import setting
 from nautilus.train.stages import stages_at_most
 
 MOST = 10**18  # tokens of a step, above which only a slip of the pen can be
+KERNELS = ("torch", "torch_cpu", "native")
 HALO = 8  # tokens of the next device that come along where rows are dealt
 
 
@@ -80,9 +81,13 @@ class Machine:
     link: float = setting(450e9, "bytes/s between devices of a domain, each way")
     network: float = setting(50e9, "bytes/s of a device between domains")
     domain: int = setting(8, "devices of a domain")
+    kernels: str = setting("torch", "whose activations are kept: torch (on GPUs), torch_cpu, or native (CPUs')")
 
     def __post_init__(self):
-        if wrong := [f"{name}={value}" for name, value in asdict(self).items() if not 0 < value < math.inf]:
+        if self.kernels not in KERNELS:
+            raise UserError(f"machine.kernels={self.kernels!r} is none of {', '.join(KERNELS)}")
+        numbers = {name: value for name, value in asdict(self).items() if name != "kernels"}
+        if wrong := [f"{name}={value}" for name, value in numbers.items() if not 0 < value < math.inf]:
             raise UserError(f"machine has {', '.join(wrong)}; its numbers must be finite and above 0")
 
 

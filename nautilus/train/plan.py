@@ -1,8 +1,8 @@
 """What a training costs on a layout of devices, before it is started: memory, communication, time of a step.
 
 Parameters, gradients and optimiser are counted tensor by tensor on the real model, built without memory. Activations
-are what native kernels keep for the backward, as formulas per token (`kept_by`); plain PyTorch keeps up to twice as
-much of a Mamba layer. `tests/train/test_plan.py` compares both with what a training on this machine holds.
+are what native kernels, or where the machine has none PyTorch's, keep for the backward, as formulas per token
+(`kept.py`). `tests/train/test_plan.py` compares all of it with what a training on this machine holds.
 
 The layout, as in Megatron-LM: pipeline stages (pp) of neighbouring layers; inside a stage the dense parts are split
 by tensor (tp), context (cp) and data (dp), and the experts by expert (ep) over the same devices. Tensor parallelism
@@ -13,60 +13,24 @@ the devices of one of `replicas` copies and is gathered, in the compute dtype, w
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
 
-from nautilus.config import Attention, Config, Experts, Layer, Mamba, Mlp, weight_count
+from nautilus.config import Attention, Config, Experts, Layer, Mamba, weight_count
 from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
 from nautilus.ops.loss import ELEMENTS, HELD
 from nautilus.ops.precision import compute_dtype
 from nautilus.runtime import UserError
+from nautilus.train.kept import kept_at_the_ends, kept_by
 from nautilus.train.layout import Layout, Machine, Work
 from nautilus.train.stages import copies_embedding, end_flops, layer_flops, stages_of
 
 MASTER, GRADIENT, MOMENTS = 4, 4, 8  # bytes of an element: float32
-SEGMENT = 64  # tokens between kept states of the scan
 EXPERT_WEIGHTS = ("up_proj", "down_proj", "gate_proj")
-
-
-# ----- activations ---------------------------------------------------------------------------------------------------
-
-
-def kept_by(layer: Layer, width: int, compute: int, *, balance: bool = True) -> float:
-    """Bytes per token that one layer keeps for its backward: what enters it, its normed copy, and the mixer's own."""
-    both = 2 * width * compute + 4
-    match layer:
-        case Mamba():
-            projected, states = layer.inner + layer.conv_width + layer.heads, 4 * layer.inner * layer.state / SEGMENT
-            return both + compute * (projected + layer.inner) + 4 * layer.inner + states
-        case Attention():
-            return both + compute * 2 * (layer.heads + layer.groups) * layer.head_width
-        case Experts():
-            matrices = 2 if layer.gated else 1
-            routed = layer.active * (matrices * layer.hidden * compute + 20)
-            shared = (matrices + 1) * layer.shared * compute + 2 * layer.latent * compute
-            router = 4 * layer.experts + (12 if balance else 0) + (4 * width if compute < 4 else 0)
-            return both + routed + shared + router
-        case Mlp():
-            return both + (3 if layer.gated else 2) * layer.hidden * compute
-    return both
-
-
-def kept_at_the_ends(config: Config, compute: int, depths: int) -> float:
-    """Bytes per token of tokens, the final norm and the loss, and of each prediction depth but for its layers."""
-    return 8 + 2 * config.width * compute + 4 + depths * (6 * config.width * compute + 12)
-
-
-def kept_in_all(config: Config, work: Work) -> float:
-    """Bytes per token of a whole model that keeps everything."""
-    layers = [*config.layers, *(config.mtp * work.mtp_depths)]
-    own = sum(kept_by(layer, config.width, work.compute) for layer in layers)
-    return own + kept_at_the_ends(config, work.compute, work.mtp_depths)
-
-
-# ----- the plan ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -183,16 +147,29 @@ class Plan:
     def activations(self, stage: int) -> int:
         """Of all micro-batches that are under way in this stage (1F1B: as many as stages come after, and itself)."""
         config, work, layout = self.config, self.work, self.layout
-        mine = [layer for layer, own in zip(config.layers, self.stages, strict=True) if own == stage]
+        kept = self.kept([layer for layer, own in zip(config.layers, self.stages, strict=True) if own == stage])
         last = stage == layout.pp - 1
-        mine += config.mtp * work.mtp_depths if last else ()
-        kept = [kept_by(copied_groups(layer, layout.tp), config.width, work.compute) for layer in mine]
+        whole = sum(self.kept(config.mtp * work.mtp_depths)) if last else 0.0  # the block is never computed again
         ends = kept_at_the_ends(config, work.compute, work.mtp_depths) if last else 8
-        flying = min(layout.pp - stage, self.microbatches)
-        own = self.tokens / layout.tp
+        flying, tokens = min(layout.pp - stage, self.microbatches), self.tokens / layout.tp
+        copies = self.rounded(stage)
         if work.checkpointing:
-            return math.ceil(own * (flying * (len(mine) * config.width * work.compute + ends) + max(kept, default=0)))
-        return math.ceil(own * flying * (sum(kept) + ends))
+            entering = len(kept) * config.width * work.compute
+            return math.ceil(flying * (tokens * (entering + whole + ends) + copies) + tokens * max(kept, default=0))
+        return math.ceil(flying * (tokens * (sum(kept) + whole + ends) + copies))
+
+    def kept(self, layers: Iterable[Layer]) -> list[float]:
+        """Bytes per token of each layer."""
+        how = {"kernels": self.machine.kernels, "ranks": self.layout.tp}
+        return [kept_by(copied_groups(e, self.layout.tp), self.config.width, self.work, **how) for e in layers]
+
+    def rounded(self, stage: int) -> int:
+        """Copies of matrices in a narrower compute dtype, which PyTorch keeps from each forward to its backward."""
+        if self.machine.kernels == "native" or self.work.compute == MASTER:
+            return 0
+        passes = {"backbone": int(not self.work.checkpointing), "mtp": self.work.mtp_depths}
+        mine = [piece for piece in self.pieces if piece.stage == stage and ".layers." in piece.layer]
+        return self.work.compute * sum(passes[piece.layer.split(".")[0]] * piece.used for piece in mine)
 
     def loss_space(self) -> int:
         """The head's gradient, and the logits that are held at a time."""
@@ -221,7 +198,7 @@ class Plan:
         mine += self.config.mtp * work.mtp_depths if stage == layout.pp - 1 else ()
         tokens, m, a = self.tokens, self.microbatches, work.compute
         passes = 3 if work.checkpointing else 2  # forward, again, backward
-        tensor = 2 * passes * tokens * width * a * len(mine) * away(layout.tp)
+        tensor = 2 * tokens * (passes * width * a * len(mine) + self.words_sent(stage)) * away(layout.tp)
         expert = sum(2 * passes * tokens * e.active * (e.latent or width) * a for e in mine if isinstance(e, Experts))
         context = sum(passes * tokens * a * exchanged(layer) for layer in mine) / layout.tp * away(layout.cp)
         pipeline = 2 * tokens * width * a / layout.tp if layout.pp > 1 else 0.0
@@ -233,6 +210,13 @@ class Plan:
             "dp": self.data_traffic([piece for piece in self.pieces if piece.stage == stage]),
         }
         return sent
+
+    def words_sent(self, stage: int) -> int:
+        """Bytes per token that ranks add up because each has some of the words: what the embedding gives, the gradient
+        of what the head reads, and three numbers of each logarithm of a probability."""
+        depths, vector = self.work.mtp_depths, self.config.width * self.work.compute
+        heads = 1 + depths if stage == self.layout.pp - 1 else 0
+        return ((stage == 0) + (heads > 1)) * vector + heads * (vector + 3 * 4)
 
     def doubled(self, stage: int) -> int:
         """Elements that the first and the last stage both hold, and whose gradients they add up."""
@@ -292,7 +276,8 @@ def plan_of(settings, ways: int) -> Plan:
         checkpointing=settings.checkpointing,
         mtp_depths=settings.mtp_depths,
     )
-    return Plan(config=settings.model, layout=replace(settings.layout, dp=ways), work=work)
+    machine = Machine(kernels="torch_cpu" if native().functions is None else "native")
+    return Plan(config=settings.model, layout=replace(settings.layout, dp=ways), work=work, machine=machine)
 
 
 def refuse_too_large(plan: Plan, has: int) -> None:

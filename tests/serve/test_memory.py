@@ -84,6 +84,13 @@ def test_requests_wait_for_room_and_leave_it_behind():
     assert [pages_for(tokens) for tokens in (1, 16, 17)] == [1, 1, 2]
 
 
+def test_requests_of_a_model_without_keys_and_values_wait_for_slots_only():
+    config = dataclasses.replace(shrink(preset("toy")), vocab=TOKENIZER.vocab)
+    config = dataclasses.replace(config, layers=tuple(layer for layer in config.layers if layer.letter != "*"))
+    berths = Berths(Language(config).initialise(3), rows=3, max_tokens=64)
+    assert all(berths.take(64) for _ in range(3)) and berths.take(1) is None
+
+
 def test_a_stream_that_is_dropped_frees_its_room():
     engine = Engine(model_of("toy"), TOKENIZER, max_tokens=40, rows=1)
     for _ in range(3):

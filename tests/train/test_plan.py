@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from nautilus.cli import main
-from nautilus.config import Attention, Config, Experts, Mamba, Mlp, Nothing, lay, weight_count
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, Nothing, Rotary, lay, weight_count
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
 from nautilus.runtime import UserError
-from nautilus.train.layout import MACHINES, Layout, Work, refuse
+from nautilus.train.layout import KERNELS, MACHINES, Layout, Machine, Work, refuse
 from nautilus.train.objective import pretrain
 from nautilus.train.optim import OptimConfig, adamw
-from nautilus.train.plan import Plan, kept_in_all, refuse_too_large
+from nautilus.train.plan import Plan, refuse_too_large
 from nautilus.train.stages import even_stages, stages_of
 
 ONE = Layout()
@@ -51,36 +51,84 @@ KINDS = (
     Experts(experts=8, active=3, hidden=24, shared=40, latent=20, scale=2.5),
     Mlp(hidden=72),
 )
+RELATIVES = (
+    Attention(heads=4, groups=2, head_width=20, head_norm=True, rotary=Rotary()),
+    Experts(experts=8, active=3, hidden=24, shared=40, gated=True, score="softmax"),
+    Mlp(hidden=72, gated=True),
+)
 
 
-@pytest.mark.skipif(native().functions is None, reason="it counts what native kernels keep")
-@pytest.mark.parametrize("pattern, depths", [("M", 0), ("*", 0), ("E", 0), ("-", 0), ("ME*-EM", 0), ("M*", 2)])
-@pytest.mark.parametrize("compute", [4, 2])
-def test_activations_are_what_the_graph_keeps_to_two_percent(pattern, depths, compute, random_rows):
-    """Every tensor that autograd or a layer's own backward saves, each storage once, weights aside."""
-    config = Config(vocab=97, width=48, layers=lay(pattern, *KINDS), mtp=lay("*E", *KINDS) if depths else ())
-    model = Language(config).initialise(0).train()
-    model.compute = torch.bfloat16 if compute == 2 else torch.float32
+@pytest.fixture(params=KERNELS)
+def kernels(request, monkeypatch):
+    """Which kernels run in the test: those that a GPU would have, as far as PyTorch chooses, or those of CPUs."""
+    if request.param == "native" and native().functions is None:
+        pytest.skip("there are no native kernels here")
+    monkeypatch.delenv("NAUTILUS_OPS", raising=False)
+    if request.param == "torch":
+        monkeypatch.setenv("NAUTILUS_OPS", "torch")
+    if request.param == "torch_cpu":
+        monkeypatch.setenv("NAUTILUS_NATIVE", "off")
+        native.cache_clear()
+    yield request.param
+    monkeypatch.undo()
+    native.cache_clear()
+
+
+def kept_by_training(model, depths, batch):
+    """Bytes of every tensor that autograd or a layer's own backward saves, each storage once, weights aside."""
     objective = pretrain(mtp_depths=depths, aux_weight=1e-4)
-    rows, length = 4, 512
-    batch = objective.weigh(random_rows(rows, length))
+    batch = objective.weigh(batch)
     batch.weights["next_token"][:, 1:] = 1
-    own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
-    own |= {t.untyped_storage().data_ptr() for t in [batch.tokens, *batch.weights.values()]}
+    own = [*model.parameters(), *model.buffers(), batch.tokens, batch.document, *batch.weights.values()]
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in own}
     kept = {}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in addresses:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         terms = objective.terms(model, batch)
     assert terms
-    work = Work(rows=rows, length=length, compute=compute, mtp_depths=depths)
+    return sum(kept.values())
+
+
+PATTERNS = [("M", 0), ("*", 0), ("E", 0), ("-", 0), ("ME*-EM", 0), ("M*", 2)]
+STACKS = [*((KINDS, *each) for each in PATTERNS), *((RELATIVES, pattern, 0) for pattern in "*E-")]
+
+
+@pytest.mark.parametrize("kinds, pattern, depths", STACKS)
+@pytest.mark.parametrize("compute", [4, 2])
+def test_activations_are_what_the_graph_keeps_to_two_percent(kernels, kinds, pattern, depths, compute, random_rows):
+    config = Config(vocab=97, width=48, layers=lay(pattern, *kinds), mtp=lay("*E", *kinds) if depths else ())
+    model = Language(config).initialise(0).train()
+    model.compute = torch.bfloat16 if compute == 2 else torch.float32
+    rows, length = 4, 512
+    batch = dataclasses.replace(
+        random_rows(rows, length), document=torch.arange(length).div(200, rounding_mode="floor").expand(rows, -1) + 1
+    )
+    found = kept_by_training(model, depths, batch)
+    work = Work(rows=rows, micro=rows, length=length, compute=compute, mtp_depths=depths, checkpointing=False)
     heads = 4 * config.vocab * config.width * (1 + depths)  # the head's gradients, which the plan counts as `loss`
-    want = kept_in_all(config, work) * rows * length
-    assert sum(kept.values()) - heads == pytest.approx(want, rel=0.02)
+    planned = Plan(config=config, work=work, machine=Machine(kernels=kernels)).memory["activations"]
+    assert found - heads == pytest.approx(planned, rel=0.02)
+
+
+def test_a_gpu_keeps_more_than_the_kernels_of_a_cpu_and_the_prediction_block_is_never_computed_again():
+    config = preset("nano")
+    kept = [
+        dataclasses.replace(plan(config, length=8192, checkpointing=False), machine=Machine(kernels=kernels))
+        for kernels in ("native", "torch_cpu", "torch")
+    ]
+    native_, torch_cpu, gpu = (one.memory["activations"] / 8192 for one in kept)
+    assert 1.4 * native_ < torch_cpu < gpu < 2.5 * native_ + 2 * weight_count(config)["main"] / 8192
+    assert gpu - torch_cpu == pytest.approx(6 * (2 * 8192 + 4 * 32), rel=1e-3)  # masks and sums of six layers
+    super_ = preset("super")
+    short, deep = (parts(super_, length=64, rows=1, mtp_depths=depths)["activations"] for depths in (0, 2))
+    block = sum(p.numel() for p in Language(super_, device="meta").mtp.layers.parameters())
+    assert deep - short > 2 * 2 * block  # its matrices, rounded to bf16, of both depths
 
 
 def test_spreading_divides_what_each_device_holds():
@@ -122,6 +170,15 @@ def test_traffic_of_experts_is_tokens_times_active_times_width():
     config = dataclasses.replace(preset("super"), layers=lay("E", *preset("super").layers), mtp=())
     found = plan(config, Layout(dp=8, ep=8), rows=8, length=1024, checkpointing=False).traffic["ep"]
     assert found == 4 * 1024 * 22 * 1024 * 2 * 7 / 8  # there and back, forward and backward, bf16
+
+
+def test_traffic_of_words_is_of_the_embedding_and_of_each_head():
+    config = dataclasses.replace(preset("super"), layers=(Nothing(),))
+    sent = lambda **given: plan(config, Layout(tp=2), length=1024, **given).traffic["tp"]
+    layers = len(config.layers) * 2 * 1024 * 3 * 2 * config.width / 2
+    vectors, numbers = 2 * 1024 * 2 * config.width / 2, 2 * 1024 * 12 / 2
+    assert sent(rows=1) - layers == 2 * vectors + numbers
+    assert sent(rows=1, mtp_depths=2) - sent(rows=1) > 3 * vectors + 2 * numbers  # another embedding, two heads
 
 
 def test_stages_have_even_costs():

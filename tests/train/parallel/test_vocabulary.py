@@ -116,3 +116,30 @@ def test_loss_logits_and_gradients_of_dealt_words_are_the_models_own(group, rand
         found.append((logits_BTV, model.get_parameter("lm_head.weight").grad, model.backbone.embeddings.weight.grad))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("depths", [0, 2])
+def test_what_dealt_words_add_up_over_ranks_is_what_the_plan_counts(group, random_rows, monkeypatch, depths):
+    from nautilus.train.parallel.mesh import meshes
+    from nautilus.train.parallel.vocabulary import deal_words
+
+    model, objective, sent, reduce = (
+        Language(config_of_the_work()).initialise(1),
+        pretrain(mtp_depths=depths),
+        [],
+        dist.all_reduce,
+    )
+    deal_words(model, meshes(Layout()).dense)
+    monkeypatch.setattr(
+        dist,
+        "all_reduce",
+        lambda tensor, *given, **named: (sent.append(tensor.nbytes), reduce(tensor, *given, **named)),
+    )
+    batch = random_rows(2, 400, vocab=96)
+    batch.weights["next_token"][:, 1:] = 1
+    terms, _ = objective.terms(model, objective.weigh(batch))
+    sum(total for total, _ in terms.values()).backward()
+    work = Work(rows=2, length=400, micro=2, compute=4, mtp_depths=depths)
+    planned = Plan(config=config_of_the_work(), work=work).words_sent(0)
+    assert sum(sent) / 800 == pytest.approx(planned, rel=0.01)
