@@ -1,8 +1,8 @@
 """Train variants of `nautilus pretrain` over several seeds, and say by how much they differ and how sure that is.
 
 A study is one of those that come along (nvfp4, recipe, demo, latent, mtp, hybrid, decay, needle) or a TOML file; its
-form is at the top of `nautilus/studies/study.py`. Its first variant is the control. The same command again goes on where
-an interrupted one stopped, with more seeds or more variants too; what is finished is not repeated.
+form is at the top of `nautilus/studies/study.py`. Its first variant is the control. The same command again goes on
+where an interrupted one stopped, with more seeds or more variants too; what is finished is not repeated.
 
 study=nvfp4                             bf16, the NVFP4 recipe, and the recipe without each of its techniques
 study=nvfp4 variants=nvfp4 seeds=5      two of them, five times
