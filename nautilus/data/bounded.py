@@ -28,6 +28,8 @@ HOLDING = (list, tuple, dict, set, frozenset)
 SIZED = (str, bytes, range, *HOLDING)
 # Filters that take items as they are; any other may compare them or write them as text, with all that is in them.
 OF_ITEMS = frozenset("attr batch count d default first items last length list map random reverse slice".split())
+# Methods and filters that may make as many letters or items as a number given to them says.
+FILLING = frozenset("batch center expandtabs indent ljust range rjust round safe_range slice tojson zfill".split())
 SQUARE = frozenset(["striptags", "urlize", "wordwrap"])  # whose time may grow with the square of the text
 COMPARING = frozenset("== != < <= > >= eq ne lt le gt ge equalto greaterthan lessthan in sameas".split())
 
@@ -102,7 +104,7 @@ class Meter:
             self.refuse_widths(subject, given)
         elif name in SQUARE:
             self.refuse_longer(size * size, times=64)
-        elif name not in ("default", "d", "int", "float"):
+        elif name in FILLING:
             most = max((abs(value) for value in given if isinstance(value, int)), default=0)
             self.refuse_longer((1 + size) * (1 + most) if most else 0, times=64)
 

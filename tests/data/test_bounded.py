@@ -113,6 +113,12 @@ def test_an_ordinary_template_gives_the_text_that_jinja_gives(template):
     assert render_template(template, {"messages": messages}) == plain.from_string(template).render(messages=messages)
 
 
+def test_large_numbers_in_a_conversation_are_only_numbers():
+    text = "{% macro f(n) %}{{ n }}{% endmacro %}{{ f(messages[0].n) }} {{ messages[0].n | tojson }}"
+    number = 1 << 60
+    assert render_template(text, {"messages": [{"n": number}]}) == f"{number} {number}"
+
+
 def test_what_a_long_conversation_needs_is_allowed():
     talk = [{"role": ("user", "assistant")[i % 2], "content": "word " * 100} for i in range(4000)]
     assert len(render_template(TEMPLATE, {"messages": talk})) > 2_000_000
