@@ -74,24 +74,8 @@ class Engine:
         step_seconds: float = float("inf"), saved_gb: float = 0, saved_folder: Path | None = None,
         saved_folder_gb: float = 16,
     ):  # fmt: skip
-        positions = model.config.positions
-        self.max_tokens = positions if max_tokens is None else max_tokens
-        if not whole(self.max_tokens) or not 1 < self.max_tokens <= positions:
-            raise UserError(
-                f"an engine of max_tokens={self.max_tokens} was asked for; the model has positions={positions}: "
-                f"choose from 2 to {positions}"
-            )
-        if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
-            raise UserError(
-                f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1"
-            )
-        amounts = {
-            "cache_gb": cache_gb or 0, "saved_gb": saved_gb, "saved_folder_gb": saved_folder_gb,
-            "step_seconds": step_seconds,
-        }  # fmt: skip
-        for name, amount in amounts.items():
-            if not amount >= 0 or (name != "step_seconds" and amount == math.inf):
-                raise UserError(f"an engine of {name}={amount} was asked for; give a number from 0")
+        amounts = {"cache_gb": cache_gb, "saved_gb": saved_gb, "saved_folder_gb": saved_folder_gb}
+        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, step_seconds, amounts)
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
         most = None if cache_gb is None else cache_gb * 1e9
@@ -293,3 +277,22 @@ class Engine:
                 self.prefixes.keep(request)
                 self.scheduler.leave(request)
         return found
+
+
+def checked_limits(
+    model: Language, max_tokens: int | None, rows: int, chunk: int, step_seconds: float, amounts: Mapping
+) -> int:
+    """The most tokens of a request. UserError for a limit that cannot be."""
+    positions = model.config.positions
+    max_tokens = positions if max_tokens is None else max_tokens
+    if not whole(max_tokens) or not 1 < max_tokens <= positions:
+        raise UserError(
+            f"an engine of max_tokens={max_tokens} was asked for; the model has positions={positions}: "
+            f"choose from 2 to {positions}"
+        )
+    if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
+        raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1")
+    for name, amount in (*amounts.items(), ("step_seconds", step_seconds)):
+        if amount is not None and (not amount >= 0 or (name != "step_seconds" and amount == math.inf)):
+            raise UserError(f"an engine of {name}={amount} was asked for; give a number from 0")
+    return max_tokens

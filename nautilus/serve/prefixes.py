@@ -14,11 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import nautilus
 from nautilus.config import to_dict
 from nautilus.model.lanes import MambaSlots, RestingSlots
 from nautilus.model.language import Language
-from nautilus.ops.cpu.library import native
+from nautilus.ops.cpu.library import INTERFACE, native
 from nautilus.ops.formats import Packed
 from nautilus.ops.pages import PAGE
 from nautilus.serve.memory import Berth, Berths
@@ -145,4 +144,4 @@ def numerics(berths: Berths) -> str:
     """What else the bits of a state depend on."""
     pools = sorted({f"{pool.format} {pool.width}" for pool in berths.pools()})
     kernels = native().level if native().functions is not None else f"torch {torch.__version__}"
-    return f"{nautilus.__version__} {kernels} {', '.join(pools)}"
+    return f"{INTERFACE} {kernels} {', '.join(pools)}"
