@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
 from nautilus.serve.engine import Engine
 from nautilus.serve.request import Piece, Request
@@ -22,6 +23,9 @@ from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling
 
 log = logging.getLogger("nautilus.serve")
+# Seconds for which pieces are collected before the event loop hears of them. A small model makes thousands of tokens a
+# second, and to wake the loop for each takes longer than the token. First and last pieces are told at once.
+TELL_EVERY = 0.002
 
 
 class Busy(RuntimeError):
@@ -118,9 +122,12 @@ class Service:
         self.wake = threading.Event()
         self.replies: dict[Request, Reply] = {}  # of the event loop
         self.queued: dict[Request, int] = {}  # tokens of prompts that have not begun, as far as the loop knows
+        self.untold: list[tuple[Request, Piece]] = []
+        self.told_at = 0.0
         self.warming: deque[Request] = deque(maxlen=64)
         self.steps, self.draining, self.closing = 0, False, False
         self.broken: BaseException | None = None
+        leave_computing()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
 
@@ -269,5 +276,11 @@ class Service:
             self.send([(request, self.ended(request, "cancelled"))], [])
 
     def send(self, told: list[tuple[Request, Piece]], begun: list[Request]) -> None:
+        self.untold += told
+        urgent = any(piece.finish_reason or len(request.pieces) == 1 for request, piece in told)
+        now = time.monotonic()
+        if not urgent and now < self.told_at + TELL_EVERY:
+            return
+        told, self.untold, self.told_at = self.untold, [], now
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
             self.loop.call_soon_threadsafe(self.deliver, told, begun)
