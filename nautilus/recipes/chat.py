@@ -100,7 +100,7 @@ def reply(chat: Chat, text: str) -> None:
     engine, asked = chat.engine, [*chat.messages, {"role": "user", "content": text}]
     how = ChatSettings(enable_thinking=chat.settings.thinking)
     tokens = engine.tokens(text) if chat.raw else chat_tokens(engine.tokenizer, asked, settings=how)
-    answer = AnswerStream(inside=None if chat.raw else opens_thinking(engine.tokenizer.decode(tokens[-8:])))
+    answer = AnswerStream(inside=None if chat.raw else bool(opens_thinking(tokens, engine.tokenizer)))
     said: list[Delta] = []
     pieces, times = engine.stream(tokens, chat.sampling), [time.monotonic()]
     with contextlib.suppress(KeyboardInterrupt):

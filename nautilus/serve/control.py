@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.serve.markers import THINK, THOUGHT
+
 
 class StopStrings:
     """Releases text until a stop string is complete, then nothing more; never a part of one.
@@ -39,10 +42,10 @@ def begun(text: str, strings: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
-def opens_thinking(prompt: str) -> bool:
-    """Whether an answer to this rendered prompt begins within a thinking block: the last tag of its last turn is open.
-
-    The end of a prompt is enough, if all is there that was already written of the answer.
-    """
-    turn = prompt.rpartition("<|im_start|>")[2]
-    return turn.rfind("<think>") > turn.rfind("</think>")
+def opens_thinking(tokens: Sequence[int], tokenizer: Tokenizer) -> bool | None:
+    """Whether an answer to this prompt begins within a thinking block: the last tag of its last turn counts. None: the
+    tokenizer has no such tags. By ids, as the text of a message may spell a tag."""
+    if not {THINK, THOUGHT} <= tokenizer.control.keys():
+        return None
+    tags = {tokenizer.control[THINK]: True, tokenizer.control[THOUGHT]: False, tokenizer.eos: False}
+    return next((tags[token] for token in reversed(tokens) if token in tags), False)

@@ -138,7 +138,7 @@ class Engine:
         """rules: beside those that the sampling implies, grammars for example; more: fields of Request."""
         tokens = self.checked(self.tokens(prompt))
         ends = sampling.ends((*self.model.config.eos, *self.tokenizer.stop))
-        inside = sampling.thinking_budget is not None and self.begins_thinking(tokens)
+        inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, self.tokenizer))
         implied = rules_of(sampling, tokens, ends, self.model.config.vocab)
         return Request(
             prompt=len(tokens),
@@ -151,12 +151,6 @@ class Engine:
             rules=[*implied, *rules, *thinking_rules(sampling, self.tokenizer, inside=inside)],
             **more,
         )
-
-    def begins_thinking(self, tokens: list[int]) -> bool:
-        """Whether an answer to these begins within a thinking block."""
-        turn = self.tokenizer.control.get("<|im_start|>")
-        begin = len(tokens) - tokens[::-1].index(turn) if turn in tokens else max(0, len(tokens) - 8)
-        return opens_thinking(self.tokenizer.decode(tokens[begin:]))
 
     def tokens(self, prompt: Prompt) -> list[int]:
         """The tokens of messages, by the chat template; of text, begun as its tokenizer does; tokens as they are."""

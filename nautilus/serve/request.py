@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from nautilus.data.tokenizer import TextStream
-from nautilus.runtime import UserError
 from nautilus.serve.control import StopStrings
 from nautilus.serve.memory import Berth
 from nautilus.serve.rules import Rule
@@ -63,7 +62,7 @@ class Request:
     pieces: list[Piece] = field(default_factory=list)
     berth: Berth | None = None
     cached: int = 0
-    error: UserError | None = None  # what it ended with
+    error: Exception | None = None  # what it ended with: UserError for one of its own, RuntimeError for the engine's
     arrived: float = field(default_factory=time.monotonic)
 
     @property

@@ -263,7 +263,7 @@ class Service:
                 self.broken = bad
                 failed = [*self.engine.scheduler.waiting]
             for request in failed:
-                request.error = UserError("the engine failed at this request; its log has the details")
+                request.error = RuntimeError("the engine failed at this request; its log has the details")
             return [(request, self.ended(request, "error")) for request in failed]
 
     def ended(self, request: Request, reason: str) -> Piece:

@@ -3,6 +3,7 @@ import itertools
 import hypothesis.strategies as st
 from hypothesis import given, settings
 
+from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.serve.control import StopStrings, opens_thinking
 
 letters = st.text(alphabet="ab\n", max_size=12)
@@ -43,11 +44,18 @@ def test_text_is_released_as_soon_as_it_cannot_be_part_of_a_stop_string(text, st
         assert not waiting or any(stop.startswith(waiting) for stop in stops), "only a begun stop string waits"
 
 
+TOKENIZER = train_tokenizer([], vocab=SMALLEST)
+
+
+def opens(prompt):
+    return opens_thinking(TOKENIZER.encode(prompt, control=True), TOKENIZER)
+
+
 def test_a_prompt_begins_inside_if_the_last_tag_of_its_last_turn_is_open():
-    assert opens_thinking("<|im_start|>assistant\n<think>\n")
-    assert opens_thinking("<|im_start|>assistant\n<think>\nFirst, ")
-    assert opens_thinking("</think>\nNo.<|im_end|>\n<|im_start|>assistant\n<think>\n")
-    assert not opens_thinking("<|im_start|>assistant\n<think></think>")
-    assert not opens_thinking("<|im_start|>assistant\n<think>\na</think>b")
-    assert not opens_thinking("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n")
-    assert not opens_thinking("plain text")
+    assert opens("<|im_start|>assistant\n<think>\n")
+    assert opens("<|im_start|>assistant\n<think>\nFirst, ")
+    assert opens("</think>\nNo.<|im_end|>\n<|im_start|>assistant\n<think>\n")
+    assert not opens("<|im_start|>assistant\n<think></think>")
+    assert not opens("<|im_start|>assistant\n<think>\na</think>b")
+    assert not opens("<|im_start|>user\nWhat is <think>?<|im_end|>\n<|im_start|>assistant\n")
+    assert not opens("plain text")

@@ -108,7 +108,7 @@ async def test_a_step_that_fails_ends_those_that_took_part_and_no_other(monkeypa
 
     monkeypatch.setattr(service.engine.forward, "step", fail_once)
     first, second = (service.submit(Job(tokens=[1, 2], sampling=SHORT)) for _ in range(2))
-    with pytest.raises(UserError, match="the engine failed at this request"):
+    with pytest.raises(RuntimeError, match="the engine failed at this request"):
         await text_of(first)
     assert len(await text_of(second)) == 8 and service.ready
     await ended(service)
