@@ -39,6 +39,10 @@ REQUESTS = 2  # of each user in a turn
 PATIENCE = 600  # seconds until a server answers
 
 
+class NotReady(RuntimeError):
+    """The server is there and reads its model."""
+
+
 @dataclass(frozen=True)
 class Answered:
     """Of one request: tokens, and the seconds to the first and to the last of them."""
@@ -66,6 +70,8 @@ async def ask(port: int, prompt: list[int], tokens: int, **more) -> Answered:
             last = time.perf_counter() - begin
             first = first or last
     writer.close()
+    if b" 503 " in answer.split(b"\r\n", 1)[0]:
+        raise NotReady(answer[:500])
     if b"200" not in answer.split(b"\r\n", 1)[0] or not first:
         raise RuntimeError(f"the server on port {port} answered {answer[:500]!r}")
     return Answered(tokens, first, last)
@@ -100,7 +106,7 @@ class Server:
             try:
                 asyncio.run(ask(port, [300, 301], 2))
                 break
-            except OSError:
+            except (OSError, NotReady):
                 if self.process.poll() is not None or time.monotonic() > until:
                     raise SystemExit(f"{name} did not start; see {log}") from None
                 time.sleep(0.2)
