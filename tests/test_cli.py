@@ -38,6 +38,7 @@ class Settings:
     sizes: tuple[int, ...] = (1, 2)
     limit: int | None = None
     optim: Optimiser = Optimiser()
+    hook: dict = field(default_factory=dict, metadata={"setting": False})
 
 
 @pytest.fixture
@@ -127,6 +128,12 @@ def test_show_prints_settings_that_can_be_pasted_back(play, capsys):
     shown = capsys.readouterr().out.splitlines()
     assert {"steps=7", "sizes=3,4", "verbose=true", "optim.rate=0.5", "model.layers=ME*", "limit=none"} <= set(shown)
     assert play.seen == [] and resolve(Settings, shown) == resolve(Settings, words[2:])
+
+
+def test_a_field_that_is_for_code_alone_is_no_setting(play, capsys):
+    assert main(["play", "--help"]) == 0 and main(["play", "--show"]) == 0
+    assert "hook" not in capsys.readouterr().out
+    assert main(["play", "hook=3"]) == 2 and "no setting 'hook'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -29,6 +29,7 @@ TRIED = {
     "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
     "optim.warmup=0,model.vocab=400",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
+    "serve": "{model} port=0 max_tokens=64",
 }
 
 

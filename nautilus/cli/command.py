@@ -36,6 +36,7 @@ COMMANDS = {
         "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
     ),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
+    "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),

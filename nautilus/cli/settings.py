@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from nautilus.config import KINDS, Based, Config, Layer, apply_overrides, pattern_of
+from nautilus.config import KINDS, Based, Config, Layer, apply_overrides, pattern_of, settings_of
 from nautilus.presets import preset
 from nautilus.runtime import UserError
 
@@ -68,7 +68,7 @@ class Row(NamedTuple):
 
 def rows(record, prefix: str = "") -> Iterator[Row]:
     """One row per setting, groups opened up."""
-    for field in dataclasses.fields(record):
+    for field in settings_of(record):
         # `from_` is written `from`: the underscore is Python's need.
         value, name = getattr(record, field.name), prefix + field.name.removesuffix("_")
         about = help_of(type(record), field.name)

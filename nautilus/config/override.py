@@ -54,6 +54,11 @@ def apply_overrides(settings, overrides: Sequence[str]):
     return changed(settings, changes)
 
 
+def settings_of(record) -> list[dataclasses.Field]:
+    """The fields that text sets: all but those marked with `metadata={"setting": False}`, which are for code."""
+    return [field for field in dataclasses.fields(record) if field.metadata.get("setting", True)]
+
+
 def field_name(part: str) -> str:
     """The field that a word stands for: Python's own words, such as `from`, have an underscore behind them there."""
     name = part if part == "-" else part.replace("-", "_")
@@ -70,7 +75,7 @@ def changed(settings, changes: Sequence[Change]):
 
 
 def require_name(settings, change: Change) -> None:
-    names = [field.name for field in dataclasses.fields(settings)]
+    names = [field.name for field in settings_of(settings)]
     if change.path[0] in names:
         return
     near = difflib.get_close_matches(change.path[0], names, n=1)

@@ -152,6 +152,11 @@ class Tokenizer:
         return spelled
 
     @functools.cached_property
+    def newline_ids(self) -> frozenset[int]:
+        """The tokens that end a line."""
+        return frozenset(id for id, spelled in enumerate(self.token_bytes) if spelled.endswith(b"\n"))
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Short hash of everything that decides how text is encoded."""
         return hashlib.sha256(self.core.to_str().encode()).hexdigest()[:16]

@@ -32,7 +32,7 @@ from nautilus.ops.state_format import StateFormat
 from nautilus.presets import shrink
 from nautilus.runtime import UserError
 from nautilus.serve import Engine
-from nautilus.serve.engine import Request, Step
+from nautilus.serve.forward import Step
 from nautilus.serve.memory import Berth
 
 SETTLE = 3  # steps before the clock starts, of each kind: computed, recorded, replayed
@@ -105,36 +105,24 @@ class Meter:
                 self.engine.berths.give_back(berth)
 
 
-class Fed:
-    """Stands for a request: it is fed random tokens, so that a step chooses other experts than the one before."""
-
-    def __init__(self, meter: Meter):
-        self.meter, self.drawn = meter, []
-
-    @property
-    def tokens(self) -> list[int]:
-        self.drawn = self.drawn or self.meter.tokens(1000)  # at once: no time of a step should go to that
-        return [self.drawn.pop()]
-
-
 class Ready:
     """Work that can be timed again and again, always from the end of the same prompt."""
 
     def __init__(self, meter: Meter, work: Work, berths: list[Berth]):
         self.meter, self.engine, self.work = meter, meter.engine, work
-        self.active = [(cast(Request, Fed(meter)), berth) for berth in berths]
+        self.berths, self.drawn = berths, []
         self.prompt = meter.tokens(work.prompt)
         self.reads: dict[str, int] = {}  # bytes by module of the model
         if work.steps:
             for berth in berths:
-                self.engine.prefill(meter.tokens(work.prompt), berth)
+                self.read(meter.tokens(work.prompt), berth)
             chosen = self.chosen()
             self.reads = weights_read(self.engine.model, len(berths), chosen)
             for name, size in states_read(self.engine, len(berths), work.prompt + work.steps // 2).items():
                 self.reads[name] = self.reads.get(name, 0) + size
             self.run(SETTLE)
         else:
-            self.read(self.prompt[: self.engine.chunk])  # packs matrices
+            self.read(self.prompt[: self.engine.chunk], berths[0])  # packs matrices
 
     @property
     def bytes(self) -> int:
@@ -143,27 +131,32 @@ class Ready:
 
     @property
     def step(self) -> Step:
-        return self.engine.steps[len(self.active)]
+        return self.engine.forward.steps[len(self.berths)]
 
     def turn(self) -> Turn:
         work, bandwidth = self.work, self.meter.bandwidth() if self.work.steps else None
         begin = time.perf_counter()
-        self.run(work.steps) if work.steps else self.read(self.prompt)
+        self.run(work.steps) if work.steps else self.read(self.prompt, self.berths[0])
         seconds = time.perf_counter() - begin
         share = bandwidth and self.bytes * work.steps / bandwidth / seconds
-        tokens = len(self.active) * (work.steps or work.prompt)
+        tokens = len(self.berths) * (work.steps or work.prompt)
         return Turn(tokens_per_s=tokens / seconds, bandwidth=bandwidth, share=share)
 
     def run(self, steps: int) -> None:
         for _ in range(steps):
-            self.engine.step(self.active)
-        for _, berth in self.active:
+            self.engine.forward.step(self.berths, [self.next_token() for _ in self.berths])
+        for berth in self.berths:
             berth.length = self.work.prompt
 
-    def read(self, prompt: list[int]) -> None:
-        berth = self.active[0][1]
-        berth.length = 0
-        self.engine.prefill(prompt, berth)
+    def next_token(self) -> int:
+        """A random one, so that a step chooses other experts than the one before."""
+        self.drawn = self.drawn or self.meter.tokens(1000)  # at once: no time of a step should go to that
+        return self.drawn.pop()
+
+    def read(self, prompt: list[int], berth: Berth) -> None:
+        berth.length, chunk = 0, self.engine.chunk
+        for low in range(0, len(prompt), chunk):
+            self.engine.forward.read(prompt[low : low + chunk], berth, last=low + chunk >= len(prompt))
 
     def chosen(self) -> dict[str, float]:
         """How many distinct experts a step reads of each mixer: the mean of a few steps that are not replayed."""

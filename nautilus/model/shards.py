@@ -177,10 +177,10 @@ def write_shards(folder: Path, sizes: dict[str, int], tensor: Callable[[str], Te
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
+def write_file(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """The library reports a full disk as an error of its own; here it is the OSError that every writer raises."""
     try:
-        save_file(tensors, file, metadata={"format": "pt"})
+        save_file(tensors, file, metadata={"format": "pt"} if metadata is None else metadata)
     except SafetensorError as bad:
         number = re.search(r"os error (\d+)", str(bad))
         if number is None:

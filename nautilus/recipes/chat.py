@@ -15,8 +15,9 @@ from rich.console import Console
 import nautilus
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.runtime import UserError, quiet
-from nautilus.serve import Answer, Engine, Sampling, Thinking, opens_thinking
+from nautilus.serve import AnswerStream, Engine, Sampling, opens_thinking
 from nautilus.serve.terminal import lines, write
+from nautilus.serve.toolcalls import Delta, gather
 
 FEWEST = 8  # tokens of an answer whose speed is told
 HELP = "/reset forgets what was said, /seed N draws other answers, /quit ends, Ctrl-C stops an answer"
@@ -99,24 +100,27 @@ def reply(chat: Chat, text: str) -> None:
     engine, asked = chat.engine, [*chat.messages, {"role": "user", "content": text}]
     how = ChatSettings(enable_thinking=chat.settings.thinking)
     tokens = engine.tokens(text) if chat.raw else chat_tokens(engine.tokenizer, asked, settings=how)
-    thinking = Thinking(inside=not chat.raw and opens_thinking(engine.tokenizer.decode(tokens[-8:])))
-    pieces, times, said = engine.stream(tokens, chat.sampling), [time.monotonic()], Answer()
+    answer = AnswerStream(inside=None if chat.raw else bool(opens_thinking(tokens, engine.tokenizer)))
+    said: list[Delta] = []
+    pieces, times = engine.stream(tokens, chat.sampling), [time.monotonic()]
     with contextlib.suppress(KeyboardInterrupt):
         for piece in pieces:
             times.append(time.monotonic())
-            inside, part = thinking.inside, thinking.add(piece.text)
-            said += part
-            show(chat, part, "\n\n" if inside and not thinking.inside else "")
-    rest = thinking.finish()
+            inside, parts = answer.inside, answer.add(piece.text)
+            said += parts
+            show(chat, parts, "\n\n" if inside and not answer.inside else "")
+    rest = answer.finish()
     said += rest
     show(chat, rest)
     write(chat.out, "\n")
     remark(chat, speed(times))
     if not chat.raw:
-        chat.messages = [*asked, {"role": "assistant", "reasoning": said.reasoning, "content": said.content}]
+        whole = gather(said)
+        chat.messages = [*asked, {"role": "assistant", "reasoning": whole.reasoning, "content": whole.content}]
 
 
-def show(chat: Chat, part: Answer, gap: str = "") -> None:
+def show(chat: Chat, parts: list[Delta], gap: str = "") -> None:
+    part = gather(parts)
     write(chat.aside, part.reasoning + gap, style="dim")
     write(chat.out, part.content)
 

@@ -1,15 +1,11 @@
-"""From generated text to what a reader sees: no stop strings, reasoning apart from content.
-
-Everything here takes a growing text in pieces and releases as much as is certain; how the text was cut into pieces
-never changes what comes out.
-"""
+"""Where an answer begins and where it ends: within a thinking block or not; at a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-OPEN, CLOSE = "<think>\n", "</think>"
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.serve.markers import THINK, THOUGHT
 
 
 class StopStrings:
@@ -46,55 +42,10 @@ def begun(text: str, strings: Sequence[str]) -> int:
     return max(lengths, default=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What the model thought and what it said; as a result of `Thinking`, the new parts of both."""
-
-    reasoning: str = ""
-    content: str = ""
-
-    def __add__(self, more: Answer) -> Answer:
-        return Answer(reasoning=self.reasoning + more.reasoning, content=self.content + more.content)
-
-
-class Thinking:
-    """Splits an assistant's text at `</think>`. Newlines right before and right after it belong to neither side.
-
-    inside: the text begins within a thinking block, as it does when the prompt ends with `<think>` and a newline; then
-    without a closing tag all of it is reasoning. Otherwise all of it is content.
-    """
-
-    def __init__(self, *, inside: bool):
-        self.inside, self.held, self.begin = inside, "", False
-
-    def add(self, text: str) -> Answer:
-        if not self.inside:
-            return Answer(content=self.content(text))
-        text = self.held + text
-        if CLOSE in text:
-            reasoning, _, rest = text.partition(CLOSE)
-            self.inside, self.begin, self.held = False, True, ""
-            return Answer(reasoning=reasoning.rstrip("\n"), content=self.content(rest))
-        certain = text[: len(text) - begun(text, [CLOSE])].rstrip("\n")
-        self.held = text[len(certain) :]
-        return Answer(reasoning=certain)
-
-    def content(self, text: str) -> str:
-        text = text.lstrip("\n") if self.begin else text
-        self.begin = self.begin and not text
-        return text
-
-    def finish(self) -> Answer:
-        held, self.held = self.held, ""
-        return Answer(reasoning=held.rstrip("\n"))
-
-
-def split_answer(text: str, *, inside: bool) -> Answer:
-    """The same for a whole text at once."""
-    thinking = Thinking(inside=inside)
-    return thinking.add(text) + thinking.finish()
-
-
-def opens_thinking(prompt: str) -> bool:
-    """Whether an answer to this rendered prompt begins within a thinking block."""
-    return prompt.endswith(OPEN)
+def opens_thinking(tokens: Sequence[int], tokenizer: Tokenizer) -> bool | None:
+    """Whether an answer to this prompt begins within a thinking block: the last tag of its last turn counts. None: the
+    tokenizer has no such tags. By ids, as the text of a message may spell a tag."""
+    if not {THINK, THOUGHT} <= tokenizer.control.keys():
+        return None
+    tags = {tokenizer.control[THINK]: True, tokenizer.control[THOUGHT]: False, tokenizer.eos: False}
+    return next((tags[token] for token in reversed(tokens) if token in tags), False)

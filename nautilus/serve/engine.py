@@ -1,99 +1,38 @@
-"""Generation: prompts in, tokens with their log-probs and text out. Letters: B requests, T tokens, V vocabulary.
+"""Generation: prompts in, tokens with their log-probs and text out. Letters: B requests, V vocabulary.
 
-Requests begin as soon as there is room for them: a prompt is read in chunks, then every step adds one token to each
-running request. What a step of so many requests does is recorded the first time and replayed from then on, where all of
-it is native.
+Requests begin as soon as there is room for them. Every step reads prompts for a while, and adds one token to each
+request whose prompt has been read. See `scheduler.py` for whose turn it is, `forward.py` for the model's part.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
+import math
 import operator
-from collections import deque
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from nautilus.config.keys import short
 from nautilus.data.chat import chat_tokens
-from nautilus.data.tokenizer import TextStream, Tokenizer
+from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
-from nautilus.ops.cpu.tape import CannotRecord, Tape, record
-from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.control import StopStrings
-from nautilus.serve.memory import Berth, Berths, point, write
-from nautilus.serve.sample import Sampling, draw, whole
+from nautilus.serve.budget import thinking_rules
+from nautilus.serve.control import StopStrings, opens_thinking
+from nautilus.serve.forward import Forward
+from nautilus.serve.memory import Berths
+from nautilus.serve.prefixes import Prefixes
+from nautilus.serve.request import Completion, Piece, Request
+from nautilus.serve.rules import Rule, rules_of
+from nautilus.serve.sample import draw_one
+from nautilus.serve.sampling import Sampling, whole
+from nautilus.serve.scheduler import Scheduler
 
-log = logging.getLogger("nautilus.serve")
 Prompt = str | Sequence[int] | Sequence[Mapping]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """One generated token and the text that became certain with it.
-
-    finish_reason is None until the last piece: "stop" (a stop token or stop string) or "length".
-    """
-
-    text: str
-    token: int
-    logprob: float
-    finish_reason: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """An answer. `tokens` and `logprobs` include the token that ended it, `text` does not."""
-
-    prompt: tuple[int, ...]
-    text: str
-    tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    finish_reason: str
-
-
-@dataclass(kw_only=True)
-class Request:
-    """A prompt on its way to an answer; `tokens` grows."""
-
-    prompt: int
-    tokens: list[int]
-    sampling: Sampling
-    ends: frozenset[int]
-    limit: int
-    written: TextStream
-    stops: StopStrings
-    pieces: list[Piece] = field(default_factory=list)
-
-    @property
-    def finished(self) -> bool:
-        return bool(self.pieces) and self.pieces[-1].finish_reason is not None
-
-    def take(self, token: int, logprob: float) -> Piece:
-        """Add a token; what it means for the text and for the end of the request."""
-        self.tokens.append(token)
-        ended = token in self.ends
-        text = "" if ended else self.stops.add(self.written.push(token))
-        if ended or len(self.tokens) >= self.limit:
-            text += self.stops.add(self.written.close()) + self.stops.finish()
-        reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
-        self.pieces.append(Piece(text=text, token=token, logprob=logprob, finish_reason=reason))
-        return self.pieces[-1]
-
-    def completion(self) -> Completion:
-        return Completion(
-            prompt=tuple(self.tokens[: self.prompt]),
-            text="".join(piece.text for piece in self.pieces),
-            tokens=tuple(piece.token for piece in self.pieces),
-            logprobs=tuple(piece.logprob for piece in self.pieces),
-            finish_reason=self.pieces[-1].finish_reason or "",
-        )
 
 
 class Engine:
@@ -112,41 +51,61 @@ class Engine:
         None, the default: as many as these.
     rows: most requests that run together (32 by default); others wait for their turn. A state is kept for each.
     chunk: most tokens of a prompt that are read at a time (512 by default); more of them take more memory.
-    cache: the format of keys and values, "bf16", "fp8", "int8" or "f32"; "": as the activations. There is room for
-        rows x max_tokens of them, but in no more than a quarter of the machine's memory, unless one request takes more.
+    cache: the format of keys and values, "bf16", "fp8", "int8" or "f32"; "": as the activations.
+    cache_gb: most memory of keys and values, in 10^9 bytes; a quarter of the machine's by default. There is room for
+        rows x max_tokens of them, but in no more than that, unless one request takes more. Where it is short, some
+        requests wait, and what they had read is read again.
     state: how recurrent states are stored between tokens: "fp32", exact, or a narrower format by its name in
         `nautilus.ops.state_format`, such as "fp16_sr". A state is rounded after the prompt, then after every token.
     state_seed: of the random bits of formats that round stochastically, such as that one; 0 by default.
+    step_seconds: how long prompts are read before those that are answered get their next token; for ever by default,
+        which is fastest in all.
+    saved_gb: memory for the states of known prefixes, in 10^9 bytes, which are then not read again; none by default.
+    saved_folder: where states go that memory has no room for, and come back from, also in another process.
+    saved_folder_gb: most 10^9 bytes of files there; 16 by default.
 
-    `rows` and `chunk` bound memory and do not change results beyond rounding; on native kernels they change no bit.
+    `rows`, `chunk` and `step_seconds` do not change results beyond rounding; on native kernels they change no bit.
     UserError for a max_tokens, rows, chunk, cache or state that cannot be, and where there is no memory for them.
     """
 
     def __init__(
         self, model: Language, tokenizer: Tokenizer, *, max_tokens: int | None = None, rows: int = 32, chunk: int = 512,
-        cache: str = "", state: str = "fp32", state_seed: int = 0,
+        cache: str = "", cache_gb: float | None = None, state: str = "fp32", state_seed: int = 0,
+        step_seconds: float = float("inf"), saved_gb: float = 0, saved_folder: Path | None = None,
+        saved_folder_gb: float = 16,
     ):  # fmt: skip
-        positions = model.config.positions
-        self.max_tokens = positions if max_tokens is None else max_tokens
-        if not whole(self.max_tokens) or not 1 < self.max_tokens <= positions:
-            raise UserError(
-                f"an engine of max_tokens={self.max_tokens} was asked for; the model has positions={positions}: "
-                f"choose from 2 to {positions}"
-            )
-        if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
-            raise UserError(
-                f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1"
-            )
+        amounts = {"cache_gb": cache_gb, "saved_gb": saved_gb, "saved_folder_gb": saved_folder_gb}
+        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, step_seconds, amounts)
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
-        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache, state=stored)
-        self.packs: Packs = {}
-        self.steps: dict[int, Step] = {}
+        most = None if cache_gb is None else cache_gb * 1e9
+        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache, cache_bytes=most, state=stored)
+        self.forward = Forward(model, self.berths)
+        self.scheduler = Scheduler(self.berths, chunk=chunk, step_seconds=step_seconds, grow=stored.lossless)
+        self.prefixes = Prefixes(self.berths, self.scheduler, model, saved_gb, saved_folder, saved_folder_gb)
+
+    # ----- answers ----------------------------------------------------------------------------------------------------
 
     def stream(self, prompt: Prompt, sampling: Sampling = Sampling()) -> Iterator[Piece]:
-        """The answer to one prompt, token by token. A prompt is messages, tokens, or text to continue."""
+        """The answer to one prompt, token by token. A prompt is messages, tokens, or text to continue.
+
+        Streams that are read in turns go on together: what one has to wait for takes the others on too.
+        """
         request = self.request(prompt, sampling)  # outside the generator: bad input is an error here and now
-        return (piece for _, piece in self.run([request]))
+        return self.follow(request)
+
+    def follow(self, request: Request) -> Iterator[Piece]:
+        self.submit(request)
+        try:
+            told = 0
+            while told < len(request.pieces) or not request.finished:
+                while told == len(request.pieces):
+                    self.step()
+                told += 1
+                request.raise_error()
+                yield request.pieces[told - 1]
+        finally:
+            self.cancel(request)
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling | Sequence[Sampling] = Sampling()
@@ -163,20 +122,34 @@ class Engine:
                 "for all prompts or one for each"
             )
         requests = [self.request(*pair) for pair in zip(prompts, samplings, strict=True)]
-        for _ in self.run(requests):
-            pass
+        try:
+            for request in requests:
+                self.submit(request)
+            while not all(request.finished for request in requests):
+                self.step()
+        finally:
+            for request in requests:
+                self.cancel(request)
+        for request in requests:
+            request.raise_error()
         return [request.completion() for request in requests]
 
-    def request(self, prompt: Prompt, sampling: Sampling) -> Request:
+    def request(self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), **more) -> Request:
+        """rules: beside those that the sampling implies, grammars for example; more: fields of Request."""
         tokens = self.checked(self.tokens(prompt))
+        ends = sampling.ends((*self.model.config.eos, *self.tokenizer.stop))
+        inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, self.tokenizer))
+        implied = rules_of(sampling, tokens, ends, self.model.config.vocab)
         return Request(
             prompt=len(tokens),
             tokens=tokens,
             sampling=sampling,
-            ends=frozenset((*self.model.config.eos, *self.tokenizer.stop, *sampling.stop_tokens)),
+            ends=ends,
             limit=min(len(tokens) + sampling.max_tokens, self.max_tokens),
             written=self.tokenizer.stream(skip_special=True),
             stops=StopStrings(sampling.stop),
+            rules=[*implied, *rules, *thinking_rules(sampling, self.tokenizer, inside=inside)],
+            **more,
         )
 
     def tokens(self, prompt: Prompt) -> list[int]:
@@ -215,116 +188,105 @@ class Engine:
             )
         return tokens
 
-    def run(self, requests: list[Request]) -> Iterator[tuple[Request, Piece]]:
-        """All requests until the last is finished. They begin in their order, as soon as others have left room."""
-        if any(parameter.requires_grad for parameter in self.model.parameters()):
-            self.forget()  # the weights may have changed since the last run, but do not during one
-        waiting, running = deque(requests), dict[int, tuple[Request, Berth]]()
-        try:
-            while waiting or running:
-                while waiting and (berth := self.berths.take(waiting[0].limit)) is not None:
-                    request = waiting.popleft()
-                    running[berth.slot] = request, berth
-                    yield from self.accept([request], self.prefill(request.tokens, berth))
-                if waiting and not running:  # nobody here will leave room
-                    raise UserError(
-                        f"{len(waiting)} answers were asked for, but streams that nobody reads on fill the engine of"
-                        f" rows={self.rows} and max_tokens={self.max_tokens}; read or close them, or give more rows"
-                    )
-                for slot in [slot for slot, (request, _) in running.items() if request.finished]:
-                    self.berths.give_back(running.pop(slot)[1])
-                if running:
-                    active = list(running.values())
-                    yield from self.accept([request for request, _ in active], self.step(active))
-        finally:
-            for _, berth in running.values():
-                self.berths.give_back(berth)
+    # ----- one step ---------------------------------------------------------------------------------------------------
 
-    def accept(self, requests: list[Request], logits_BV: Tensor) -> Iterator[tuple[Request, Piece]]:
-        positions = [len(request.tokens) for request in requests]
-        drawn = draw(logits_BV, [request.sampling for request in requests], positions)
-        for request, (token, logprob) in zip(requests, drawn, strict=True):
-            yield request, request.take(token, logprob)
+    def submit(self, request: Request) -> None:
+        if self.scheduler.idle and any(parameter.requires_grad for parameter in self.model.parameters()):
+            self.forget()  # the weights may have changed since the last request, but do not during one
+        self.scheduler.add(request)
 
     def forget(self) -> None:
-        """What was packed and recorded of the weights."""
-        self.packs.clear()
-        self.steps.clear()
+        """What is known of the weights, because they have changed: packed matrices, recorded steps, saved prefixes.
+        Requests under way go on with the states that they have."""
+        self.forward.forget()
+        self.prefixes.clear()
 
-    @contextlib.contextmanager
-    def computing(self) -> Iterator[None]:
-        """A model in training is in evaluation mode inside; matrices are packed once."""
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            with packed_once(self.packs):
-                yield
-        finally:
-            if training:
-                self.model.train()
+    def cancel(self, request: Request) -> None:
+        """Its memory is free at once. Nothing happens to one that is finished."""
+        if not request.finished:
+            self.end(request, "cancelled")
 
-    @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int], berth: Berth) -> Tensor:
-        """The logits (1, V) after these tokens, which the berth then holds."""
-        lanes = self.berths.waking(berth)
-        with self.computing():
-            for low in range(0, len(tokens), self.chunk):
-                part_BT = torch.tensor([tokens[low : low + self.chunk]], device=self.berths.device)
-                point(lanes, [berth], part_BT.shape[1])
-                hidden_BTD, _ = self.model.hidden(part_BT, state=lanes)
-                berth.length += part_BT.shape[1]
-            self.berths.rest(berth, lanes)
-            return self.model.head(hidden_BTD[:, -1:])[:, 0]
+    def step(self) -> list[tuple[Request, Piece]]:
+        """Prompts are read, then every request whose prompt has been read gets a token. What came for whom."""
+        self.admit()
+        found = []
+        for request, size in self.scheduler.readings():
+            found += self.read(request, size)
+        self.make_room()
+        if running := self.scheduler.running():
+            berths = [request.berth for request in running if request.berth]
+            found += self.accept(running, self.forward.step(berths, [request.tokens[-1] for request in running]))
+        return found
 
-    @torch.inference_mode()
-    def step(self, active: list[tuple[Request, Berth]]) -> Tensor:
-        """The logits (B, V) after the last token of each request."""
-        berths = [berth for _, berth in active]
-        if len(active) not in self.steps:
-            self.steps[len(active)] = Step(self, len(active))
-        step = self.steps[len(active)]
-        if berths == step.berths:
-            write(step.lanes.rows.length, [berth.length + 1 for berth in berths])
-        else:
-            write(step.lanes.slot_B, [berth.slot for berth in berths])
-            point(step.lanes, berths, 1)
-            step.berths = berths
-        write(step.tokens_BT, [request.tokens[-1:] for request, _ in active])
-        logits_BV = step.run()
-        for berth in berths:
-            berth.length += 1
-        return logits_BV
+    def admit(self) -> None:
+        """Those who wait take memory in their order, until one of them finds none."""
+        if not self.berths.slots:
+            return
+        for request in self.scheduler.in_order():
+            if self.prefixes.comes(request, self.scheduler.active):
+                continue
+            request.berth = self.prefixes.board(request)
+            if request.berth is None:
+                return
+            self.scheduler.begin(request)
+
+    def read(self, request: Request, size: int) -> list[tuple[Request, Piece]]:
+        """The next so many tokens of a prompt; the first token of the answer where that was the last of them."""
+        assert request.berth is not None
+        at, begin = request.berth.length, time.monotonic()
+        complete = at + size == len(request.tokens)
+        part, last = request.tokens[at : at + size], complete and not request.warm
+        logits_1V = self.forward.read(part, request.berth, last=last)
+        self.scheduler.measured(size, time.monotonic() - begin)
+        self.scheduler.served[request.tenant] += size
+        if at + size in request.marks:
+            self.prefixes.keep(request)
+        if complete and request.warm:
+            return [(request, self.end(request, "length"))]
+        return self.accept([request], logits_1V) if logits_1V is not None else []
+
+    def end(self, request: Request, reason: str) -> Piece:
+        piece = request.end(reason)
+        self.scheduler.leave(request)
+        return piece
+
+    def make_room(self) -> None:
+        """A place for the next token of everyone who runs; the last in the order are put off where there is none."""
+        for request in self.scheduler.running():
+            while request.berth and not self.berths.grow(request.berth, len(request.tokens)):
+                if not self.prefixes.make_room(1):
+                    self.scheduler.put_off(self.scheduler.last())
+
+    def accept(self, requests: list[Request], logits_BV: Tensor) -> list[tuple[Request, Piece]]:
+        """A token for each; one whose logits allow none ends with the error, alone."""
+        found = []
+        for request, logits_V in zip(requests, logits_BV.unbind(), strict=True):
+            try:
+                piece = request.take(*draw_one(logits_V, request.sampling, len(request.tokens), request.rules))
+            except UserError as bad:
+                request.error, piece = bad, request.end("error")
+            found.append((request, piece))
+            self.scheduler.served[request.tenant] += 1
+            if request.finished:
+                self.prefixes.keep(request)
+                self.scheduler.leave(request)
+        return found
 
 
-class Step:
-    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays."""
-
-    def __init__(self, engine: Engine, rows: int):
-        self.engine, self.lanes = engine, engine.berths.lanes(rows)
-        self.berths: list[Berth] = []  # that it was told of last
-        self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=engine.berths.device)
-        self.tape: Tape | None = None
-        self.may_record = self.tokens_BT.device.type == "cpu"
-        self.warm = False
-
-    def run(self) -> Tensor:
-        if self.tape is not None:
-            return self.tape.replay()
-        if not (self.warm and self.may_record):
-            self.warm = True
-            return self.compute()
-        rows = self.lanes.rows
-        try:
-            inputs = [self.tokens_BT, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
-            self.tape = record(self.compute, inputs)
-            return self.tape.result
-        except CannotRecord as reason:
-            log.info("steps are not replayed, because %s", reason)
-            self.may_record = False
-            return self.compute()
-
-    def compute(self) -> Tensor:
-        with self.engine.computing():
-            hidden_BTD, _ = self.engine.model.hidden(self.tokens_BT, state=self.lanes)
-            return self.engine.model.head(hidden_BTD)[:, 0]
+def checked_limits(
+    model: Language, max_tokens: int | None, rows: int, chunk: int, step_seconds: float, amounts: Mapping
+) -> int:
+    """The most tokens of a request. UserError for a limit that cannot be."""
+    positions = model.config.positions
+    max_tokens = positions if max_tokens is None else max_tokens
+    if not whole(max_tokens) or not 1 < max_tokens <= positions:
+        raise UserError(
+            f"an engine of max_tokens={max_tokens} was asked for; the model has positions={positions}: "
+            f"choose from 2 to {positions}"
+        )
+    if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
+        raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1")
+    for name, amount in (*amounts.items(), ("step_seconds", step_seconds)):
+        if amount is not None and (not amount >= 0 or (name != "step_seconds" and amount == math.inf)):
+            raise UserError(f"an engine of {name}={amount} was asked for; give a number from 0")
+    return max_tokens

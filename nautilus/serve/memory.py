@@ -1,7 +1,8 @@
 """Whose slot and whose pages: the memory of running requests, and calls on several of them.
 
-A request takes a slot and as many pages as it can ever need before it begins, so none runs out half-way; what is not
-free is waited for.
+A request takes a slot, and pages as it grows. A page may be held by several: a prefix that is known already is read by
+all who begin with it. Nobody writes into what another one reads: requests only ever add tokens, and who goes on from
+the middle of a page gets a copy of that page.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from nautilus.config.keys import short
 from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory
 from nautilus.model.language import Language
-from nautilus.ops.pages import PAGE, Rows
+from nautilus.ops.pages import PAGE, Pool, Rows
 from nautilus.ops.state_format import EXACT, StateFormat
 from nautilus.runtime import UserError
 
@@ -25,11 +26,12 @@ SHARE = 0.25  # of the machine's memory that keys and values may take
 
 @dataclass(kw_only=True, eq=False)
 class Berth:
-    """Where a running request's memory lies; `length` tokens are in it."""
+    """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt."""
 
     slot: int
     pages: list[int]
     length: int = 0
+    awake: Lanes | None = None
 
 
 class Berths:
@@ -37,13 +39,14 @@ class Berths:
     may be taken back."""
 
     def __init__(
-        self, model: Language, *, rows: int, max_tokens: int, cache: str = "", state: StateFormat = EXACT,
-        window: int = 0,
+        self, model: Language, *, rows: int, max_tokens: int, cache: str = "", cache_bytes: float | None = None,
+        state: StateFormat = EXACT, window: int = 0,
     ):  # fmt: skip
         config, device = model.config, model.head_weight.device
         pages = pages_for(max_tokens)
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
-        affordable = int(SHARE * memory_bytes() / per_token) // PAGE if per_token else rows * pages
+        most = SHARE * memory_bytes() if cache_bytes is None else cache_bytes
+        affordable = int(most / per_token) // PAGE if per_token else rows * pages
         self.most = pages
         count = max(pages, min(rows * pages, affordable))
         try:
@@ -63,22 +66,33 @@ class Berths:
                 f"room for {rows} requests of {max_tokens} tokens was asked for, but there is no memory for their"
                 f" states, keys and values ({short(bad)}); give fewer rows or max_tokens"
             ) from bad
-        self.device, self.slots, self.pages = device, list(range(rows)), list(range(count))
+        self.device, self.slots = device, list(range(rows))
+        self.pool = Pages(self.pools(), count)
 
-    def take(self, tokens: int) -> Berth | None:
-        """Room for so many tokens, or None until others have left."""
-        need = pages_for(tokens)
-        if not self.slots or need > len(self.pages):
+    def take(self, tokens: int, shared: Sequence[int] = ()) -> Berth | None:
+        """Room for so many tokens, the first of them in `shared` pages, or None until others have left. The states are
+        zero."""
+        need = pages_for(tokens) - len(shared)
+        if not self.slots or need > self.pool.free():
             return None
-        berth = Berth(slot=self.slots.pop(), pages=[self.pages.pop() for _ in range(need)])
+        self.pool.hold(shared)
+        berth = Berth(slot=self.slots.pop(), pages=[*shared, *self.pool.take(need)])
         for layer in self.layers:
             if isinstance(layer, MambaSlots | RestingSlots):
                 layer.clear(berth.slot)
         return berth
 
+    def grow(self, berth: Berth, tokens: int) -> bool:
+        """Room for so many tokens in all; False where there is none."""
+        need = pages_for(tokens) - len(berth.pages)
+        if need > self.pool.free():
+            return False
+        berth.pages += self.pool.take(need)
+        return True
+
     def give_back(self, berth: Berth) -> None:
         self.slots.append(berth.slot)
-        self.pages += berth.pages
+        self.pool.release(berth.pages)
 
     def waking(self, berth: Berth) -> Lanes:
         """For the calls that read one prompt: between them its states are not rounded, however they rest later."""
@@ -103,6 +117,74 @@ class Berths:
             rows=Rows(begin=ints(rows + 1), length=ints(rows), table_BL=ints(rows, self.most)),
             tentative=tentative,
         )
+
+    def pools(self) -> list[Pool]:
+        return [layer for layer in self.layers if isinstance(layer, Pool)]
+
+    # ----- what is kept of a prefix -----------------------------------------------------------------------------------
+
+    def state(self, berth: Berth) -> list[Tensor]:
+        """Copies of its recurrent states, as they are after its last token."""
+        lanes = berth.awake or replace(self.lanes(1), slot_B=torch.tensor([berth.slot], dtype=torch.int32))
+        lanes.fold()
+        return [part.clone() for part in states(lanes)]
+
+    def put_state(self, berth: Berth, tensors: Sequence[Tensor]) -> None:
+        """The berth goes on from there."""
+        berth.awake = berth.awake or self.waking(berth)
+        for mine, part in zip(states(berth.awake), tensors, strict=True):
+            mine.copy_(part)
+
+
+class Pages:
+    """The pages of all layers together: page i of each layer belongs to the same 16 tokens. Each is free, or has as
+    many references as requests and saved prefixes hold it."""
+
+    def __init__(self, pools: Sequence[Pool], count: int):
+        self.parts = [part for pool in pools for part in (pool.keys, pool.values)]
+        self.page_bytes = sum(part[0].nbytes for part in self.parts)
+        self.references = [0] * count
+        self.unused = list(range(count))
+
+    def free(self) -> int:
+        return len(self.unused)
+
+    def take(self, count: int) -> list[int]:
+        """Free pages, with a reference each; the caller has seen that there are so many."""
+        pages = [self.unused.pop() for _ in range(count)]
+        self.hold(pages)
+        return pages
+
+    def hold(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.references[page] += 1
+
+    def release(self, pages: Sequence[int]) -> None:
+        for page in pages:
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                self.unused.append(page)
+
+    def read(self, pages: Sequence[int]) -> list[Tensor]:
+        """Copies of their contents, the first axis of each is these pages."""
+        at = torch.tensor(pages, dtype=torch.int64)
+        return [part[at] for part in self.parts]
+
+    def write(self, pages: Sequence[int], tensors: Sequence[Tensor]) -> None:
+        at = torch.tensor(pages, dtype=torch.int64)
+        for part, tensor in zip(self.parts, tensors, strict=True):
+            part[at] = tensor.to(part.device)
+
+    def copy(self, source: int, target: int) -> None:
+        for part in self.parts:
+            part[target] = part[source]
+
+
+def states(lanes: Lanes) -> list[Tensor]:
+    """Views of the one row's recurrent states, where they lie."""
+    slot = int(lanes.slot_B[0])
+    mambas = [layer for layer in lanes.layers if isinstance(layer, MambaSlots)]
+    return [part[slot] for layer in mambas for part in (layer.tail_SRC[:, : layer.taps - 1], layer.ssm_SHNP)]
 
 
 def point(lanes: Lanes, berths: Sequence[Berth], time: int) -> None:

@@ -103,22 +103,22 @@ def test_a_prompt_is_timed_alone():
     with meter.ready(work) as ready:
         turn = ready.turn()
         assert ready.bytes == 0 and turn.tokens_per_s > 0 and (turn.bandwidth, turn.share) == (None, None)
-        assert ready.active[0][1].length == 30
+        assert ready.berths[0].length == 30
 
 
 def test_every_turn_begins_after_the_same_prompt_and_memory_is_given_back():
     meter = meter_of(ONE, cache="bf16")
-    free = sorted(meter.engine.berths.pages)
+    free = sorted(meter.engine.berths.pool.unused)
     for _ in range(2):
         with meter.ready(ONE) as ready:
             for _ in range(2):
                 ready.turn()
-                assert ready.active[0][1].length == ONE.prompt
-            assert len(meter.engine.berths.pages) < len(free)
-        assert sorted(meter.engine.berths.pages) == free and len(meter.engine.berths.slots) == 1
+                assert ready.berths[0].length == ONE.prompt
+            assert len(meter.engine.berths.pool.unused) < len(free)
+        assert sorted(meter.engine.berths.pool.unused) == free and len(meter.engine.berths.slots) == 1
     with pytest.raises(KeyError), meter.ready(ONE):
         raise KeyError
-    assert sorted(meter.engine.berths.pages) == free
+    assert sorted(meter.engine.berths.pool.unused) == free
 
 
 def test_tokens_differ_from_step_to_step_and_a_seed_repeats_them():
@@ -152,10 +152,10 @@ def test_work_that_the_model_has_no_room_for_is_refused():
     with pytest.raises(UserError, match="no work"):
         Meter(random_model(CONFIG, "bf16"), [])
     meter = meter_of(work := Work(prompt=20, sequences=3, steps=4))
-    del meter.engine.berths.pages[4:]
+    del meter.engine.berths.pool.unused[4:]
     with pytest.raises(UserError, match="of 2 such sequences fill"), meter.ready(work):
         pass
-    assert len(meter.engine.berths.pages) == 4
+    assert len(meter.engine.berths.pool.unused) == 4
 
 
 def test_work_has_a_name():
@@ -264,7 +264,7 @@ def test_what_an_engine_packs_takes_the_memory_that_was_said(format):
     meter = meter_of(config=config, format=format)
     with meter.ready(ONE):
         pass
-    kept = [form for _, form in meter.engine.packs.values() if form is not None]
+    kept = [form for _, form in meter.engine.forward.packs.values() if form is not None]
     parts = [part for form in kept for part in ([form] if isinstance(form, torch.Tensor) else [form.codes, form.scale])]
     size = sum(part.nbytes for part in parts)
     assert bytes_of(config, format)[1] == pytest.approx(size, rel=0.1)

@@ -165,6 +165,35 @@ def test_a_stop_string_may_lie_across_tokens_and_no_part_of_it_is_written():
     assert [piece.text for piece in pieces] == ["c", "", "", ""] and pieces[-1].finish_reason == "stop"
 
 
+def test_no_end_comes_before_min_tokens_and_none_of_the_models_where_it_is_ignored():
+    script = TOKENIZER.encode("ca")
+    early = answer("ca", min_tokens=4)  # the script ends after two tokens
+    assert [piece.token for piece in early][:2] == script and early[-1].finish_reason == "stop"
+    assert [piece.token == EOS for piece in early] == [False] * 4 + [True]
+    texts = [piece.text for piece in answer("abab", stop=("b",), min_tokens=3)]
+    assert texts == ["a", "b", "a", ""], "nor does a string end it before"
+    on = answer("ca", ignore_eos=True, max_tokens=5)
+    assert [piece.token for piece in on] == [*script, EOS, EOS, EOS] and on[-1].finish_reason == "length"
+
+
+def test_what_a_sampling_asks_of_the_next_token_is_done():
+    cab = TOKENIZER.encode("cab")
+    assert [piece.token for piece in answer("cab", bad_tokens=(tuple(cab),))][:3] != cab
+    assert [piece.token for piece in answer("cab", bad_tokens=((*cab, 7),))][:3] == cab
+    assert [piece.token for piece in answer("cab", logit_bias={cab[0]: 100.0}, max_tokens=4)] == cab[:1] * 4
+
+
+@pytest.mark.parametrize("grace, reasoning", [(0, "abc"), (2, "abcab\n"), (9, "abcab\n")])
+def test_reasoning_is_closed_when_its_budget_is_out(grace, reasoning):
+    prompt, text = TOKENIZER.encode("<think>\n", control=True), "-abcab\ncab"  # what is read stands for its place
+    engine = Engine(Scripted(TOKENIZER.encode(text) + [EOS]), TOKENIZER)
+    how = Sampling(temperature=0, thinking_budget=3, thinking_grace=grace)
+    want = reasoning[: 3 + grace] + "</think>"
+    assert "".join(piece.text for piece in engine.stream(prompt, how)).startswith(want)
+    plain = "".join(piece.text for piece in engine.stream(TOKENIZER.encode("x"), how))
+    assert plain == text, "no block, nothing to close"
+
+
 def test_what_only_looked_like_a_stop_string_is_written_in_the_end():
     assert [piece.text for piece in answer("ca\n", stop=("a\nb",))] == ["c", "", "", "a\n"]
     short = answer("ca\n", stop=("a\nb",), max_tokens=3)
@@ -248,14 +277,15 @@ def test_requests_for_which_there_is_no_memory_are_refused(rows):
 
 
 @pytest.mark.timeout(60)
-def test_a_stream_that_nobody_reads_on_is_not_waited_for():
+def test_a_stream_that_nobody_reads_on_holds_nobody_up_and_is_there_later():
     engine = Engine(ENDLESS, UNENDING, max_tokens=64, rows=1)
     stream = engine.stream([1, 2], GREEDY)
     first = next(stream)
-    with pytest.raises(UserError, match=r"1 answers .* nobody reads on .* rows=1 .* close them"):
-        engine.generate([[3]], GREEDY)
-    assert len([first, *stream]) == GREEDY.max_tokens
-    assert len(engine.generate([[3]], GREEDY)[0].tokens) == GREEDY.max_tokens
+    other = engine.generate([[3]], GREEDY)[0]
+    assert len(other.tokens) == GREEDY.max_tokens
+    alone = Engine(ENDLESS, UNENDING, max_tokens=64).generate([[1, 2]], GREEDY)[0]
+    assert [piece.token for piece in (first, *stream)] == list(alone.tokens)
+    assert engine.scheduler.idle and len(engine.berths.slots) == 1
 
 
 @pytest.mark.parametrize("prompts", ["abc", None])

@@ -9,9 +9,13 @@ import torch
 from hypothesis import given, settings
 
 from nautilus.serve import sample
-from nautilus.serve.sample import Sampling, candidates, draw, draw_one, uniform
+from nautilus.serve.rules import Bias
+from nautilus.serve.sample import candidates, draw, draw_one, uniform
+from nautilus.serve.sampling import VALID, Sampling
 
 torch.set_num_threads(1)
+WHOLE = ("top_k", "seed", "max_tokens", "min_tokens", "thinking_grace", "top_logprobs")
+REAL = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 CHI_SQUARE_7 = 24.3  # the 0.1 % point with 7 degrees of freedom
 
 # Whole numbers of halvings: probabilities are ratios of small integers, so that the laws can be checked exactly.
@@ -157,8 +161,33 @@ def test_a_request_draws_the_same_in_every_batch(rows):
 @given(powers=halvings, temperature=st.sampled_from([0.0, 0.5, 3.0]), top_k=st.integers(0, 3), shift=st.floats(-50, 50))
 def test_the_log_prob_is_the_models_own_before_temperature_and_filters(powers, temperature, top_k, shift):
     chosen = Sampling(temperature=temperature, top_k=top_k)
-    token, logprob = draw_one(logits_of(powers) + shift, chosen, 5)
+    token, logprob, _ = draw_one(logits_of(powers) + shift, chosen, 5)
     assert logprob == pytest.approx(float(logits_of(powers).log_softmax(0)[token]), abs=1e-12)
+
+
+@given(powers=halvings, temperature=st.sampled_from([0.0, 0.5]), top_k=st.integers(0, 3), count=st.integers(0, 12))
+def test_the_most_probable_tokens_are_told_best_first_then_by_id(powers, temperature, top_k, count):
+    drawn = draw_one(logits_of(powers), Sampling(temperature=temperature, top_k=top_k, top_logprobs=count), 5)
+    best = sorted(range(len(powers)), key=lambda token: (-powers[token], token))[:count]
+    logprob_V = logits_of(powers).log_softmax(0)
+    assert [token for token, _ in drawn.top] == best
+    assert [logprob for _, logprob in drawn.top] == pytest.approx(logprob_V[best].tolist(), abs=1e-12)
+    assert all(logprob == drawn.logprob for token, logprob in drawn.top if token == drawn.token)
+
+
+@given(rows=st.integers(1, 3), position=st.integers(0, 99))
+def test_each_row_has_its_own_rules(rows, position):
+    logits_BV = torch.randn(rows, 9, generator=torch.Generator().manual_seed(position))
+    rules = [[Bias({row: 500.0})] for row in range(rows)]
+    assert [drawn.token for drawn in draw(logits_BV, [Sampling()] * rows, [position] * rows, rules)] == [*range(rows)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_greedy_takes_the_first_of_the_most_probable_in_every_format(dtype):
+    logits_BV = (torch.randn(40, 2000, generator=torch.Generator().manual_seed(0)) * 2).to(dtype)
+    logits_BV[:, 1500:] = logits_BV[:, :500]
+    found = [drawn.token for drawn in draw(logits_BV, [Sampling(temperature=0)] * 40, range(40))]
+    assert found == [int((row == row.max()).nonzero()[0, 0]) for row in logits_BV]
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-9, 1e300])
@@ -186,12 +215,37 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(value, temperat
         *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
         *[("seed", value) for value in (-1, 2**64)],
         ("max_tokens", 0),
+        *[(name, -1) for name in ("min_tokens", "thinking_budget", "thinking_grace", "top_logprobs")],
+        *[("repetition_penalty", value) for value in (0.0, -1.0, math.inf, math.nan)],
+        *[(name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.1, math.nan)],
+        *[("logit_bias", value) for value in ({-1: 0.0}, {"a": 0.0}, {1: 101.0}, {1: math.nan}, {1: "a"}, [(1, 2)])],
+        *[("bad_tokens", value) for value in ((1, 2), ((),), ((-1,),), (("a",),), "ab", None)],
+        *[("ignore_eos", value) for value in (0, "no", None)],
         *[("stop", value) for value in ("word", ("a", ""), (3,), None)],
         *[("stop_tokens", value) for value in (5, "ab", ("x",), (1.5,))],
-        *[(name, value) for name in ("top_k", "seed", "max_tokens") for value in (1.5, True, "a", None)],
-        *[(name, value) for name in ("temperature", "top_p", "min_p") for value in ("a", None)],
+        *[(name, value) for name in WHOLE for value in (1.5, True, "a", None)],
+        *[(name, value) for name in REAL for value in ("a", None, True)],
     ],
 )
 def test_a_bad_value_is_refused_with_its_name_and_its_value(name, value):
     with pytest.raises(ValueError, match=rf"sampling\.{name}=.*{re.escape(repr(value))}"):
         dataclasses.replace(Sampling(), **{name: value})
+
+
+def test_an_answer_with_more_tokens_at_least_than_at_most_is_refused():
+    with pytest.raises(ValueError, match=r"sampling\.min_tokens=9 .* max_tokens=8"):
+        Sampling(min_tokens=9, max_tokens=8)
+    Sampling(min_tokens=8, max_tokens=8)
+
+
+def test_every_field_is_checked():
+    assert {field.name for field in dataclasses.fields(Sampling)} == set(VALID)
+
+
+def test_what_ends_an_answer():
+    assert Sampling(stop_tokens=(4, 5)).ends([1, 2]) == {1, 2, 4, 5}
+    assert Sampling(stop_tokens=(4, 5), ignore_eos=True).ends([1, 2]) == {4, 5}
+
+
+def test_a_sampling_is_a_key():
+    assert len({Sampling(logit_bias={1: 2.0}), Sampling(logit_bias={1: 2.0}), Sampling()}) == 2

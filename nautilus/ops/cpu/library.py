@@ -20,6 +20,7 @@ import torch
 
 log = logging.getLogger("nautilus.ops")
 INTERFACE = 19
+HARD = 2  # omp_pause_hard of OpenMP 5.0
 UNDECIDED = "tokens of an earlier tentative call wait; before the next call say how many of them stay, 0 or more"
 FILE = Path(__file__).with_name("libnautilus.so")
 
@@ -84,13 +85,29 @@ def team_of_torch() -> tuple[int | None, int | None]:
 
     Two teams of threads would fight over the cores, because idle OpenMP threads spin before they sleep.
     """
+    team = openmp_of_torch()
+    if team is None:
+        return None, None
+    return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (team.GOMP_parallel, team.omp_get_thread_num))  # type: ignore[return-value]
+
+
+def openmp_of_torch() -> ctypes.CDLL | None:
     maps = Path("/proc/self/maps")
     for line in maps.read_text().splitlines() if maps.exists() else []:
         path = line.split(maxsplit=5)[-1]
         if Path(path).name.startswith("libgomp"):
-            team = ctypes.CDLL(path)
-            return tuple(ctypes.cast(f, ctypes.c_void_p).value for f in (team.GOMP_parallel, team.omp_get_thread_num))  # type: ignore[return-value]
-    return None, None
+            return ctypes.CDLL(path)
+    return None
+
+
+def leave_computing() -> None:
+    """Ends the OpenMP threads that work for the calling thread, because another thread computes from now on.
+
+    Every thread that computes has such a team. Where all teams together have more threads than there are cores, libgomp
+    puts idle ones to sleep at once instead of letting them spin, and a step of a small model takes four times as long.
+    """
+    if (team := openmp_of_torch()) is not None:
+        team.omp_pause_resource_all(HARD)
 
 
 def refuses(*tensors: torch.Tensor | None) -> str | None:

@@ -1,6 +1,7 @@
 """Work is shared out among threads, torch's or our own: which thread takes which piece changes no bit."""
 
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -130,3 +131,27 @@ def test_threads_of_our_own_never_race(tmp_path, sanitizer):
         if "unexpected memory mapping" in ran.stderr:
             pytest.skip("the thread sanitizer does not know this kernel's layout of memory")
         assert ran.returncode == 0 and not ran.stderr, ran.stderr[-4000:]
+
+
+LEAVING = """
+import os, torch
+from nautilus.ops.cpu.library import leave_computing, openmp_of_torch
+torch.set_num_threads(2)
+double = lambda: (torch.ones(1 << 20) * 2).sum().item()
+alone = len(os.listdir("/proc/self/task"))
+assert double() == 1 << 21
+together = len(os.listdir("/proc/self/task"))
+leave_computing()
+left = len(os.listdir("/proc/self/task"))
+assert double() == 1 << 21, "it may compute again"
+print(openmp_of_torch() is not None, together - alone, left - alone)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no list of threads here")
+def test_a_thread_that_leaves_computing_to_another_gives_its_team_up():
+    done = subprocess.run([sys.executable, "-c", LEAVING], capture_output=True, text=True, check=True)
+    found, began, left = done.stdout.split()
+    if found == "False":
+        pytest.skip("torch does not run on libgomp here")
+    assert (began, left) == ("1", "0")

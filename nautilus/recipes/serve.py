@@ -1,0 +1,113 @@
+"""Answer over HTTP as OpenAI's API does.
+
+MODEL is a run, a checkpoint folder or a hub id. Clients ask http://HOST:PORT/v1. SIGTERM and Ctrl-C let answers finish
+for `grace` seconds; a second one ends them now.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import nautilus
+from nautilus.runtime import UserError, installing
+from nautilus.serve import Engine
+from nautilus.serve.api.settings import Defaults, Limits, setting
+
+LIBRARIES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "orjson")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    model: str = setting("", "run, checkpoint folder or hub id")
+    name: str = setting("", "what clients call it; by default the folder's name or the hub id")
+    host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 is every one of this machine")
+    port: int = setting(8000, "port to listen at; 0: any that is free")
+    keys: str = setting("", "file with the keys of those who may ask, one a line; without it everybody may")
+    rows: int = setting(8, "most requests that run together")
+    max_tokens: int | None = setting(None, "most tokens of a request, prompt and answer together (none: the model's)")
+    cache: str = setting("", "format of keys and values: bf16, fp8, int8 or f32 (as the activations)")
+    cache_gb: float | None = setting(None, "most 10^9 bytes of keys and values (none: a quarter of the memory)")
+    saved_gb: float = setting(2.0, "10^9 bytes for the states of known prefixes, which are not read again; 0: none")
+    saved_folder: Path | None = setting(None, "folder where they outlast the server")
+    saved_folder_gb: float = setting(16.0, "most 10^9 bytes of files there")
+    step_seconds: float = setting(0.25, "how long prompts are read before the others get their next token")
+    grace: float = setting(30.0, "seconds that answers have to finish when the server is told to end")
+    log: str = setting("warning", "what is written to stderr: debug, info (a line for every request) or warning")
+    defaults: Defaults = Defaults()
+    limits: Limits = Limits()
+
+
+def main(settings: Settings) -> None:
+    if not settings.model:
+        raise UserError("no model to serve; write nautilus serve MODEL, a run, a checkpoint folder or a hub id")
+    level = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}.get(settings.log)
+    if level is None:
+        raise UserError(f"log={settings.log!r} was asked for; use debug, info or warning")
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    server, keys = (api_module(name) for name in ("server", "keys"))
+    known = keys.keys_from(settings.keys) if settings.keys else keys.Keys()
+    with server.bound(settings.host, settings.port) as listening:  # a port in use is told before the model is read
+        for warning in warnings(settings, server, keys):
+            print(f"nautilus: {warning}", file=sys.stderr)
+        model, tokenizer = nautilus.load(settings.model)
+        model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
+        names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
+        engine = Engine(model, tokenizer, **{name: getattr(settings, name) for name in names})
+        asyncio.run(serve(engine, settings, known, listening))
+
+
+def api_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(f"nautilus.serve.api.{name}")
+    except ImportError as bad:
+        if bad.name not in LIBRARIES:
+            raise
+        raise UserError(f"a server needs the library {bad.name!r}; {installing('serve')}") from bad
+
+
+def warnings(settings: Settings, server: ModuleType, keys: ModuleType) -> list[str]:
+    found = []
+    if not settings.keys and not server.loopback(settings.host):
+        found.append(f"everybody who reaches host={settings.host} may use this model; give keys=FILE to say who may")
+    if settings.keys and keys.others_may_read(settings.keys):
+        found.append(f"other users of this machine can read keys={settings.keys}; chmod 600 it")
+    return found
+
+
+def name_of(settings: Settings) -> str:
+    path = Path(settings.model)
+    return settings.name or (path.resolve().name if path.exists() else settings.model)
+
+
+async def serve(engine: Engine, settings: Settings, keys, listening: socket.socket) -> None:
+    from nautilus.serve.service import Service
+
+    app, context, server = (api_module(name) for name in ("app", "context", "server"))
+    told = context.ApiSettings(
+        model=name_of(settings), version=nautilus.__version__, keys=keys, limits=settings.limits,
+        defaults=settings.defaults, local_only=server.loopback(settings.host) and not settings.keys,
+    )  # fmt: skip
+    service = Service(engine)
+    try:
+        print(greeting(engine, settings, listening), flush=True)
+        running = server.Server(app.create_app(service, told), limits=settings.limits, grace=settings.grace)
+        await running.serve([listening])
+    finally:
+        await service.close()
+
+
+def greeting(engine: Engine, settings: Settings, listening: socket.socket) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    place = f"http://{host}:{listening.getsockname()[1]}/v1"
+    who = f"keys of {settings.keys}" if settings.keys else "no keys"
+    return (
+        f"{name_of(settings)} answers at {place}: {engine.max_tokens:,} tokens of a request, {settings.rows} requests"
+        f" together, {who}. Ctrl-C ends it."
+    )

@@ -1,0 +1,110 @@
+"""POST /v1/completions: text or token ids to be continued."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import Field
+
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.serve.api import logprobs
+from nautilus.serve.api.body import at_most
+from nautilus.serve.api.constraints import ResponseFormat, StructuredOutputs, rules_of
+from nautilus.serve.api.context import Context, Prepared, fitted
+from nautilus.serve.api.errors import ApiError
+from nautilus.serve.api.fields import Asked, check_sizes, known_tokens, read, sampling_of
+from nautilus.serve.request import Piece
+from nautilus.serve.service import Job
+
+LONGEST = 16  # tokens of an answer where none are asked for, as OpenAI has it
+
+
+class CompletionRequest(Asked):
+    prompt: str | list[str] | list[int] | list[list[int]]
+    echo: bool | None = None
+    logprobs: int | None = Field(default=None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+@dataclass
+class TextChoice:
+    """Pieces of one answer as text. `before`: what is echoed."""
+
+    index: int
+    asked: CompletionRequest
+    tokenizer: Tokenizer
+    prompt: Sequence[int]
+    before: str = ""
+    finish_reason: str | None = None
+    generated: int = 0
+    reasoned: int = 0
+    pieces: list[Piece] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.length = len(self.before)
+
+    def open(self) -> list[dict]:
+        more = {"prompt_token_ids": [*self.prompt]} if self.asked.return_token_ids else {}
+        return [{**self.part(self.before, []), **more}] if self.before or more else []
+
+    def add(self, pieces: Sequence[Piece]) -> list[dict]:
+        drawn = [piece for piece in pieces if piece.token >= 0]
+        text = "".join(piece.text for piece in pieces)
+        self.generated += len(drawn)
+        self.pieces += pieces
+        self.finish_reason = pieces[-1].finish_reason if pieces else None
+        part = self.part(text, drawn)
+        self.length += len(text)
+        return [part] if text or drawn or self.finish_reason else []
+
+    def part(self, text: str, drawn: Sequence[Piece]) -> dict:
+        told = None
+        if self.asked.logprobs is not None and drawn:
+            told = logprobs.of_text(drawn, self.tokenizer, self.length)
+        ids = {"token_ids": [piece.token for piece in drawn]} if self.asked.return_token_ids else {}
+        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": self.finish_reason, **ids}
+
+    def whole(self) -> dict:
+        self.length = len(self.before)
+        text = self.before + "".join(piece.text for piece in self.pieces)
+        whole = self.part(text, [piece for piece in self.pieces if piece.token >= 0])
+        return {**whole, "prompt_token_ids": [*self.prompt]} if self.asked.return_token_ids else whole
+
+
+def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
+    """The jobs of a request. ApiError and UserError for what cannot be done."""
+    asked = read(CompletionRequest, body)
+    context.check_model(asked.model)
+    check_sizes(asked, context.limits)
+    if asked.echo and asked.logprobs is not None:
+        raise ApiError(400, "log-probs of an echoed prompt are not computed; leave out echo or logprobs", param="echo")
+    rules = rules_of(context.tokenizer, asked.response_format, asked.structured_outputs)
+    jobs, choices = [], []
+    for prompt in prompts_of(context, asked):
+        tokens, longest = fitted(context, prompt, asked, asked.max_tokens, default=LONGEST)
+        how = sampling_of(asked, context.sampling, context.tokenizer, longest=longest, tops=asked.logprobs or 0)
+        before = context.tokenizer.decode(tokens, skip_special=True) if asked.echo else ""
+        for number in range(asked.n or 1):
+            sampling = dataclasses.replace(how, seed=(how.seed + number) % (1 << 64))
+            tenant = context.tenant(owner, asked.cache_salt)
+            forked = [rule.fork() for rule in rules]
+            jobs.append(Job(tokens=tokens, sampling=sampling, rules=forked, tenant=tenant, priority=asked.priority))
+            choices.append(TextChoice(len(choices), asked, context.tokenizer, tokens, before))
+    return Prepared(asked=asked, jobs=jobs, choices=choices, name="text_completion", chunk_name="text_completion")
+
+
+def prompts_of(context: Context, asked: CompletionRequest) -> list[list[int]]:
+    """The tokens of each prompt; text is begun as its tokenizer does."""
+    prompt: Any = asked.prompt
+    if not isinstance(prompt, str) and not prompt:
+        raise ApiError(400, "prompt is an empty list; send text or token ids", param="prompt")
+    prompts: list[Any] = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+    at_most(context.limits.prompts, len(prompts) * (asked.n or 1), "prompt")
+    return [
+        context.engine.tokens(one) if isinstance(one, str) else [*known_tokens(one, context.tokenizer, "prompt")]
+        for one in prompts
+    ]

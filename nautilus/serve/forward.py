@@ -1,0 +1,124 @@
+"""The model at work for an engine: prompts are read in chunks, and every step adds one token to each running request.
+
+What a step of so many requests does is recorded the first time and replayed from then on, where all of it is native.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nautilus.model.language import Language
+from nautilus.ops.cpu.tape import CannotRecord, Tape, record
+from nautilus.ops.linear import Packs, packed_once
+from nautilus.serve.memory import Berth, Berths, point, write
+
+log = logging.getLogger("nautilus.serve")
+
+
+class Forward:
+    """A model and the memory that its calls work on. V: vocabulary."""
+
+    def __init__(self, model: Language, berths: Berths):
+        self.model, self.berths = model, berths
+        self.packs: Packs = {}
+        self.steps: dict[int, Step] = {}
+
+    def forget(self) -> None:
+        """What was packed and recorded of the weights."""
+        self.packs.clear()
+        self.steps.clear()
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """A model in training is in evaluation mode inside; matrices are packed once."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            with packed_once(self.packs):
+                yield
+        finally:
+            if training:
+                self.model.train()
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[int], berth: Berth, *, last: bool) -> Tensor | None:
+        """The berth holds these tokens too. With `last`, where its prompt ends: the logits (1, V) of the next one."""
+        if berth.awake is None:
+            berth.awake = self.berths.waking(berth)
+        part_BT = torch.tensor([tokens], device=self.berths.device)
+        with self.computing():
+            point(berth.awake, [berth], len(tokens))
+            hidden_BTD, _ = self.model.hidden(part_BT, state=berth.awake)
+            berth.length += len(tokens)
+            if not last:
+                return None
+            self.berths.rest(berth, berth.awake)
+            berth.awake = None
+            return self.model.head(hidden_BTD[:, -1:])[:, 0]
+
+    @torch.inference_mode()
+    def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
+        """The logits (B, V) after one more token in each berth."""
+        rows = len(berths)
+        if rows not in self.steps:
+            self.steps[rows] = Step(self, rows)
+        step = self.steps[rows]
+        step.point(berths)
+        write(step.tokens_BT, [[token] for token in tokens])
+        logits_BV = step.run()
+        for berth in berths:
+            berth.length += 1
+        return logits_BV
+
+
+class Step:
+    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays."""
+
+    def __init__(self, forward: Forward, rows: int):
+        self.forward, self.lanes = forward, forward.berths.lanes(rows)
+        self.berths: list[Berth] = []  # that it was told of last, and of how many pages each
+        self.pages: list[int] = []
+        self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=forward.berths.device)
+        self.tape: Tape | None = None
+        self.may_record = self.tokens_BT.device.type == "cpu"
+        self.warm = False
+
+    def point(self, berths: list[Berth]) -> None:
+        """Only what changed is written: every step feels that."""
+        rows = self.lanes.rows
+        if berths != self.berths:
+            write(self.lanes.slot_B, [berth.slot for berth in berths])
+            point(self.lanes, berths, 1)
+        else:
+            write(rows.length, [berth.length + 1 for berth in berths])
+            for row, (berth, known) in enumerate(zip(berths, self.pages, strict=True)):
+                if len(berth.pages) != known:
+                    write(rows.table_BL[row, : len(berth.pages)], berth.pages)
+        self.berths, self.pages = berths, [len(berth.pages) for berth in berths]
+
+    def run(self) -> Tensor:
+        if self.tape is not None:
+            return self.tape.replay()
+        if not (self.warm and self.may_record):
+            self.warm = True
+            return self.compute()
+        rows = self.lanes.rows
+        try:
+            inputs = [self.tokens_BT, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
+            self.tape = record(self.compute, inputs)
+            return self.tape.result
+        except CannotRecord as reason:
+            log.info("steps are not replayed, because %s", reason)
+            self.may_record = False
+            return self.compute()
+
+    def compute(self) -> Tensor:
+        with self.forward.computing():
+            hidden_BTD, _ = self.forward.model.hidden(self.tokens_BT, state=self.lanes)
+            return self.forward.model.head(hidden_BTD)[:, 0]

@@ -1,0 +1,117 @@
+"""One answer on its way: what was asked, what has come so far, and when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nautilus.data.tokenizer import TextStream
+from nautilus.serve.control import StopStrings
+from nautilus.serve.memory import Berth
+from nautilus.serve.rules import Rule
+from nautilus.serve.sampling import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """One generated token and the text that became certain with it.
+
+    finish_reason is None until the last piece: "stop" (a stop token, a stop string, or a rule that allows nothing
+    more), "length", "cancelled" or "error". `top` has the most probable tokens and their log-probs, where asked for.
+    A piece that tells of an end without a token has token -1.
+    """
+
+    text: str
+    token: int
+    logprob: float
+    finish_reason: str | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """An answer. `tokens` and `logprobs` include the token that ended it, `text` does not. `cached`: tokens of the
+    prompt that did not have to be read."""
+
+    prompt: tuple[int, ...]
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: str
+    cached: int = 0
+
+
+@dataclass(kw_only=True, eq=False)
+class Request:
+    """`tokens` is the prompt and grows. tenant: whose prefixes it may share; priority: lower runs first; marks: lengths
+    of the prompt after which its state is worth keeping; warm: the prompt is read for these alone, not answered."""
+
+    prompt: int
+    tokens: list[int]
+    sampling: Sampling
+    ends: frozenset[int]
+    limit: int
+    written: TextStream
+    stops: StopStrings
+    rules: Sequence[Rule] = ()
+    tenant: str = ""
+    priority: int = 0
+    marks: Sequence[int] = ()
+    warm: bool = False
+    pieces: list[Piece] = field(default_factory=list)
+    berth: Berth | None = None
+    cached: int = 0
+    error: Exception | None = None  # what it ended with: UserError for one of its own, RuntimeError for the engine's
+    arrived: float = field(default_factory=time.monotonic)
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.pieces) and self.pieces[-1].finish_reason is not None
+
+    @property
+    def unread(self) -> int:
+        """Tokens that the model has still to read before the next one can be drawn."""
+        return len(self.tokens) - (self.berth.length if self.berth else 0)
+
+    @property
+    def reading(self) -> bool:
+        """More than one token is unread, or the last one of a prompt is."""
+        return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
+
+    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> Piece:
+        """Add a token; what it means for the text and for the end of the request."""
+        self.tokens.append(token)
+        for rule in self.rules:
+            rule.add(token)
+        ended = token in self.ends
+        text = "" if ended else self.written.push(token)
+        ended = ended or any(rule.ended for rule in self.rules)
+        if len(self.tokens) - self.prompt > self.sampling.min_tokens:  # before, no string ends an answer
+            text = self.stops.add(text)
+        if ended or len(self.tokens) >= self.limit:
+            text += self.stops.add(self.written.close()) + self.stops.finish()
+        reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
+        self.pieces.append(Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top))
+        return self.pieces[-1]
+
+    def end(self, reason: str) -> Piece:
+        """Without a further token; what was held back is written."""
+        text = "" if self.stops.hit else self.stops.add(self.written.close()) + self.stops.finish()
+        self.pieces.append(Piece(text=text, token=-1, logprob=0.0, finish_reason=reason))
+        return self.pieces[-1]
+
+    def raise_error(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def completion(self) -> Completion:
+        drawn = [piece for piece in self.pieces if piece.token >= 0]
+        return Completion(
+            prompt=tuple(self.tokens[: self.prompt]),
+            text="".join(piece.text for piece in self.pieces),
+            tokens=tuple(piece.token for piece in drawn),
+            logprobs=tuple(piece.logprob for piece in drawn),
+            finish_reason=self.pieces[-1].finish_reason or "",
+            cached=self.cached,
+        )

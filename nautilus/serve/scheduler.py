@@ -1,0 +1,110 @@
+"""Who runs next: requests wait, are read, and grow by a token at a time, until they are finished.
+
+Whoever is behind comes first: by priority, then by how much their tenant has had, then whoever has least left to read,
+less what it has waited already. Memory that runs out is taken from the last in this order; what that one had read it
+reads again later. Neither the order nor the sizes of pieces change what is answered.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+from nautilus.ops.pages import PAGE
+from nautilus.serve.memory import Berths, pages_for
+from nautilus.serve.request import Request
+
+LEAST = PAGE  # tokens of a prompt that are read at a time, when others wait for theirs
+AGEING = 1000  # tokens of a prompt that a request may have more than another for every second it has waited longer
+
+
+class Scheduler:
+    """`waiting` have no memory yet; `active` have. grow: pages are taken as requests need them, not all at first."""
+
+    def __init__(self, berths: Berths, *, chunk: int, step_seconds: float, grow: bool = True):
+        self.berths, self.chunk, self.step_seconds, self.grow = berths, chunk, step_seconds, grow
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self.served: Counter[str] = Counter()  # tokens, by tenant
+        self.seconds_per_token = 0.0  # of reading, as measured lately
+        self.preempted = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.active
+
+    def add(self, request: Request) -> None:
+        """A tenant that comes back after a while has no claim to what it did not ask for meanwhile."""
+        present = {other.tenant for other in (*self.waiting, *self.active)}
+        if request.tenant not in present and present:
+            self.served[request.tenant] = max(
+                self.served[request.tenant], min(self.served[tenant] for tenant in present)
+            )
+        self.waiting.append(request)
+
+    def order(self, request: Request) -> tuple[float, ...]:
+        left = request.unread - AGEING * (time.monotonic() - request.arrived)
+        return request.priority, self.served[request.tenant], left
+
+    def leave(self, request: Request) -> None:
+        """It has no memory any more, and is not waited for."""
+        (self.active if request in self.active else self.waiting).remove(request)
+        if request.berth is not None:
+            self.berths.give_back(request.berth)
+            request.berth = None
+
+    def in_order(self) -> list[Request]:
+        """Those that wait."""
+        return sorted(self.waiting, key=self.order)
+
+    def pages_needed(self, request: Request) -> int:
+        """To begin: those of its tokens and the next one, or, where requests cannot be put off, all it may come to."""
+        return pages_for(len(request.tokens) + 1 if self.grow else request.limit)
+
+    def begin(self, request: Request) -> None:
+        """It has its berth."""
+        self.waiting.remove(request)
+        self.active.append(request)
+
+    def put_off(self, request: Request) -> None:
+        """It goes back to those who wait; its tokens stay."""
+        self.leave(request)
+        self.waiting.append(request)
+        self.preempted += 1
+
+    def last(self) -> Request:
+        return max(self.active, key=self.order)
+
+    def running(self) -> list[Request]:
+        """Those that grow by a token now, in the order of their slots: the same ones stay in the same rows."""
+        found = [
+            request for request in self.active if request.unread == 1 and request.berth and not request.berth.awake
+        ]
+        return sorted(found, key=lambda request: request.berth.slot if request.berth else 0)
+
+    def readings(self) -> Iterator[tuple[Request, int]]:
+        """Whose prompt is read next, and how many tokens of it, while the time of a step lasts. The caller reads."""
+        begin = time.monotonic()
+        while reading := [
+            request for request in self.active if request.unread > 1 or (request.berth and request.berth.awake)
+        ]:
+            left = self.step_seconds - (time.monotonic() - begin)
+            request = min(reading, key=self.order)
+            yield request, self.size(request, left)
+            if time.monotonic() - begin >= self.step_seconds:
+                return
+
+    def size(self, request: Request, seconds: float) -> int:
+        assert request.berth is not None
+        at = request.berth.length
+        size = min(request.unread, self.chunk)
+        if self.seconds_per_token and size * self.seconds_per_token > seconds:
+            size = min(size, max(LEAST, int(seconds / self.seconds_per_token) // PAGE * PAGE))
+        return min([size, *(mark - at for mark in request.marks if mark > at)])
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """Of reading; short pieces say little."""
+        if tokens >= 4 * LEAST:
+            now = seconds / tokens
+            self.seconds_per_token = now if not self.seconds_per_token else 0.7 * self.seconds_per_token + 0.3 * now

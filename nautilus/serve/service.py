@@ -1,0 +1,286 @@
+"""An engine in a thread of its own, asked from an event loop.
+
+The event loop never waits for the model, and the model never for a reader: orders go over in a queue, and what a step
+gave comes back in one call. An answer that nobody waits for any more is cancelled at the next step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from nautilus.ops.cpu.library import leave_computing
+from nautilus.runtime import UserError
+from nautilus.serve.engine import Engine
+from nautilus.serve.request import Piece, Request
+from nautilus.serve.rules import Rule
+from nautilus.serve.sampling import Sampling
+
+log = logging.getLogger("nautilus.serve")
+# Seconds for which pieces are collected before the event loop hears of them. A small model makes thousands of tokens a
+# second, and to wake the loop for each takes longer than the token. First and last pieces are told at once.
+TELL_EVERY = 0.002
+
+
+class Busy(RuntimeError):
+    """Too much waits already; come again in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class Draining(RuntimeError):
+    """The server ends and takes nothing new."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A prompt and how to answer it; see Request for tenant, priority and marks. rules: grammars, for example."""
+
+    tokens: Sequence[int]
+    sampling: Sampling = Sampling()
+    rules: Sequence[Rule] = ()
+    tenant: str = ""
+    priority: int = 0
+    marks: Sequence[int] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What a service is doing now. pages: share of the pages of keys and values that are held."""
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    slots: int
+    pages: float
+    preempted: int
+    steps: int
+
+
+class Reply:
+    """The pieces of an answer, as they come: each turn of the iteration gives all that came since the one before.
+
+    It ends after a piece with a finish_reason. An answer that ended in an error raises it after its last piece.
+    """
+
+    def __init__(self, service: Service, request: Request):
+        self.service, self.request = service, request
+        self.arrived: list[Piece] = []
+        self.news = asyncio.Event()
+        self.over = False
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.request.prompt
+
+    @property
+    def cached_tokens(self) -> int:
+        return self.request.cached
+
+    def deliver(self, piece: Piece) -> None:
+        self.arrived.append(piece)
+        self.news.set()
+
+    def __aiter__(self) -> Reply:
+        return self
+
+    async def __anext__(self) -> list[Piece]:
+        if self.over:
+            self.request.raise_error()
+            raise StopAsyncIteration
+        await self.news.wait()
+        self.news.clear()
+        pieces, self.arrived = self.arrived, []
+        self.over = pieces[-1].finish_reason is not None
+        return pieces
+
+    async def aclose(self) -> None:
+        """Cancels what has not ended."""
+        if not self.over:
+            self.over = True
+            self.service.cancel(self.request)
+
+
+class Service:
+    """Replies of one engine to jobs of many. Make it inside a running event loop, and `close` it there.
+
+    most_waiting, most_waiting_tokens: of prompts that have not begun; beyond them a job is refused (Busy).
+    """
+
+    def __init__(self, engine: Engine, *, most_waiting: int = 256, most_waiting_tokens: int = 1 << 20):
+        self.engine, self.most_waiting, self.most_waiting_tokens = engine, most_waiting, most_waiting_tokens
+        self.loop = asyncio.get_running_loop()
+        self.orders: deque[Callable[[], None]] = deque()
+        self.wake = threading.Event()
+        self.replies: dict[Request, Reply] = {}  # of the event loop
+        self.queued: dict[Request, int] = {}  # tokens of prompts that have not begun, as far as the loop knows
+        self.untold: list[tuple[Request, Piece]] = []
+        self.told_at = 0.0
+        self.warming: deque[Request] = deque(maxlen=64)
+        self.steps, self.draining, self.closing = 0, False, False
+        self.broken: BaseException | None = None
+        leave_computing()
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+        self.thread.start()
+
+    # ----- in the event loop ------------------------------------------------------------------------------------------
+
+    @property
+    def ready(self) -> bool:
+        return not self.draining and self.broken is None
+
+    def submit(self, job: Job) -> Reply:
+        """UserError for a job that cannot be; Busy where too much waits; Draining at the end."""
+        if not self.ready:
+            raise Draining("the server is stopping; ask another one" if self.draining else "the engine has stopped")
+        fields = {"tenant": job.tenant, "priority": job.priority, "marks": tuple(job.marks)}
+        request = self.engine.request(list(job.tokens), job.sampling, job.rules, **fields)
+        self.refuse_too_many(request)
+        reply = self.replies[request] = Reply(self, request)
+        self.queued[request] = request.prompt
+        self.order(lambda: self.begin(request))
+        return reply
+
+    def warm(self, job: Job) -> None:
+        """Read a prompt when there is nothing else to do, and keep its state after its marks, for requests to come.
+        One that cannot be is dropped, as are the oldest of very many, and what is under way when a request comes."""
+        with contextlib.suppress(UserError):
+            fields = {"tenant": job.tenant, "marks": tuple(job.marks), "warm": True}
+            request = self.engine.request(list(job.tokens), job.sampling, **fields)
+            self.order(lambda: self.warming.append(request))
+
+    def refuse_too_many(self, request: Request) -> None:
+        waiting, tokens = len(self.queued), sum(self.queued.values())
+        rows = self.engine.rows
+        if waiting >= self.most_waiting + rows or (waiting and tokens + request.prompt > self.most_waiting_tokens):
+            pace = self.engine.scheduler.seconds_per_token or 1e-3
+            raise Busy(
+                f"{waiting} requests of {tokens} tokens wait already, and at most {self.most_waiting} of "
+                f"{self.most_waiting_tokens} may",
+                retry_after=min(60.0, max(1.0, tokens * pace)),
+            )
+
+    def cancel(self, request: Request) -> None:
+        self.replies.pop(request, None)
+        self.queued.pop(request, None)
+        self.order(lambda: self.engine.cancel(request))
+
+    def load(self) -> Load:
+        scheduler, berths = self.engine.scheduler, self.engine.berths
+        waiting, pages = [*scheduler.waiting], len(berths.pool.references)
+        return Load(
+            running=len(scheduler.active),
+            waiting=len(waiting),
+            waiting_tokens=sum(len(request.tokens) for request in waiting),
+            slots=self.engine.rows - len(berths.slots),
+            pages=1 - berths.pool.free() / max(1, pages),
+            preempted=scheduler.preempted,
+            steps=self.steps,
+        )
+
+    async def drain(self, seconds: float) -> bool:
+        """Takes nothing new, and waits so long for what is under way. Whether all of it ended by itself."""
+        self.draining, until = True, time.monotonic() + seconds
+        while self.replies and time.monotonic() < until and self.broken is None:
+            await asyncio.sleep(0.01)
+        done = not self.replies
+        for request in [*self.replies]:
+            self.order(lambda request=request: self.end(request))
+        return done
+
+    async def close(self) -> None:
+        """Ends the thread; what is under way is cancelled."""
+        self.draining = self.closing = True
+        self.wake.set()
+        await asyncio.to_thread(self.thread.join)
+
+    def deliver(self, told: list[tuple[Request, Piece]], begun: list[Request]) -> None:
+        for request in begun:
+            self.queued.pop(request, None)
+        for request, piece in told:
+            reply = self.replies.get(request)
+            if reply is not None:
+                reply.deliver(piece)
+                if piece.finish_reason is not None:
+                    del self.replies[request]
+                    self.queued.pop(request, None)
+
+    # ----- in the engine's thread -------------------------------------------------------------------------------------
+
+    def order(self, order: Callable[[], None]) -> None:
+        """Something to do between two steps; from any thread."""
+        self.orders.append(order)
+        self.wake.set()
+
+    def run(self) -> None:
+        while not self.closing:
+            self.wake.clear()
+            self.take_orders()
+            if self.engine.scheduler.idle:
+                if not self.idle_work() and not self.orders:
+                    self.wake.wait()
+                continue
+            told = self.step()
+            self.send(told, [*self.engine.scheduler.active])
+        self.take_orders()
+        for request in (*self.engine.scheduler.active, *self.engine.scheduler.waiting):
+            self.end(request)
+
+    def begin(self, request: Request) -> None:
+        scheduler = self.engine.scheduler
+        for other in [one for one in (*scheduler.active, *scheduler.waiting) if one.warm]:
+            self.engine.cancel(other)
+        self.engine.submit(request)
+
+    def idle_work(self) -> bool:
+        """Something that is only done when nobody waits; False where there is nothing."""
+        if self.warming:
+            self.engine.submit(self.warming.popleft())
+            return True
+        return self.engine.prefixes.spill()
+
+    def take_orders(self) -> None:
+        while self.orders:
+            self.orders.popleft()()
+
+    def step(self) -> list[tuple[Request, Piece]]:
+        """What a step gave; where it failed, those that took part end with an error, and those that wait go on."""
+        try:
+            self.steps += 1
+            return self.engine.step()
+        except Exception as bad:
+            log.exception("a step of the engine failed")
+            failed = [*self.engine.scheduler.active]
+            if not failed:  # nothing to blame: it would fail again, for ever
+                self.broken = bad
+                failed = [*self.engine.scheduler.waiting]
+            for request in failed:
+                request.error = RuntimeError("the engine failed at this request; its log has the details")
+            return [(request, self.ended(request, "error")) for request in failed]
+
+    def ended(self, request: Request, reason: str) -> Piece:
+        piece = request.end(reason)
+        self.engine.scheduler.leave(request)
+        return piece
+
+    def end(self, request: Request) -> None:
+        if not request.finished:
+            self.send([(request, self.ended(request, "cancelled"))], [])
+
+    def send(self, told: list[tuple[Request, Piece]], begun: list[Request]) -> None:
+        self.untold += told
+        urgent = any(piece.finish_reason or len(request.pieces) == 1 for request, piece in told)
+        now = time.monotonic()
+        if not urgent and now < self.told_at + TELL_EVERY:
+            return
+        told, self.untold, self.told_at = self.untold, [], now
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+            self.loop.call_soon_threadsafe(self.deliver, told, begun)

@@ -1,0 +1,174 @@
+"""Requests in any company, put off and taken up again, have the bits that they have alone."""
+
+import dataclasses
+import random
+
+import pytest
+import torch
+
+from nautilus.config import Attention, Config, Experts, Mamba, lay
+from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
+from nautilus.serve import Engine, Sampling
+
+torch.set_num_threads(1)
+TOKENIZER = train_tokenizer([], vocab=SMALLEST)
+TOKENIZER.stop = ()
+VOCAB = TOKENIZER.vocab
+
+
+MAMBA = Mamba(heads=4, head_width=12, state=6, groups=2)
+ATTENTION = Attention(heads=2, groups=1, head_width=16)
+
+
+def model():
+    layers = lay("ME*M", MAMBA, ATTENTION, Experts(experts=6, active=2, hidden=10))
+    found = Language(Config(vocab=VOCAB, width=20, layers=layers, eos=())).initialise(3)
+    found.head_weight.data *= 12
+    return found.requires_grad_(False).eval()
+
+
+MODEL = model()
+PAGE_BYTES = 16 * 2 * 16 * 4  # of keys and values in float32
+
+
+def engine_of(*, pages=0, **limits):
+    return Engine(MODEL, TOKENIZER, **{"max_tokens": 96} | limits, cache_gb=pages * PAGE_BYTES / 1e9 if pages else None)
+
+
+def answers_alone(prompts, samplings):
+    return [engine_of(rows=1).generate([p], s)[0] for p, s in zip(prompts, samplings, strict=True)]
+
+
+def facts(completion):
+    return completion.tokens, completion.logprobs if native().functions is not None else None, completion.finish_reason
+
+
+def some_requests(draw, count, longest=30):
+    prompts = [[draw.randrange(VOCAB) for _ in range(draw.randint(1, 50))] for _ in range(count)]
+    samplings = [Sampling(seed=draw.randrange(99), max_tokens=draw.randint(1, longest)) for _ in range(count)]
+    return prompts, samplings
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limits", [{"pages": 8}, {"pages": 14, "chunk": 7, "step_seconds": 0.0}], ids=["tight", "cut"])
+def test_memory_that_runs_out_changes_no_answer(seed, limits):
+    prompts, samplings = some_requests(random.Random(seed), 9, longest=90)
+    engine = engine_of(rows=5, **limits)
+    together = engine.generate(prompts, samplings)
+    assert [facts(one) for one in together] == [facts(one) for one in answers_alone(prompts, samplings)]
+    assert engine.scheduler.preempted > 0
+    assert_nothing_is_held(engine)
+
+
+def assert_nothing_is_held(engine):
+    assert engine.scheduler.idle and len(engine.berths.slots) == engine.rows
+    assert not any(engine.berths.pool.references) and engine.berths.pool.free() == len(engine.berths.pool.references)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_operations_change_no_answer_and_leak_nothing(seed):
+    """Requests come, go and are cancelled at any moment, with other chunks every time."""
+    draw = random.Random(seed)
+    prompts, samplings = some_requests(draw, 30)
+    want = answers_alone(prompts, samplings)
+    engine, requests, cancelled, next_one = engine_of(rows=4, pages=16), [], set(), 0
+    for _ in range(400):
+        engine.scheduler.chunk = draw.choice([1, 3, 16, 64])
+        engine.scheduler.step_seconds = draw.choice([0.0, 0.001, 1.0])
+        if next_one < len(prompts) and draw.random() < 0.3:
+            requests.append(engine.request(prompts[next_one], samplings[next_one], tenant=draw.choice("ab")))
+            engine.submit(requests[-1])
+            next_one += 1
+        if requests and draw.random() < 0.05:
+            index = draw.randrange(len(requests))
+            if not requests[index].finished:
+                engine.cancel(requests[index])
+                cancelled.add(index)
+        before = [len(request.pieces) for request in requests]
+        told = engine.step()
+        assert sum(len(request.pieces) for request in requests) - sum(before) == len(told)
+    while not engine.scheduler.idle:
+        engine.step()
+    assert next_one == len(prompts) and 0 < len(cancelled) < 20
+    for index, (request, alone) in enumerate(zip(requests, want, strict=True)):
+        got = request.completion()
+        if index in cancelled:
+            assert got.finish_reason == "cancelled" and got.tokens == alone.tokens[: len(got.tokens)]
+        else:
+            assert facts(got) == facts(alone)
+    assert_nothing_is_held(engine)
+
+
+def first_steps(engine, *requests):
+    """In which order their first tokens come."""
+    order = []
+    for request in requests:
+        engine.submit(request)
+    while not engine.scheduler.idle:
+        for request, _ in engine.step():
+            if request in requests and request not in order:
+                order.append(request)
+    return [requests.index(request) for request in order]
+
+
+ONE = Sampling(max_tokens=4)
+
+
+def test_the_order_is_by_priority_then_by_what_a_tenant_has_had_then_by_what_is_left_to_read():
+    engine = engine_of(rows=1)
+    ask = lambda length, **more: engine.request([1] * length, ONE, **more)
+    assert first_steps(engine, ask(40, priority=1), ask(60, priority=0)) == [1, 0]
+    assert first_steps(engine, ask(60), ask(30)) == [1, 0]
+    engine.submit(ask(5, tenant="modest"))  # which is there already
+    engine.scheduler.served["greedy"] = 500
+    assert first_steps(engine, ask(9, tenant="greedy"), ask(60, tenant="modest")) == [1, 0]
+
+
+def test_who_has_waited_long_goes_before_the_shorter():
+    engine = engine_of(rows=1)
+    long, short = (engine.request([1] * length, ONE) for length in (60, 5))
+    long.arrived -= 1
+    assert first_steps(engine, short, long) == [1, 0]
+
+
+def test_a_tenant_that_was_away_has_saved_nothing_up():
+    engine = engine_of(rows=1)
+    engine.scheduler.served["busy"] = 700
+    engine.submit(engine.request([1] * 5, ONE, tenant="busy"))
+    engine.submit(engine.request([1] * 5, ONE, tenant="new"))
+    assert engine.scheduler.served["new"] == 700
+
+
+def test_answers_go_on_while_a_long_prompt_is_read():
+    engine = engine_of(rows=2, chunk=8, step_seconds=0.0)
+    quick, long = engine.request([1, 2], dataclasses.replace(ONE, max_tokens=20)), engine.request([3] * 80, ONE)
+    engine.submit(quick)
+    engine.step()
+    engine.submit(long)
+    for _ in range(5):
+        begun = len(quick.pieces)
+        engine.step()
+        assert len(quick.pieces) == begun + 1 and not long.pieces
+
+
+def test_a_request_that_ends_in_an_error_takes_no_other_with_it(monkeypatch):
+    engine = engine_of(rows=3)
+    requests = [engine.request([5, index], ONE) for index in range(3)]
+    for request in requests:
+        engine.submit(request)
+    compute = engine.forward.step
+
+    def broken(berths, tokens):
+        logits_BV = compute(berths, tokens).clone()
+        if len(berths) == 3:
+            logits_BV[1] = float("nan")
+        return logits_BV
+
+    monkeypatch.setattr(engine.forward, "step", broken)
+    while not engine.scheduler.idle:
+        engine.step()
+    assert [request.pieces[-1].finish_reason for request in requests] == ["length", "error", "length"]
+    assert "NaN or infinity" in str(requests[1].error)
+    assert_nothing_is_held(engine)
