@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w*)( run)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
-SOURCES = (".py", ".cpp", ".h")
+SOURCES = (".py", ".cpp", ".h", ".html", ".js", ".css")
 
 
 def page_name(page: pathlib.Path) -> str:

@@ -1,4 +1,4 @@
-"""The HTTP interface of a server: OpenAI's API, and what monitors and routers ask for."""
+"""The HTTP interface of a server: OpenAI's API, what monitors and routers ask for, and a page to chat on."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from nautilus.serve.api.errors import ApiError, ClientGone, described
 from nautilus.serve.api.exchange import Exchange
 from nautilus.serve.api.gate import Gate
 from nautilus.serve.api.keys import Quota
+from nautilus.serve.api.page import add_page
 from nautilus.serve.api.stream import EventStream, unless_gone
 from nautilus.serve.service import Service
 
@@ -44,6 +45,7 @@ def create_app(service: Service, settings: ApiSettings) -> FastAPI:
         app.add_exception_handler(kind, answer_error)
     add_state(app, context)
     add_work(app, context)
+    add_page(app)
     app.add_middleware(
         Gate, keys=settings.keys, quota=Quota(settings.limits), local_only=settings.local_only,
         rejected=context.meters.reject,

@@ -8,6 +8,7 @@ from typing import Any
 
 from nautilus.serve.api.errors import ApiError
 from nautilus.serve.api.keys import Keys, Quota
+from nautilus.serve.api.page import PAGE
 
 OPEN = {"/health", "/health/ready", "/v1/health", "/v1/health/ready", "/ping"}
 LOCAL = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?")
@@ -30,6 +31,9 @@ class Gate:
             return await self.app(scope, receive, send)
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         try:
+            self.check_host(headers)
+            if scope["path"] in PAGE:  # it holds nothing of anybody, and asks for the key itself
+                return await self.app(scope, receive, send)
             owner = self.owner(headers)
             scope.setdefault("state", {})["owner"] = owner
             with self.quota.use(owner):
@@ -38,9 +42,11 @@ class Gate:
             self.rejected(bad.code or "")
             await bad.response()(scope, receive, send)
 
-    def owner(self, headers: dict[bytes, str]) -> str:
+    def check_host(self, headers: dict[bytes, str]) -> None:
         if self.local_only and not LOCAL.fullmatch(host := headers.get(b"host", "")):
             raise ApiError(403, f"the host {host[:80]!r} is not this server's; ask for localhost", code="host")
+
+    def owner(self, headers: dict[bytes, str]) -> str:
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         owner = self.keys.owner(key.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key"))
         if owner is None:

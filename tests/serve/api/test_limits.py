@@ -111,7 +111,9 @@ def test_rendering_that_takes_too_long_is_given_up(serve, limits, monkeypatch):
 # ----- keys ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_paths_but_health_need_a_key(serve, keys):
+def test_all_paths_but_health_and_the_page_need_a_key(serve, keys):
+    from nautilus.serve.api.page import PAGE
+
     with serve(keys=keys([KEY, OTHER])) as here, here.client() as api:
         paths = {
             path: methods
@@ -121,7 +123,7 @@ def test_all_paths_but_health_need_a_key(serve, keys):
         }
         for path in paths:
             answer = api.request("POST" if "POST" in paths[path] else "GET", path.replace("{name:path}", "tiny"))
-            if path.removeprefix("/v1") in ("/health", "/health/ready", "/ping"):
+            if path in PAGE or path.removeprefix("/v1") in ("/health", "/health/ready", "/ping"):
                 assert answer.status_code == 200
             else:
                 assert code(answer) == (401, "invalid_api_key"), path
