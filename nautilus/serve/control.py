@@ -15,16 +15,17 @@ class StopStrings:
     """
 
     def __init__(self, strings: Sequence[str]):
-        self.strings, self.held, self.hit = strings, "", False
+        self.strings, self.held = strings, ""
+        self.hit: str | None = None  # the one that ended the text
 
     def add(self, text: str) -> str:
         if self.hit:
             return ""
         text = self.held + text
-        found = [(text.find(string) + len(string), -len(string)) for string in self.strings if string in text]
+        found = [(text.find(string) + len(string), -len(string), string) for string in self.strings if string in text]
         if found:
-            end, length = min(found)
-            self.held, self.hit = "", True
+            end, length, self.hit = min(found)
+            self.held = ""
             return text[: end + length]
         certain = len(text) - begun(text, self.strings)
         self.held = text[certain:]

@@ -19,7 +19,7 @@ class Piece:
 
     finish_reason is None until the last piece: "stop" (a stop token, a stop string, or a rule that allows nothing
     more), "length", "cancelled" or "error". `top` has the most probable tokens and their log-probs, where asked for.
-    A piece that tells of an end without a token has token -1.
+    A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text.
     """
 
     text: str
@@ -27,6 +27,7 @@ class Piece:
     logprob: float
     finish_reason: str | None = None
     top: tuple[tuple[int, float], ...] = ()
+    stop: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,9 @@ class Request:
         if ended or len(self.tokens) >= self.limit:
             text += self.stops.add(self.written.close()) + self.stops.finish()
         reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
-        self.pieces.append(Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top))
+        self.pieces.append(
+            Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top, stop=self.stops.hit)
+        )
         return self.pieces[-1]
 
     def end(self, reason: str) -> Piece:

@@ -21,8 +21,9 @@ def letter_by_letter(text, stops):
     for end in range(1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
-            return text[: end - max(map(len, ended))], True
-    return text, False
+            longest = max(ended, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
 
 
 @settings(max_examples=300)

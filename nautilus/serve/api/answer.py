@@ -42,26 +42,31 @@ class ChatChoice:
     finish_reason: str | None = None
     generated: int = 0
     reasoned: int = 0
+    stop: str | None = None  # the stop string that ended it
     deltas: list[Delta] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)  # those with a token
     told: int = 0  # of these, how many a stream has told of
 
     def open(self) -> list[dict]:
-        return [self.part({"role": "assistant", "content": ""}, [])]
+        return [self.part({"role": "assistant", "content": ""}, [], None)]
 
     def add(self, pieces: Sequence[Piece]) -> list[dict]:
+        deltas = self.take(pieces)
+        parts = [self.part(shown, self.untold(), None) for delta in deltas if (shown := spoken(delta)) is not None]
+        return parts if self.finish_reason is None else [*parts, self.part({}, self.untold(), self.finish_reason)]
+
+    def take(self, pieces: Sequence[Piece]) -> list[Delta]:
+        """What they tell, and whether the answer has ended with them."""
         deltas = [delta for piece in pieces for delta in self.read(piece)]
         reason = pieces[-1].finish_reason if pieces else None
         if reason is not None:
             deltas += self.parser.finish()
         deltas = [delta for delta in joined(deltas) if self.tells(delta)]
         self.deltas += deltas
-        parts = [self.part(shown, self.untold()) for delta in deltas if (shown := spoken(delta)) is not None]
-        if reason is None:
-            return parts
-        called = any(isinstance(delta, CallOpened) for delta in self.deltas)
-        self.finish_reason = "tool_calls" if called and reason == "stop" else reason
-        return [*parts, self.part({}, self.untold())]
+        if reason is not None:
+            called = any(isinstance(delta, CallOpened) for delta in self.deltas)
+            self.finish_reason, self.stop = "tool_calls" if called and reason == "stop" else reason, pieces[-1].stop
+        return deltas
 
     def tells(self, delta: Delta) -> bool:
         if isinstance(delta, Reasoning):
@@ -80,8 +85,8 @@ class ChatChoice:
         pieces, self.told = self.pieces[self.told :], len(self.pieces)
         return pieces
 
-    def part(self, delta: dict, pieces: Sequence[Piece]) -> dict:
-        return {"index": self.index, "delta": delta, **self.details(pieces), "finish_reason": self.finish_reason}
+    def part(self, delta: dict, pieces: Sequence[Piece], reason: str | None) -> dict:
+        return {"index": self.index, "delta": delta, **self.details(pieces), "finish_reason": reason}
 
     def details(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         told = logprobs.of_chat(pieces, self.tokenizer) if self.wanted.logprobs and pieces else None

@@ -1,4 +1,4 @@
-"""The HTTP interface of a server: OpenAI's API, what monitors and routers ask for, and a page to chat on."""
+"""The HTTP interface of a server: OpenAI's API, Anthropic's messages, what monitors ask for, and a page to chat on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
-from nautilus.serve.api import chat, completions, tokenize
+from nautilus.serve.api import anthropic, chat, completions, responses, tokenize
 from nautilus.serve.api.body import parsed, read_body
 from nautilus.serve.api.context import ApiSettings, Context, Prepared
 from nautilus.serve.api.errors import ApiError, ClientGone, described
@@ -45,6 +45,7 @@ def create_app(service: Service, settings: ApiSettings) -> FastAPI:
         app.add_exception_handler(kind, answer_error)
     add_state(app, context)
     add_work(app, context)
+    add_kept(app, context)
     add_page(app)
     app.add_middleware(
         Gate, keys=settings.keys, quota=Quota(settings.limits), local_only=settings.local_only,
@@ -54,16 +55,16 @@ def create_app(service: Service, settings: ApiSettings) -> FastAPI:
 
 
 async def answer_error(request: Request, bad: Exception) -> Response:
-    return refused(request.app.state.context, bad)
+    return refused(request, bad)
 
 
-def refused(context: Context, bad: BaseException) -> Response:
-    error = described(bad)
+def refused(request: Request, bad: BaseException) -> Response:
+    context, error = request.app.state.context, described(bad)
     if isinstance(error, ClientGone):
         context.meters.gone.inc()
     elif error.status != 500:
         context.meters.reject(error.code or str(error.status))
-    return error.response()
+    return error.response(request.url.path)
 
 
 def reply(value: Any, status: int = 200) -> Response:
@@ -120,30 +121,47 @@ def add_work(app: FastAPI, context: Context) -> None:
 
     def told(work: Read) -> Callable:
         async def endpoint(request: Request) -> Response:
-            return await guarded(context, tell(context, work, request))
+            return await guarded(request, tell(context, work, request))
 
         return endpoint
 
     def generated(prepare: Prepare) -> Callable:
         async def endpoint(request: Request) -> Response:
-            return await guarded(context, generate(context, prepare, request))
+            return await guarded(request, generate(context, prepare, request))
 
         return endpoint
 
     for path, work in {
         "/tokenize": tokenize.tokenize, "/detokenize": tokenize.detokenize, "/apply-template": tokenize.apply_template,
+        "/messages/count_tokens": anthropic.count_tokens,
     }.items():  # fmt: skip
         route(app, path, told(work), "POST")
-    for path, prepare in {"/chat/completions": chat.prepare, "/completions": completions.prepare}.items():
+    for path, prepare in {
+        "/chat/completions": chat.prepare, "/completions": completions.prepare, "/messages": anthropic.prepare,
+        "/responses": responses.prepare,
+    }.items():  # fmt: skip
         route(app, path, generated(prepare), "POST")
 
 
-async def guarded(context: Context, work) -> Response:
+def add_kept(app: FastAPI, context: Context) -> None:
+    """What is asked of an earlier response."""
+
+    async def response(request: Request, id: str) -> Response:
+        return reply(context.kept.response(request.state.owner, id))
+
+    async def cancel(request: Request, id: str) -> Response:
+        return reply(context.kept.cancel(request.state.owner, id))
+
+    route(app, "/responses/{id}", response, "GET")
+    route(app, "/responses/{id}/cancel", cancel, "POST")
+
+
+async def guarded(request: Request, work) -> Response:
     """Errors become answers here and not further out, where each would be logged as a fault of the server."""
     try:
         return await work
     except Exception as bad:
-        return refused(context, bad)
+        return refused(request, bad)
 
 
 async def tell(context: Context, work: Read, request: Request) -> Response:
@@ -166,11 +184,9 @@ def begin(context: Context, prepared: Prepared) -> Exchange:
     asked, options = prepared.asked, prepared.asked.stream_options
     if options and not asked.stream:
         raise ApiError(400, "stream_options needs stream=true", param="stream_options")
-    prefix = "chatcmpl-" if prepared.name.startswith("chat") else "cmpl-"
     return Exchange(
-        service=context.service, limits=context.limits, meters=context.meters, name=prepared.name,
-        chunk_name=prepared.chunk_name, id=prefix + secrets.token_hex(16), model=context.settings.model,
-        jobs=prepared.jobs, choices=prepared.choices, wants_usage=asked.wants_usage,
-        usage_always=bool(options and options.continuous_usage_stats), opening=prepared.opening,
+        service=context.service, limits=context.limits, meters=context.meters, form=prepared.form,
+        id=prepared.form.prefix + secrets.token_hex(16), model=context.settings.model, jobs=prepared.jobs,
+        choices=prepared.choices,
         finished=lambda: context.read_ahead(prepared.following),
     )  # fmt: skip

@@ -14,10 +14,11 @@ from pydantic import Field
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.runtime import UserError
 from nautilus.serve.api.answer import ChatChoice, Wanted
+from nautilus.serve.api.chunks import Chunks
 from nautilus.serve.api.constraints import ResponseFormat, StructuredOutputs, ToolChoice, called, rules_of
 from nautilus.serve.api.context import Context, Prepared, fitted
 from nautilus.serve.api.errors import ApiError
-from nautilus.serve.api.fields import Asked, check_sizes, read, sampling_of
+from nautilus.serve.api.fields import Asked, Record, check_sizes, read, sampling_of
 from nautilus.serve.api.marks import following_turn, stable_lengths
 from nautilus.serve.api.messages import (
     ChatInput,
@@ -49,6 +50,20 @@ class ChatRequest(Asked, ChatInput):
     @property
     def longest(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+# Of our own and of other servers: what the other APIs take as it is, besides their own fields.
+EXTENSIONS = {
+    "seed", "min_p", "top_k", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens", "ignore_eos",
+    "stop", "stop_token_ids", "bad_words", "logit_bias", "structured_outputs", "chat_template_kwargs",
+    "thinking_token_budget", "thinking_token_grace", "cache_salt", "priority",
+}  # fmt: skip
+
+
+def as_chat(asked: Record, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a chat for a request of another API: these fields, and extensions that it has."""
+    extensions = {name: value for name, value in (asked.model_extra or {}).items() if name in EXTENSIONS}
+    return {name: value for name, value in {**extensions, **fields}.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +101,11 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
     inside = opens_thinking(job.tokens, context.tokenizer)
     choices = [choice(context, asked, rendered, inside, number) for number in range(asked.n or 1)]
     return Prepared(
-        asked=asked, jobs=[numbered(job, i) for i in range(len(choices))], choices=choices, name="chat.completion",
-        chunk_name="chat.completion.chunk", opening={"prompt_token_ids": job.tokens} if asked.return_token_ids else {},
+        asked=asked, jobs=[numbered(job, i) for i in range(len(choices))], choices=choices,
+        form=Chunks(
+            asked, name="chat.completion", chunk_name="chat.completion.chunk", prefix="chatcmpl-",
+            opening={"prompt_token_ids": job.tokens} if asked.return_token_ids else {},
+        ),
         following=partial(following, context, rendered, job, choices),
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.serve.api import logprobs
 from nautilus.serve.api.body import at_most
+from nautilus.serve.api.chunks import Chunks
 from nautilus.serve.api.constraints import ResponseFormat, StructuredOutputs, rules_of
 from nautilus.serve.api.context import Context, Prepared, fitted
 from nautilus.serve.api.errors import ApiError
@@ -94,7 +95,8 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
             forked = [rule.fork() for rule in rules]
             jobs.append(Job(tokens=tokens, sampling=sampling, rules=forked, tenant=tenant, priority=asked.priority))
             choices.append(TextChoice(len(choices), asked, context.tokenizer, tokens, before))
-    return Prepared(asked=asked, jobs=jobs, choices=choices, name="text_completion", chunk_name="text_completion")
+    form = Chunks(asked, name="text_completion", chunk_name="text_completion", prefix="cmpl-")
+    return Prepared(asked=asked, jobs=jobs, choices=choices, form=form)
 
 
 def prompts_of(context: Context, asked: CompletionRequest) -> list[list[int]]:

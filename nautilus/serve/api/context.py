@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.serve import Engine
 from nautilus.serve.api.errors import ApiError
-from nautilus.serve.api.exchange import Choice
+from nautilus.serve.api.exchange import Choice, Form
 from nautilus.serve.api.fields import Asked
+from nautilus.serve.api.kept import KeptResponses
 from nautilus.serve.api.keys import Keys
 from nautilus.serve.api.metrics import Meters
 from nautilus.serve.api.settings import Defaults, Limits
@@ -47,9 +48,7 @@ class Prepared:
     asked: Asked
     jobs: Sequence[Job]
     choices: Sequence[Choice]
-    name: str
-    chunk_name: str
-    opening: dict[str, Any] = field(default_factory=dict)
+    form: Form
     following: Callable[[], Job | None] | None = None
 
 
@@ -61,6 +60,7 @@ class Context:
         self.meters = Meters(settings.model)
         self.workers = ThreadPoolExecutor(WORKERS, "nautilus-request")
         self.reading_ahead: set[asyncio.Task] = set()
+        self.kept = KeptResponses(self.limits)
 
     @property
     def engine(self) -> Engine:

@@ -1,4 +1,5 @@
-"""What went wrong, as a client of OpenAI's API expects to hear it: {"error": {message, type, param, code}}.
+"""What went wrong, as a client of OpenAI's API expects to hear it: {"error": {message, type, param, code}}, or of
+Anthropic's: {"type": "error", "error": {type, message}}.
 
 Messages of ours are written for the client. Whatever else goes wrong inside is told as "internal error"; what it was
 stands in the server's log.
@@ -29,6 +30,16 @@ TYPES = {
     429: "rate_limit_error",
     503: "service_unavailable_error",
 }
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+ANTHROPIC = re.compile(r"(/v1)?/messages(/.*)?")  # paths of that API
 PLACES = re.compile(r"(?<![\w/])/(?:[\w.@+-]+/)+[\w.@+-]*|\b0x[0-9a-fA-F]{4,}")
 LONGEST = 2000  # characters of a message; it may quote what the client sent
 
@@ -48,11 +59,18 @@ class ApiError(Exception):
         kind = TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
-    def response(self) -> Response:
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+    def response(self, path: str) -> Response:
+        """As the API of this path says it."""
+        body = self.anthropic_body if ANTHROPIC.fullmatch(path) else self.body
         headers = {} if self.retry is None else {"Retry-After": str(max(1, math.ceil(self.retry)))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return Response(orjson.dumps(self.body), self.status, headers, "application/json")
+        return Response(orjson.dumps(body), self.status, headers, "application/json")
 
 
 class ClientGone(ApiError):

@@ -1,5 +1,6 @@
-"""One request of a client on its way: its jobs submitted together, their replies read as they come, and told as one
-JSON object or as a stream of events; measured, logged, and cancelled as soon as nobody waits any more."""
+"""One request of a client on its way: its jobs submitted together, their replies read as they come, and told in
+the form of one API, as a JSON object or as a stream of events; measured, logged, and cancelled as soon as nobody waits
+any more."""
 
 from __future__ import annotations
 
@@ -20,7 +21,6 @@ from nautilus.serve.request import Piece
 from nautilus.serve.service import Job, Reply, Service
 
 log = logging.getLogger("nautilus.serve.api")
-DONE = b"data: [DONE]\n\n"
 
 
 class Choice(Protocol):
@@ -35,6 +35,27 @@ class Choice(Protocol):
     def whole(self) -> dict: ...  # all of it, once it is finished
 
 
+class Form(Protocol):
+    """How one API tells of an answer: as one object, or as server-sent events."""
+
+    @property
+    def prefix(self) -> str: ...  # of ids
+    @property
+    def ping(self) -> bytes: ...  # what keeps a silent stream open
+    def whole(self, exchange: Exchange) -> dict[str, Any]: ...
+    def open(self, exchange: Exchange) -> list[bytes]: ...  # what a stream begins with
+    def add(self, exchange: Exchange, index: int, pieces: Sequence[Piece]) -> list[bytes]: ...
+    def close(self, exchange: Exchange) -> list[bytes]: ...
+    def fail(self, exchange: Exchange, error: ApiError) -> list[bytes]: ...  # instead of close
+
+
+class Stopped(ApiError):
+    """A client asked for an end of this answer."""
+
+    def __init__(self):
+        super().__init__(409, "this answer was cancelled by a request of its client", code="cancelled")
+
+
 @dataclass(kw_only=True)
 class Exchange:
     """jobs and choices belong to each other one by one. finished is called when all has gone well."""
@@ -42,21 +63,19 @@ class Exchange:
     service: Service
     limits: Limits
     meters: Meters
-    name: str  # of the whole, such as "chat.completion"
-    chunk_name: str  # of its parts
+    form: Form
     id: str
     model: str
     jobs: Sequence[Job]
     choices: Sequence[Choice]
-    wants_usage: bool = False
-    usage_always: bool = False
-    opening: dict[str, Any] = field(default_factory=dict)  # what stands in the first chunk or in the whole, besides
     finished: Callable[[], None] = lambda: None
     replies: list[Reply] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
     began: float = field(default_factory=time.monotonic)
     first: float | None = None  # when the first token came
     latest: float = 0.0
+    stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the answer is to end now
+    ended: bool = False
 
     async def submit(self) -> None:
         """All jobs or none; the errors of the service pass through."""
@@ -71,6 +90,7 @@ class Exchange:
 
     async def aclose(self) -> None:
         """None of its jobs runs afterwards."""
+        self.ended = True
         for reply in self.replies:
             await reply.aclose()
 
@@ -79,33 +99,23 @@ class Exchange:
             async for index, pieces in self.pieces():
                 self.choices[index].add(pieces)
             self.finished()
-        choices = [choice.whole() for choice in self.choices]
-        return {**self.frame(self.name), "choices": choices, "usage": self.usage(), **self.opening}
+        return self.form.whole(self)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """The same as server-sent events. An error is the last of them."""
         try:
             async with self.measured():
-                for choice in self.choices:
-                    for part in choice.open():
-                        yield self.event([part], **self.opening)
+                for event in self.form.open(self):
+                    yield event
                 async for index, pieces in self.pieces():
-                    for part in self.choices[index].add(pieces):
-                        yield self.event([part])
-                if self.wants_usage:
-                    yield self.event([], usage=self.usage())
+                    for event in self.form.add(self, index, pieces):
+                        yield event
+                last = self.form.close(self)
                 self.finished()
         except Exception as bad:
-            yield b"event: error\ndata: " + orjson.dumps(described(bad).body) + b"\n\n"
-            return
-        yield DONE
-
-    def event(self, choices: list[dict], **more: Any) -> bytes:
-        usage = {"usage": self.usage() if self.usage_always else None} if self.wants_usage else {}
-        return b"data: " + orjson.dumps({**self.frame(self.chunk_name), "choices": choices, **usage, **more}) + b"\n\n"
-
-    def frame(self, name: str) -> dict[str, Any]:
-        return {"id": self.id, "object": name, "created": self.created, "model": self.model}
+            last = self.form.fail(self, described(bad))
+        for event in last:
+            yield event
 
     def usage(self) -> dict[str, Any]:
         # Answers to one prompt count it once.
@@ -122,7 +132,7 @@ class Exchange:
     async def pieces(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
         """Those of all replies as they come, until each has told its finish_reason. For one that fails, the exception
         that its reply raises next, else an ApiError."""
-        async with contextlib.aclosing(merged(self.replies, self.left)) as arriving:
+        async with contextlib.aclosing(merged(self.replies, self.left, self.stop)) as arriving:
             async for index, pieces in arriving:
                 self.time(pieces)
                 reason = pieces[-1].finish_reason if pieces else None
@@ -184,11 +194,15 @@ class Exchange:
         log.info("%s", orjson.dumps({**line, "first": waited, "seconds": round(now - self.began, 4)}).decode())
 
 
-async def merged(replies: Sequence[Reply], left: Callable[[], float]) -> AsyncGenerator[tuple[int, list[Piece]], None]:
-    """(number of the reply, its next pieces) as they come. TimeoutError where nothing came in the seconds left."""
+async def merged(
+    replies: Sequence[Reply], left: Callable[[], float], stop: asyncio.Event
+) -> AsyncGenerator[tuple[int, list[Piece]], None]:
+    """(number of the reply, its next pieces) as they come. TimeoutError where nothing came in the seconds left, Stopped
+    where the event is set."""
     waiting = {asyncio.ensure_future(following(reply)): index for index, reply in enumerate(replies)}
+    waiting[asyncio.ensure_future(stopped(stop))] = -1
     try:
-        while waiting:
+        while len(waiting) > 1:
             done, _ = await asyncio.wait(waiting, timeout=left(), return_when=asyncio.FIRST_COMPLETED)
             if not done:
                 raise TimeoutError
@@ -201,6 +215,11 @@ async def merged(replies: Sequence[Reply], left: Callable[[], float]) -> AsyncGe
         for task in waiting:
             task.cancel()
         await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def stopped(stop: asyncio.Event) -> None:
+    await stop.wait()
+    raise Stopped
 
 
 async def following(reply: Reply) -> list[Piece] | None:

@@ -40,7 +40,7 @@ class Gate:
                 await self.app(scope, receive, send)
         except ApiError as bad:  # only of the gate: the application answers for its own
             self.rejected(bad.code or "")
-            await bad.response()(scope, receive, send)
+            await bad.response(scope["path"])(scope, receive, send)
 
     def check_host(self, headers: dict[bytes, str]) -> None:
         if self.local_only and not LOCAL.fullmatch(host := headers.get(b"host", "")):
@@ -50,5 +50,7 @@ class Gate:
         scheme, _, key = headers.get(b"authorization", "").partition(" ")
         owner = self.keys.owner(key.strip() if scheme.lower() == "bearer" else headers.get(b"x-api-key"))
         if owner is None:
-            raise ApiError(401, "no valid API key; send Authorization: Bearer KEY", code="invalid_api_key")
+            raise ApiError(
+                401, "no valid API key; send Authorization: Bearer KEY or x-api-key: KEY", code="invalid_api_key"
+            )
         return owner

@@ -52,6 +52,8 @@ class Limits:
     connections: int = setting(256, "connections")
     chunks: int = setting(1024, "events that wait for a slow reader before it is cut off")
     chunk_bytes: int = setting(1 << 20, "bytes of these")
+    responses: int = setting(256, "answers of /v1/responses that are kept for each key")
+    response_bytes: int = setting(32 << 20, "bytes of these with their conversations")
     stalled: float = setting(60.0, "seconds in which a reader takes nothing before it is cut off")
     ping: float = setting(15.0, "seconds of silence before a comment keeps a stream open")
     key_requests: int = setting(0, "requests of one key that run together")

@@ -15,7 +15,6 @@ from nautilus.serve.api.metrics import Meters
 from nautilus.serve.api.settings import Limits
 
 HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-PING = b": ping\n\n"
 Result = TypeVar("Result")
 
 
@@ -48,7 +47,7 @@ class EventStream(Response):
 
     They are taken from the exchange as they come, whatever the client does: a slow one pauses only itself, and what it
     has not read waits here. Beyond a limit, and when it leaves, the exchange is closed, which cancels the answer. When
-    nothing came for a while, a comment keeps proxies from closing the connection.
+    nothing came for a while, a ping keeps proxies from closing the connection.
     """
 
     def __init__(self, exchange: Exchange, limits: Limits, meters: Meters):
@@ -102,7 +101,13 @@ class EventStream(Response):
                 break
             try:
                 async with asyncio.timeout(self.limits.stalled):
-                    await send({"type": "http.response.body", "body": b"".join(events) or PING, "more_body": True})
+                    await send(
+                        {
+                            "type": "http.response.body",
+                            "body": b"".join(events) or self.exchange.form.ping,
+                            "more_body": True,
+                        }
+                    )
             except TimeoutError:
                 self.too_slow = True
                 return

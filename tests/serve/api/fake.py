@@ -5,6 +5,7 @@ import itertools
 from types import SimpleNamespace
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+from nautilus.serve.control import StopStrings
 from nautilus.serve.request import Piece
 from nautilus.serve.service import Busy, Draining, Load
 
@@ -31,6 +32,7 @@ class FakeReply:
         self.closed = False
         self.ended = asyncio.Event()
         self.written = TOKENIZER.stream(skip_special=True)
+        self.stops = StopStrings(job.sampling.stop)
         self.count = 0
 
     def __aiter__(self):
@@ -62,11 +64,12 @@ class FakeReply:
     def piece(self, token):
         self.count += 1
         end = token == TOKENIZER.eos
-        reason = "stop" if end else "length" if self.count >= self.job.sampling.max_tokens else None
-        text = self.written.push(token) + (self.written.close() if reason else "")
+        text = self.stops.add(self.written.push(token))
+        reason = "stop" if end or self.stops.hit else "length" if self.count >= self.job.sampling.max_tokens else None
+        text += self.stops.add(self.written.close()) + self.stops.finish() if reason else ""
         text *= self.service.blow
         top = tuple((token + i, -0.5 - i) for i in range(self.job.sampling.top_logprobs))
-        return Piece(text=text, token=token, logprob=-0.5, finish_reason=reason, top=top)
+        return Piece(text=text, token=token, logprob=-0.5, finish_reason=reason, top=top, stop=self.stops.hit)
 
     async def aclose(self):
         self.closed = True

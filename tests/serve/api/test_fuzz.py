@@ -23,7 +23,37 @@ CHAT = {
 }  # fmt: skip
 TEXT = {name: value for name, value in CHAT.items() if name not in ("messages", "logprobs", "tools", "tool_choice")}
 TEXT |= {"prompt": ["a", "b"], "logprobs": 2, "echo": False}
+MESSAGES = {
+    "system": [{"type": "text", "text": "s"}], "tools": [{"name": "f", "description": "d", "input_schema": {}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "u"}]},
+        {"role": "assistant", "content": [
+            {"type": "thinking", "thinking": "t", "signature": "s"}, {"type": "text", "text": "a"},
+            {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}},
+        ]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": [
+            {"type": "text", "text": "r"},
+        ]}]},
+    ],
+    "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}, "max_tokens": 5, "stop_sequences": ["x"],
+    "temperature": 0.5, "top_p": 0.5, "top_k": 3, "thinking": {"type": "enabled", "budget_tokens": 3}, "stream": True,
+    "metadata": {"user_id": "u"}, "output_config": {"effort": "low"},
+}  # fmt: skip
+RESPONSES = {
+    "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "u"}]},
+        {"type": "reasoning", "id": "r", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "1", "output": "r"},
+    ],
+    "instructions": "i", "tools": [{"type": "function", "name": "f", "parameters": {}, "strict": True}],
+    "tool_choice": "auto", "parallel_tool_calls": True, "max_output_tokens": 5, "temperature": 0.5, "top_p": 0.5,
+    "reasoning": {"effort": "low"}, "text": {"format": {"type": "text"}}, "truncation": "auto", "store": True,
+    "metadata": {"a": "b"}, "stream": True, "seed": 1, "previous_response_id": None,
+}  # fmt: skip
 PATHS = {
+    "/v1/messages": MESSAGES, "/v1/messages/count_tokens": MESSAGES, "/v1/responses": RESPONSES,
     "/v1/chat/completions": CHAT, "/v1/completions": TEXT, "/tokenize": {"messages": CHAT["messages"], "tools": [TOOL]},
     "/detokenize": {"tokens": [70, 71]}, "/apply-template": {"messages": CHAT["messages"], "tools": [TOOL]},
 }  # fmt: skip

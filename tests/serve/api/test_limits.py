@@ -126,7 +126,9 @@ def test_all_paths_but_health_and_the_page_need_a_key(serve, keys):
             if path in PAGE or path.removeprefix("/v1") in ("/health", "/health/ready", "/ping"):
                 assert answer.status_code == 200
             else:
-                assert code(answer) == (401, "invalid_api_key"), path
+                error = answer.json()["error"]
+                assert (answer.status_code, error["type"]) == (401, "authentication_error"), path
+                assert "/messages" in path or error["code"] == "invalid_api_key"
                 assert answer.headers["www-authenticate"] == "Bearer"
         assert api.get("/nowhere").status_code == 401
 
