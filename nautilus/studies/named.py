@@ -1,8 +1,8 @@
-"""The studies that come along: each claim of the pre-training recipe that a laptop can look at, at a size where three
-seeds take about twenty minutes on two cores. Nothing is downloaded: text is the library's code that Python brings.
+"""The studies that come along: each claim of the pre-training recipe that a laptop can look at, sized for two cores.
+Nothing is downloaded: text is the library's code that Python brings.
 
-What they can show is bounded by their size: a model of a million weights after a few million bytes. That NVFP4
-trains to within so many percent here says nothing of speed, and nothing of a trillion tokens.
+What they can show is bounded by their size: models of one to seven million weights after a few million bytes. That
+NVFP4 trains to within so many percent here says nothing of speed, and nothing of a trillion tokens.
 """
 
 from __future__ import annotations

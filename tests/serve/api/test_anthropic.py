@@ -17,7 +17,7 @@ CALL += "</function>\n</tool_call>\n"
 
 
 @pytest.fixture
-def claude(here):
+def client(here):
     anthropic = pytest.importorskip("anthropic")
     with anthropic.Anthropic(
         base_url=here.url, api_key="none", max_retries=0, http_client=anthropic.DefaultHttpxClient(verify=False)
@@ -29,17 +29,17 @@ def post(api, path="/v1/messages", **fields):
     return api.post(path, json={"max_tokens": 50, "messages": HI, **fields})
 
 
-def ask(claude, messages=HI, **how):
-    return claude.messages.create(**{"model": "tiny", "messages": messages, "max_tokens": 200, **how})
+def ask(client, messages=HI, **how):
+    return client.messages.create(**{"model": "tiny", "messages": messages, "max_tokens": 200, **how})
 
 
 def prompt(here):
     return list(here.service.jobs[-1].tokens)
 
 
-def test_without_thinking_all_is_text(claude, here):
+def test_without_thinking_all_is_text(client, here):
     here.service.answers, here.service.cached = ["Hello."], 7
-    answer = ask(claude, system=[{"type": "text", "text": "Be brief."}])
+    answer = ask(client, system=[{"type": "text", "text": "Be brief."}])
     assert [block.type for block in answer.content] == ["text"] and answer.content[0].text == "Hello."
     assert (answer.type, answer.role, answer.model, answer.stop_reason) == ("message", "assistant", "tiny", "end_turn")
     want = chat_tokens(here.service.engine.tokenizer, [{"role": "system", "content": "Be brief."}, *HI], settings=QUIET)
@@ -48,9 +48,9 @@ def test_without_thinking_all_is_text(claude, here):
     assert answer.usage.output_tokens == len("Hello.") + 1
 
 
-def test_with_thinking_there_is_a_block_of_it_and_a_budget(claude, here):
+def test_with_thinking_there_is_a_block_of_it_and_a_budget(client, here):
     how = {"top_k": 5, "temperature": 0.5, "top_p": 0.75}  # the client itself has them no more
-    answer = ask(claude, thinking=THINK, metadata={"user_id": "me"}, extra_body=how)
+    answer = ask(client, thinking=THINK, metadata={"user_id": "me"}, extra_body=how)
     thought, text = answer.content
     assert (thought.type, thought.thinking, text.text) == ("thinking", "Let me see.", "Hello.") and thought.signature
     sampling = here.service.jobs[0].sampling
@@ -58,15 +58,15 @@ def test_with_thinking_there_is_a_block_of_it_and_a_budget(claude, here):
 
 
 @pytest.mark.parametrize("width", [1, 7, 1000])
-def test_events_come_in_order_and_build_the_same_message(claude, here, width):
+def test_events_come_in_order_and_build_the_same_message(client, here, width):
     here.service.answers, here.service.width = ["Rome.\n</think>\n\nI look.\n" + CALL + CALL], width
-    with claude.messages.stream(model="tiny", messages=HI, max_tokens=900, thinking=THINK, tools=[TOOL]) as stream:
+    with client.messages.stream(model="tiny", messages=HI, max_tokens=900, thinking=THINK, tools=[TOOL]) as stream:
         list(stream)
         built = stream.get_final_message()
     assert [block.type for block in built.content] == ["thinking", "text", "tool_use", "tool_use"]
     assert built.content[2].input == {"place": "Rome", "days": 3} and built.stop_reason == "tool_use"
     here.service.jobs.clear()
-    whole = ask(claude, max_tokens=900, thinking=THINK, tools=[TOOL])
+    whole = ask(client, max_tokens=900, thinking=THINK, tools=[TOOL])
     shown = [block.model_dump(exclude={"id"}, exclude_none=True) for block in whole.content]
     stripped = [block.model_dump(exclude={"id", "parsed_output"}, exclude_none=True) for block in built.content]
     assert shown == stripped and whole.usage.output_tokens == built.usage.output_tokens
@@ -92,22 +92,22 @@ def test_the_events_are_those_of_the_api(api, here):
 
 @pytest.mark.parametrize("tokens", range(1, 100, 9))
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_call_that_is_cut_is_still_one_block_of_json(claude, here, stream, tokens):
+def test_a_call_that_is_cut_is_still_one_block_of_json(client, here, stream, tokens):
     here.service.answers = [CALL]
     if stream:
-        with claude.messages.stream(model="tiny", messages=HI, max_tokens=tokens, tools=[TOOL]) as events:
+        with client.messages.stream(model="tiny", messages=HI, max_tokens=tokens, tools=[TOOL]) as events:
             answer = events.get_final_message()
     else:
-        answer = ask(claude, max_tokens=tokens, tools=[TOOL])
+        answer = ask(client, max_tokens=tokens, tools=[TOOL])
     calls = [block for block in answer.content if block.type == "tool_use"]
     assert answer.stop_reason == "max_tokens" and len(calls) == (tokens >= 20)
     assert all(call.id and call.name == "weather" and isinstance(call.input, dict) for call in calls)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_reasons_to_stop(claude, here, stream):
+def test_reasons_to_stop(client, here, stream):
     def ended(**how):
-        answer = ask(claude, stream=stream, **how)
+        answer = ask(client, stream=stream, **how)
         end = [event for event in answer if event.type == "message_delta"][0].delta if stream else answer
         return end.stop_reason, end.stop_sequence
 
@@ -117,7 +117,7 @@ def test_reasons_to_stop(claude, here, stream):
     assert ended(stop_sequences=["four", ", t"]) == ("stop_sequence", ", t")
 
 
-def test_a_conversation_with_tools_is_rendered_as_a_chat(claude, here):
+def test_a_conversation_with_tools_is_rendered_as_a_chat(client, here):
     blocks = [
         {"type": "thinking", "thinking": "Hm.", "signature": "s"}, {"type": "text", "text": "I look."},
         {"type": "tool_use", "id": "a", "name": "weather", "input": {"place": "Rome"}},
@@ -129,7 +129,7 @@ def test_a_conversation_with_tools_is_rendered_as_a_chat(claude, here):
         {"type": "text", "text": "Well?"},
     ]
     talk = [*HI, {"role": "assistant", "content": blocks}, {"role": "user", "content": results}]
-    ask(claude, talk, tools=[TOOL], thinking=THINK)
+    ask(client, talk, tools=[TOOL], thinking=THINK)
     function = {"name": "weather", "description": TOOL["description"], "parameters": TOOL["input_schema"]}
     calls = [
         {"id": id, "function": {"name": "weather", "arguments": how}}
@@ -145,29 +145,29 @@ def test_a_conversation_with_tools_is_rendered_as_a_chat(claude, here):
     assert prompt(here) == chat_tokens(here.service.engine.tokenizer, want, tools=tools)
 
 
-def test_a_last_message_of_the_assistant_is_continued(claude, here):
+def test_a_last_message_of_the_assistant_is_continued(client, here):
     here.service.answers = [" and more"]
-    answer = ask(claude, [*HI, {"role": "assistant", "content": "Once"}])
+    answer = ask(client, [*HI, {"role": "assistant", "content": "Once"}])
     assert here.service.engine.tokenizer.decode(prompt(here)).endswith("<think></think>Once")
     assert answer.content[0].text == " and more"
 
 
-def test_choices_of_tools(claude, here):
+def test_choices_of_tools(client, here):
     here.service.answers = [CALL + CALL]
-    several = ask(claude, max_tokens=900, tools=[TOOL], tool_choice={"type": "auto"})
+    several = ask(client, max_tokens=900, tools=[TOOL], tool_choice={"type": "auto"})
     assert len(several.content) == 2 and here.service.jobs[-1].rules == []
-    alone = ask(claude, max_tokens=900, tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
+    alone = ask(client, max_tokens=900, tools=[TOOL], tool_choice={"type": "auto", "disable_parallel_tool_use": True})
     assert len(alone.content) == 1
     for forced in ({"type": "any"}, {"type": "tool", "name": "weather"}):
-        ask(claude, tools=[TOOL], tool_choice=forced)
+        ask(client, tools=[TOOL], tool_choice=forced)
         assert len(here.service.jobs[-1].rules) == 1, "a grammar"
     here.service.jobs.clear()
-    assert ask(claude, max_tokens=900, tools=[TOOL], tool_choice={"type": "none"}).content[0].type == "text"
+    assert ask(client, max_tokens=900, tools=[TOOL], tool_choice={"type": "none"}).content[0].type == "text"
 
 
-def test_tokens_are_counted(claude, here):
-    count = claude.messages.count_tokens(model="tiny", messages=HI, system="Be brief.").input_tokens
-    ask(claude, system="Be brief.")
+def test_tokens_are_counted(client, here):
+    count = client.messages.count_tokens(model="tiny", messages=HI, system="Be brief.").input_tokens
+    ask(client, system="Be brief.")
     assert count == len(prompt(here)) and len(here.service.jobs) == 1
 
 
@@ -196,15 +196,15 @@ def test_what_cannot_be_is_refused_in_the_shape_of_this_api(api, fields, message
     assert error["type"] == "invalid_request_error" and message in error["message"] and len(error) == 2
 
 
-def test_other_errors_have_its_names(claude, api, here):
+def test_other_errors_have_its_names(client, api, here):
     import anthropic
 
     with pytest.raises(anthropic.NotFoundError) as found:
-        ask(claude, model="other")
+        ask(client, model="other")
     assert found.value.body["error"]["type"] == "not_found_error"
     here.service.busy = 3.0
     with pytest.raises(anthropic.RateLimitError) as found:
-        ask(claude)
+        ask(client)
     assert (
         found.value.body["error"]["type"] == "rate_limit_error" and found.value.response.headers["retry-after"] == "3"
     )

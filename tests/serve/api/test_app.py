@@ -83,7 +83,7 @@ def test_a_busy_service_says_when_to_come_again(api, here):
 
 
 def test_what_goes_wrong_inside_is_not_told(api, here, caplog):
-    here.service.fault = ValueError("the secret of 0x7f00deadbeef in /root/place")
+    here.service.fault = ValueError("the secret of 0x7f00deadbeef in /srv/place")
     answer = api.post(CHAT, json=HI)
     assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error"
     assert "secret" not in answer.text and "secret" in caplog.text

@@ -86,7 +86,7 @@ def test_a_silent_stream_has_comments_that_clients_skip(serve, limits):
 
 
 def test_an_error_after_the_first_byte_is_an_event_and_the_last_one(api, here):
-    here.service.fault = RuntimeError("secret at /root/place/file.py")
+    here.service.fault = RuntimeError("secret at /srv/place/file.py")
     answer = api.post("/v1/chat/completions", json={**HI, "stream": True})
     assert answer.status_code == 200
     last = answer.text.rstrip("\n").split("\n\n")[-1]
