@@ -3,6 +3,7 @@
 import json
 import pathlib
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ import pytest
 
 import nautilus
 from nautilus.cli import main
-from nautilus.recipes.compare import Settings, text_of
+from nautilus.eval.charts import Line
+from nautilus.recipes.compare import Settings, last_loss, text_of
 from nautilus.runtime import UserError
 from nautilus.studies.trials import Trial
 
@@ -69,6 +71,10 @@ def test_a_comparison_leaves_a_page_and_a_row(whole):
         for seed in (0, 1):
             bits = found[f"{name}/seed_{seed}/result.json"]["bits_per_byte"]
             assert row["bits_per_byte"]["by_seed"][str(seed)] == pytest.approx(bits, abs=1e-6) and f"{bits:.4f}" in page
+            lines = (whole / name / f"seed_{seed}" / "metrics.jsonl").read_text().splitlines()
+            losses = [each["next_token"] for each in map(json.loads, lines) if "next_token" in each]
+            last = statistics.fmean(losses[-STEPS // 5 :])
+            assert len(losses) == STEPS and row["last_loss"]["by_seed"][str(seed)] == pytest.approx(last, abs=1e-6)
     assert control["tokens"] == STEPS * 2 * 32 and "optim.lr=1e-3" in page and slower["bits_per_byte"]["interval_95"]
 
 
@@ -134,6 +140,13 @@ def test_needles_are_hidden_trained_on_and_looked_for(study, tmp_path):
     for scores in results(out).values():
         assert [*scores] == ["bits_per_byte", *(f"found_at_{times}x" for times in (1, 2, 4, 8))]
     assert "Needles found at 8 times" in (out / "report.html").read_text()
+
+
+def test_the_last_loss_is_the_mean_of_the_last_fifth():
+    steps = [*range(100)]
+    assert last_loss(Line("", steps, [float(step >= 80) for step in steps])) == 1.0
+    assert last_loss(Line("", steps, [float(step >= 90) for step in steps])) == 0.5
+    assert last_loss(Line("", [0], [3.0])) == 3.0
 
 
 def test_mistakes_are_told_before_anything_is_trained(study, tmp_path, capsys):
