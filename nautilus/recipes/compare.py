@@ -121,7 +121,10 @@ def gather(study: Study, trials: Sequence[Trial], failed: Mapping[tuple[str, int
         rows = {trial.seed: read_metrics(Run(trial.folder).metrics) for trial in mine if trial.seed in done}
         asked, lines = mine[0].settings, {seed: series(each, "next_token", name) for seed, each in rows.items()}
         lines = {seed: line for seed, line in lines.items() if line is not None}
-        done = {seed: found | ({"last_loss": last_loss(lines[seed])} if seed in lines else {}) for seed, found in done.items()}
+        done = {
+            seed: found | ({"last_loss": last_loss(lines[seed])} if seed in lines else {})
+            for seed, found in done.items()
+        }
         arm = Arm(
             name=name,
             changes=" ".join(words),

@@ -1,7 +1,8 @@
 // Products of matrices, bf16 or float, with float32 sums: C[m][n] = sum_k A[m][k] B[k][n].
 //
 // Each C[m][n] is one chain of multiply-adds from k = 0 up: over pairs of k for bf16, over single ones for float. Tiles only
-// say which chains run side by side, so a row of C has the same bits whatever other rows are computed with it.
+// say which chains run side by side, so a row of C has the same bits whatever other rows are computed with it. Float rows
+// may meet bf16 columns, which are half to read: the bits are those of the same columns as float, k must be even.
 #pragma once
 
 #include "simd.h"
@@ -12,8 +13,8 @@ constexpr int TILE_ROWS = W == 16 ? 6 : 4;     // chains held in registers: so m
 constexpr int TILE_VECTORS = W == 16 ? 4 : 2;  // by so many vectors of columns
 constexpr int PANEL = TILE_VECTORS * W;        // columns of B packed together
 
-// What one step along k does.
-template <class T>
+// What one step along k does; B: of columns.
+template <class T, class B = T>
 struct Step;
 template <>
 struct Step<uint16_t> {
@@ -31,11 +32,19 @@ struct Step<float> {
   static Vector row(const float* p) { return set(*p); }
   static F add(F sum, Vector a, Vector b) { return fma(a, b, sum); }
 };
+template <>
+struct Step<float, uint16_t> {
+  static constexpr int K = 2;
+  using Vector = Split;
+  static Vector columns(const uint16_t* p) { return load_split(p); }
+  static Vector row(const float* p) { return {set(p[0]), set(p[1])}; }
+  static F add(F sum, Vector a, Vector b) { return fma(a.odd, b.odd, fma(a.even, b.even, sum)); }
+};
 
 inline int64_t panels(int64_t n) { return (n + PANEL - 1) / PANEL; }
-template <class T>
+template <class T, class B = T>
 inline int64_t steps(int64_t k) {
-  return (k + Step<T>::K - 1) / Step<T>::K;
+  return (k + Step<T, B>::K - 1) / Step<T, B>::K;
 }
 // Numbers in one packed panel of B, and in all of it.
 template <class T>
@@ -121,9 +130,9 @@ void pack_columns(To* to, const From* from, int64_t k_count, int64_t n_count) {
 }
 
 // c = a b, or with `more` c += a b: a chain that was left at some k goes on as if it had never stopped.
-template <class T, int M, int V>
-void gemm_tile(Rows<T> a, const T* b, int64_t step, int64_t k_steps, float* c, bool more) {
-  using S = Step<T>;
+template <class T, class B, int M, int V>
+void gemm_tile(Rows<T> a, const B* b, int64_t step, int64_t k_steps, float* c, bool more) {
+  using S = Step<T, B>;
   F sum[M * V];
   UNROLL for (int j = 0; j < M * V; j++) sum[j] = more ? load(c + j / V * PANEL + j % V * W) : set(0.0f);
   for (int64_t k = 0; k < k_steps; k++, b += step) {
@@ -137,41 +146,41 @@ void gemm_tile(Rows<T> a, const T* b, int64_t step, int64_t k_steps, float* c, b
   UNROLL for (int j = 0; j < M * V; j++) store(c + j / V * PANEL + j % V * W, sum[j]);
 }
 
-template <class T, int M>
-void gemm_rows(Rows<T> a, const T* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
+template <class T, class B, int M>
+void gemm_rows(Rows<T> a, const B* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
   // The last panel may need fewer vectors.
   switch ((columns + W - 1) / W) {
-    case 1: return gemm_tile<T, M, 1>(a, b, step, k_steps, c, more);
-    case 2: return gemm_tile<T, M, 2>(a, b, step, k_steps, c, more);
+    case 1: return gemm_tile<T, B, M, 1>(a, b, step, k_steps, c, more);
+    case 2: return gemm_tile<T, B, M, 2>(a, b, step, k_steps, c, more);
 #if defined(__AVX512F__)
-    case 3: return gemm_tile<T, M, 3>(a, b, step, k_steps, c, more);
+    case 3: return gemm_tile<T, B, M, 3>(a, b, step, k_steps, c, more);
 #endif
-    default: return gemm_tile<T, M, TILE_VECTORS>(a, b, step, k_steps, c, more);
+    default: return gemm_tile<T, B, M, TILE_VECTORS>(a, b, step, k_steps, c, more);
   }
 }
 
 // At most TILE_ROWS rows by at most PANEL columns: c[rows][PANEL].
-template <class T>
-void gemm_block(Rows<T> a, int64_t rows, const T* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
+template <class T, class B>
+void gemm_block(Rows<T> a, int64_t rows, const B* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
   switch (rows) {
-    case 1: return gemm_rows<T, 1>(a, b, step, k_steps, columns, c, more);
-    case 2: return gemm_rows<T, 2>(a, b, step, k_steps, columns, c, more);
-    case 3: return gemm_rows<T, 3>(a, b, step, k_steps, columns, c, more);
-    case 4: return gemm_rows<T, 4>(a, b, step, k_steps, columns, c, more);
+    case 1: return gemm_rows<T, B, 1>(a, b, step, k_steps, columns, c, more);
+    case 2: return gemm_rows<T, B, 2>(a, b, step, k_steps, columns, c, more);
+    case 3: return gemm_rows<T, B, 3>(a, b, step, k_steps, columns, c, more);
+    case 4: return gemm_rows<T, B, 4>(a, b, step, k_steps, columns, c, more);
 #if defined(__AVX512F__)
-    case 5: return gemm_rows<T, 5>(a, b, step, k_steps, columns, c, more);
-    case 6: return gemm_rows<T, 6>(a, b, step, k_steps, columns, c, more);
+    case 5: return gemm_rows<T, B, 5>(a, b, step, k_steps, columns, c, more);
+    case 6: return gemm_rows<T, B, 6>(a, b, step, k_steps, columns, c, more);
 #endif
   }
 }
 
 // For each tile of C done(row, rows, column, columns, c) is called with c[rows][PANEL].
-template <class T, class Done>
-void gemm(Rows<T> a, int64_t m_count, Columns<T> b, int64_t k_count, int64_t n_count, Done done) {
-  int64_t k_steps = steps<T>(k_count);
+template <class T, class B, class Done>
+void gemm(Rows<T> a, int64_t m_count, Columns<B> b, int64_t k_count, int64_t n_count, Done done) {
+  int64_t k_steps = steps<T, B>(k_count);
   alignas(64) float c[TILE_ROWS * PANEL];
   for (int64_t n = 0; n < n_count; n += PANEL) {
-    const T* panel = b.base + n / PANEL * b.panel;
+    const B* panel = b.base + n / PANEL * b.panel;
     int64_t columns = n_count - n < PANEL ? n_count - n : PANEL;
     for (int64_t m = 0; m < m_count; m += TILE_ROWS) {
       int64_t rows = m_count - m < TILE_ROWS ? m_count - m : TILE_ROWS;

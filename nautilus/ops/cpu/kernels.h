@@ -98,10 +98,10 @@ struct LinearPack {
   void* packed;
 };
 
-// y (rows, outputs) = x (rows, inputs) W^T, or the square of its positive part. W is packed for bf16 or for float; x may be
-// bf16 where it is packed for float, and y float where it is packed for bf16.
+// y (rows, outputs) = x (rows, inputs) W^T, or the square of its positive part, computed in bf16 or float. W is packed as
+// bf16 or, not for bf16, as float; x may be bf16 where float is computed with, and y float where bf16 is.
 struct LinearForward {
-  int64_t rows, inputs, outputs, bf16, x_bf16, y_bf16, squared_relu;
+  int64_t rows, inputs, outputs, bf16, packed_bf16, x_bf16, y_bf16, squared_relu;
   const void *x, *packed;
   void* y;
 };

@@ -1,5 +1,5 @@
 // y = x W^T with float32 sums, one item of work per panel of outputs and block of rows. W is packed as gemm.h wants it: for
-// bf16 activations as bf16, rounded from float32 masters, for float activations as float.
+// bf16 activations as bf16, rounded from float32 masters, for float activations as what it is.
 #include "gemm.h"
 #include "kernels.h"
 
@@ -39,15 +39,15 @@ void put(const LinearForward* f, Y* y, const float* c, int64_t columns) {
   }
 }
 
-template <class T>
+template <class T, class B>
 void forward(const LinearForward* f, int64_t item) {
   int64_t panel = item % panels(f->outputs), first = item / panels(f->outputs) * ROW_BLOCK;
   int64_t rows = f->rows - first < ROW_BLOCK ? f->rows - first : ROW_BLOCK;
   int64_t column = panel * PANEL, columns = f->outputs - column < PANEL ? f->outputs - column : PANEL;
   const T* x[ROW_BLOCK];
   for (int64_t r = 0; r < rows; r++) x[r] = static_cast<const T*>(f->x) + (first + r) * f->inputs;
-  Columns<T> b = packed(static_cast<const T*>(f->packed) + panel * panel_size<T>(f->inputs), f->inputs);
-  gemm<T>({x, Step<T>::K}, rows, b, f->inputs, columns,
+  Columns<B> b = packed(static_cast<const B*>(f->packed) + panel * panel_size<B>(f->inputs), f->inputs);
+  gemm<T>({x, Step<T, B>::K}, rows, b, f->inputs, columns,
           [&](int64_t m, int64_t count, int64_t, int64_t, const float* c) {
             for (int64_t r = 0; r < count; r++) {
               int64_t at = (first + m + r) * f->outputs + column;
@@ -57,7 +57,8 @@ void forward(const LinearForward* f, int64_t item) {
           });
 }
 void linear_forward(const LinearForward* f, int64_t item) {
-  f->bf16 ? forward<bf16>(f, item) : forward<float>(f, item);
+  if (f->bf16) return forward<bf16, bf16>(f, item);
+  f->packed_bf16 ? forward<float, bf16>(f, item) : forward<float, float>(f, item);
 }
 
 }  // namespace

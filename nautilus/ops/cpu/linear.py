@@ -22,7 +22,8 @@ class Pack(ctypes.Structure):
 
 class Forward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "bf16", "x_bf16", "y_bf16", "squared_relu")),
+        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "bf16", "packed_bf16")),
+        *((name, ctypes.c_int64) for name in ("x_bf16", "y_bf16", "squared_relu")),
         *((name, ctypes.c_void_p) for name in ("x", "packed", "y")),
     ]
 
@@ -34,10 +35,15 @@ def linear_native(
     if torch.is_grad_enabled() and (x.requires_grad or weight_OI.requires_grad):
         y = Native.apply(x.to(torch.float32) if exact else x, weight_OI, wide)
         return y.relu().square() if squared_relu else y  # type: ignore[union-attr]
-    dtype = torch.float32 if exact else x.dtype
+    dtype = packed_as(torch.float32 if exact else x.dtype, weight_OI)
     key = weight_OI.data_ptr(), weight_OI.shape, weight_OI.stride(), dtype
     packed = packed_form(key, weight_OI, lambda kept: pack(weight_OI, dtype, kept=kept))
-    return forward(x, packed, len(weight_OI), exact, wide, squared_relu)
+    return forward(x, packed, dtype, len(weight_OI), exact, wide, squared_relu)
+
+
+def packed_as(computed: torch.dtype, weight_OI: Tensor) -> torch.dtype:
+    """Of a matrix: where float32 is computed with, numbers of bf16 stay what they are, half as many bytes to read."""
+    return torch.bfloat16 if weight_OI.dtype == torch.bfloat16 and weight_OI.shape[1] % 2 == 0 else computed
 
 
 def linear_refuses(x: Tensor, weight_OI: Tensor, *, exact=False, wide=False, squared_relu=False) -> str | None:
@@ -70,12 +76,18 @@ def pack_all(weight_EOI: Tensor, dtype: torch.dtype, *, kept: bool = True) -> Te
 
 
 def forward(
-    x: Tensor, packed: Tensor, outputs: int, exact: bool = False, wide: bool = False, squared_relu: bool = False
+    x: Tensor,
+    packed: Tensor,
+    packed_dtype: torch.dtype,
+    outputs: int,
+    exact: bool = False,
+    wide: bool = False,
+    squared_relu: bool = False,
 ) -> Tensor:
     rows = x.detach().contiguous()
     narrow, inputs = x.dtype == torch.bfloat16, x.shape[-1]
     y = rows.new_empty(*x.shape[:-1], outputs, dtype=torch.float32 if exact or wide else x.dtype)
-    types = narrow and not exact, narrow, y.dtype == torch.bfloat16, squared_relu
+    types = narrow and not exact, packed_dtype == torch.bfloat16, narrow, y.dtype == torch.bfloat16, squared_relu
     call(
         "nautilus_linear_forward",
         Forward(rows.numel() // inputs, inputs, outputs, *types, *map(pointer, (rows, packed, y))),
@@ -87,7 +99,8 @@ class Native(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_OI, wide):
         ctx.save_for_backward(x, weight_OI)
-        return forward(x, pack(weight_OI, x.dtype), len(weight_OI), wide=wide)
+        dtype = packed_as(x.dtype, weight_OI)
+        return forward(x, pack(weight_OI, dtype), dtype, len(weight_OI), wide=wide)
 
     @staticmethod
     @once_differentiable

@@ -206,10 +206,20 @@ inline Pairs set_pair(const uint16_t* p) {
   return {(__m512bh)_mm512_set1_epi32(both)};
 }
 inline F dot(F acc, Pairs a, Pairs b) { return {_mm512_dpbf16_ps(acc.v, a.v, b.v)}; }
+
+// The same numbers as float.
+struct Split {
+  F even, odd;
+};
+inline Split load_split(const uint16_t* p) {
+  __m512i pairs = _mm512_loadu_si512(p), high = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+  return {{_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))}, {_mm512_castsi512_ps(_mm512_and_si512(pairs, high))}};
+}
 #else
 struct Pairs {
   F even, odd;
 };
+using Split = Pairs;
 #if defined(NAUTILUS_NEON)
 inline float32x4_t even_halves(uint32x4_t pairs) { return vreinterpretq_f32_u32(vshlq_n_u32(pairs, 16)); }
 inline float32x4_t odd_halves(uint32x4_t pairs) {
@@ -244,6 +254,7 @@ inline Pairs set_pair(const uint16_t* p) {
 }
 #endif
 inline F dot(F acc, Pairs a, Pairs b) { return fma(a.odd, b.odd, fma(a.even, b.even, acc)); }
+inline Split load_split(const uint16_t* p) { return load_pairs(p); }
 #endif
 
 // Two vectors as bf16, lane by lane in pairs.

@@ -38,6 +38,16 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
     assert torch.equal(linear_native(t["x"].clone().requires_grad_(), t["weight_OI"]), want)
 
 
+@pytest.mark.parametrize("size", [*SIZES, (5, 17, 33)], ids=str)
+def test_float_rows_see_the_same_matrix_in_bf16_as_in_float(level, size):
+    t = inputs(size, torch.float32, weights=torch.bfloat16)
+    wide = t["weight_OI"].float()
+    assert torch.equal(linear_native(**t), linear_native(t["x"], wide))
+    if size[1] % 2 == 0:
+        narrow = t["x"].bfloat16()
+        assert torch.equal(linear_native(narrow, t["weight_OI"], exact=True), linear_native(narrow, wide, exact=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("named", [{"exact": True}, {"wide": True}, {"squared_relu": True}], ids=str)
 def test_a_call_may_keep_precision_or_square_the_positive_part(level, named, dtype, rounds_once):
