@@ -148,7 +148,7 @@ def gather(study: Study, trials: Sequence[Trial], failed: Mapping[tuple[str, int
 
 
 def last_loss(line: Line) -> float:
-    """The mean loss of the next token, nats, over the last updates. Where no text comes twice, none of it had been seen.
+    """The mean loss of the next token, in nats, over the last updates: of text not seen before, where none comes twice.
 
     Held-out text is scored with unrounded matrices; here what a format costs in the forward pass counts, and a mean
     over many updates wanders less than one state of the weights."""
