@@ -28,7 +28,7 @@ from nautilus.serve.memory import Berths
 from nautilus.serve.prefixes import Prefixes
 from nautilus.serve.request import Completion, Piece, Request
 from nautilus.serve.rules import Rule, rules_of
-from nautilus.serve.sample import draw_one
+from nautilus.serve.sample import draw_one, looked_at
 from nautilus.serve.sampling import Sampling, whole
 from nautilus.serve.scheduler import Scheduler
 
@@ -260,9 +260,9 @@ class Engine:
     def accept(self, requests: list[Request], logits_BV: Tensor) -> list[tuple[Request, Piece]]:
         """A token for each; one whose logits allow none ends with the error, alone."""
         found = []
-        for request, logits_V in zip(requests, logits_BV.unbind(), strict=True):
+        for request, logits in zip(requests, looked_at(logits_BV), strict=True):
             try:
-                piece = request.take(*draw_one(logits_V, request.sampling, len(request.tokens), request.rules))
+                piece = request.take(*draw_one(logits, request.sampling, len(request.tokens), request.rules))
             except UserError as bad:
                 request.error, piece = bad, request.end("error")
             found.append((request, piece))

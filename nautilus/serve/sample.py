@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nautilus.ops.peak import peak
 from nautilus.runtime import UserError
 from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling
@@ -49,25 +50,42 @@ def draw(
     rules: those of each request; they are asked, and not told what was drawn.
     """
     each = [()] * len(samplings) if rules is None else rules
-    rows = zip(logits_BV.unbind(), samplings, positions, each, strict=True)
+    rows = zip(looked_at(logits_BV), samplings, positions, each, strict=True)
     return [draw_one(*row) for row in rows]
 
 
-def draw_one(logits_V: Tensor, sampling: Sampling, position: int, rules: Sequence[Rule] = ()) -> Drawn:
+class Logits(NamedTuple):
+    """Of one position. best: the most probable token; total: log sum exp of all logits."""
+
+    logits_V: Tensor
+    best: int
+    total: float
+
+    def logprob(self, token: int) -> float:
+        return float(self.logits_V[token]) - self.total
+
+
+def looked_at(logits_BV: Tensor) -> list[Logits]:
+    logits_BV = logits_BV.detach()
+    best_B, total_B = peak(logits_BV)
+    return [*map(Logits, logits_BV.cpu().unbind(), best_B.tolist(), total_B.tolist())]
+
+
+def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[Rule] = ()) -> Drawn:
     """UserError where the logits are no numbers, and where the rules leave no token."""
-    logits_V = logits_V.detach().double().cpu()
-    best = highest(logits_V)
-    if not math.isfinite(logits_V[best]):
+    if math.isnan(logits.total):
         raise UserError(
             f"token {position} was asked for, but the model's logits hold NaN or infinity there; its weights are "
             "broken or its number format overflows: load an earlier checkpoint or a wider format"
         )
     token = next((token for rule in reversed(rules) if (token := rule.forced()) is not None), None)
+    if token is None and not rules and not sampling.temperature:
+        token = logits.best
     if token is None:
-        token = chosen(logits_V, sampling, position, rules) if rules or sampling.temperature else best
-    logprob_V = logits_V.log_softmax(0)
-    told = ranked(logits_V, sampling.top_logprobs)[: sampling.top_logprobs].tolist() if sampling.top_logprobs else []
-    return Drawn(token, float(logprob_V[token]), tuple((id, float(logprob_V[id])) for id in told))
+        token = chosen(logits.logits_V.double(), sampling, position, rules)
+    count = sampling.top_logprobs
+    told = ranked(logits.logits_V, count)[:count].tolist() if count else []
+    return Drawn(token, logits.logprob(token), tuple((id, logits.logprob(id)) for id in told))
 
 
 def highest(logits_V: Tensor) -> int:

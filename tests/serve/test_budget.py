@@ -6,8 +6,8 @@ from hypothesis import given, settings
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.serve.budget import ThinkingBudget, thinking_rules
-from nautilus.serve.sample import draw_one
 from nautilus.serve.sampling import Sampling
+from tests.serve.drawing import draw_one
 
 torch.set_num_threads(1)
 V = 5  # of which 0 to 2 may be in the closing sequence, and 2 and 3 may end lines: everything overlaps

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 
 from nautilus.serve.rules import BadTokens, Bias, Penalties, Rule, rules_of
-from nautilus.serve.sample import draw_one
 from nautilus.serve.sampling import Sampling
+from tests.serve.drawing import draw_one
 
 torch.set_num_threads(1)
 V = 8

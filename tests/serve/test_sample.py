@@ -10,8 +10,9 @@ from hypothesis import given, settings
 
 from nautilus.serve import sample
 from nautilus.serve.rules import Bias
-from nautilus.serve.sample import candidates, draw, draw_one, uniform
+from nautilus.serve.sample import candidates, draw, uniform
 from nautilus.serve.sampling import VALID, Sampling
+from tests.serve.drawing import draw_one
 
 torch.set_num_threads(1)
 WHOLE = ("top_k", "seed", "max_tokens", "min_tokens", "thinking_grace", "top_logprobs")

@@ -31,6 +31,7 @@
   void fill_activation_##name(Kernels*);\
   void fill_rotary_##name(Kernels*);    \
   void fill_lowbit_##name(Kernels*);    \
+  void fill_peak_##name(Kernels*);      \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
@@ -43,6 +44,7 @@
     fill_activation_##name(k);          \
     fill_rotary_##name(k);              \
     fill_lowbit_##name(k);              \
+    fill_peak_##name(k);                \
   }
 
 LEVEL(baseline)
@@ -144,7 +146,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 20; }
+EXPORT int nautilus_interface() { return 21; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -298,6 +300,8 @@ EXPORT int nautilus_swiglu_backward(const SwigluBackward* g, int threads) {
 EXPORT int nautilus_rotary(const Rotary* f, int threads) {
   return share_out_plainly(kernels.rotary, f, blocks(f->tokens, ROTARY_BLOCK), threads);
 }
+
+EXPORT int nautilus_peak(const Peak* p, int threads) { return share_out_plainly(kernels.peak, p, p->rows, threads); }
 
 EXPORT int nautilus_route(const Route* r, int threads) {
   return share_out(

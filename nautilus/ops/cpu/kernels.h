@@ -240,6 +240,14 @@ struct Route {
   float* weight;        // (tokens, active)
 };
 
+// best: the first of the largest logits; total = log sum exp logits, NaN where one of them is NaN or infinity, or none is a number.
+struct Peak {
+  int64_t rows, vocab;
+  const float* logits;  // (rows, vocab)
+  int64_t* best;        // (rows)
+  double* total;        // (rows)
+};
+
 // Reads memory, to see how fast that goes; `sum` is of no use but that it cannot be left out.
 struct ReadAll {
   const int64_t* memory;
@@ -376,6 +384,7 @@ struct Kernels {
   void (*swiglu)(const Swiglu*, int64_t block);
   void (*swiglu_backward)(const SwigluBackward*, int64_t block);
   void (*rotary)(const Rotary*, int64_t block);
+  void (*peak)(const Peak*, int64_t row);
   void (*route)(const Route*, int64_t block, void* scratch);
   int64_t (*route_scratch)(const Route*);
   int (*kv_check)(const KvWrite*);  // 2 when a page, a length or a document lies outside
