@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +23,8 @@ from pathlib import Path
 from rich.console import Console
 
 import nautilus
-from nautilus.eval.charts import Line
 from nautilus.eval.comparison import Arm, Comparison, Measure, record, summary, write
-from nautilus.eval.material import Report, series
+from nautilus.eval.material import LAST, Report, last_loss, series
 from nautilus.eval.needle import retrieval, write_needles
 from nautilus.eval.techniques import demonstrations
 from nautilus.recipes.pretrain import Settings as PretrainSettings
@@ -38,7 +36,6 @@ from nautilus.studies.trials import Trial, run_trials
 from nautilus.train.optim import setting
 
 TIMES = (1, 2, 4, 8)  # the length of training, at which needles are looked for
-LAST = 0.2  # of the updates
 BITS = {
     "bits_per_byte": Measure("Held-out bits per byte", "lower"),
     "last_loss": Measure(f"Loss while training, last {LAST:.0%} of the updates, in the formats trained in", "lower"),
@@ -147,13 +144,23 @@ def gather(study: Study, trials: Sequence[Trial], failed: Mapping[tuple[str, int
     )
 
 
-def last_loss(line: Line) -> float:
-    """The mean loss of the next token, in nats, over the last updates: of text not seen before, where none comes twice.
-
-    Held-out text is scored with unrounded matrices; here what a format costs in the forward pass counts, and a mean
-    over many updates wanders less than one state of the weights."""
-    begin = line.steps[-1] * (1 - LAST)
-    return statistics.fmean(value for step, value in zip(line.steps, line.values, strict=True) if step >= begin)
+def arm(study: Study, trials: Sequence[Trial], failed: Mapping[int, str]) -> Arm:
+    """All that is known of one variant."""
+    name, asked = trials[0].variant, trials[0].settings
+    done = {trial.seed: trial.scores for trial in trials if trial.scores is not None}
+    rows = {trial.seed: read_metrics(Run(trial.folder).metrics) for trial in trials if trial.seed in done}
+    lines = {seed: line for seed, each in rows.items() if (line := series(each, "next_token", name)) is not None}
+    last = {seed: {"last_loss": last_loss(line)} for seed, line in lines.items()}
+    done = {seed: {**found, **last.get(seed, {})} for seed, found in done.items()}
+    return Arm(
+        name=name,
+        changes=" ".join(study.variants[name]),
+        work=work_of(asked),
+        scores={m: {s: v[m] for s, v in done.items() if m in v} for m in measures_of(study)},
+        curves=lines,
+        seconds={s: Report(title="", config=asked.model, rows=each).seconds for s, each in rows.items()},
+        failed=failed,
+    )
 
 
 def text_of(trials: Sequence[Trial]) -> dict[str, str]:

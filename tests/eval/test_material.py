@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 
 from nautilus.eval.charts import Line
-from nautilus.eval.material import family, series, smooth, thin
+from nautilus.eval.material import family, last_loss, series, smooth, thin
 
 values = st.lists(st.floats(-100, 100), min_size=1, max_size=300)
 
@@ -71,3 +71,10 @@ def test_time_is_that_of_the_steps_alone(report):
     assert (measured.tokens, measured.seconds, measured.memory_gb) == (300, 2 + 1 + 4, 0.0)
     empty = dataclasses.replace(report, rows=())
     assert (empty.tokens, empty.seconds, empty.memory_gb) == (0, 0.0, 0.0)
+
+
+def test_the_last_loss_is_the_mean_of_the_last_fifth():
+    steps = [*range(100)]
+    assert last_loss(Line("", steps, [float(step >= 80) for step in steps])) == 1.0
+    assert last_loss(Line("", steps, [float(step >= 90) for step in steps])) == 0.5
+    assert last_loss(Line("", [0], [3.0])) == 3.0

@@ -12,8 +12,7 @@ import pytest
 
 import nautilus
 from nautilus.cli import main
-from nautilus.eval.charts import Line
-from nautilus.recipes.compare import Settings, last_loss, text_of
+from nautilus.recipes.compare import Settings, text_of
 from nautilus.runtime import UserError
 from nautilus.studies.trials import Trial
 
@@ -140,13 +139,6 @@ def test_needles_are_hidden_trained_on_and_looked_for(study, tmp_path):
     for scores in results(out).values():
         assert [*scores] == ["bits_per_byte", *(f"found_at_{times}x" for times in (1, 2, 4, 8))]
     assert "Needles found at 8 times" in (out / "report.html").read_text()
-
-
-def test_the_last_loss_is_the_mean_of_the_last_fifth():
-    steps = [*range(100)]
-    assert last_loss(Line("", steps, [float(step >= 80) for step in steps])) == 1.0
-    assert last_loss(Line("", steps, [float(step >= 90) for step in steps])) == 0.5
-    assert last_loss(Line("", [0], [3.0])) == 3.0
 
 
 def test_mistakes_are_told_before_anything_is_trained(study, tmp_path, capsys):
