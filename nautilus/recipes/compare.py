@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,23 +21,16 @@ from pathlib import Path
 from rich.console import Console
 
 import nautilus
-from nautilus.eval.comparison import Arm, Comparison, Measure, record, summary, write
-from nautilus.eval.material import LAST, Report, last_loss, series
+from nautilus.eval.comparison import record, summary, write
 from nautilus.eval.needle import retrieval, write_needles
-from nautilus.eval.techniques import demonstrations
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
-from nautilus.runtime import Run, UserError, continue_or_create, program, read_metrics
+from nautilus.runtime import UserError, continue_or_create
+from nautilus.studies.gathered import TIMES, gather
 from nautilus.studies.named import NAMED
-from nautilus.studies.study import Study, open_study, refuse_unequal, work_of
+from nautilus.studies.study import Study, open_study, refuse_unequal
 from nautilus.studies.trials import Trial, run_trials
 from nautilus.train.optim import setting
-
-TIMES = (1, 2, 4, 8)  # the length of training, at which needles are looked for
-BITS = {
-    "bits_per_byte": Measure("Held-out bits per byte", "lower"),
-    "last_loss": Measure(f"Loss while training, last {LAST:.0%} of the updates, in the formats trained in", "lower"),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,69 +99,3 @@ def train_and_measure(study: Study, settings: PretrainSettings) -> Mapping[str, 
         right = retrieval(*nautilus.load(run.folder), lengths, pairs=study.needles)
         found |= {f"found_at_{times}x": right[length] for times, length in zip(TIMES, lengths, strict=True)}
     return found
-
-
-def gather(study: Study, trials: Sequence[Trial], failed: Mapping[tuple[str, int], str]) -> Comparison:
-    arms = []
-    for name, words in study.variants.items():
-        mine = [trial for trial in trials if trial.variant == name]
-        done = {trial.seed: trial.scores for trial in mine if trial.scores is not None}
-        rows = {trial.seed: read_metrics(Run(trial.folder).metrics) for trial in mine if trial.seed in done}
-        asked, lines = mine[0].settings, {seed: series(each, "next_token", name) for seed, each in rows.items()}
-        lines = {seed: line for seed, line in lines.items() if line is not None}
-        done = {
-            seed: found | ({"last_loss": last_loss(lines[seed])} if seed in lines else {})
-            for seed, found in done.items()
-        }
-        arm = Arm(
-            name=name,
-            changes=" ".join(words),
-            work=work_of(asked),
-            scores={m: {s: v[m] for s, v in done.items() if m in v} for m in measures_of(study)},
-            curves=lines,
-            seconds={s: Report(title="", config=asked.model, rows=each).seconds for s, each in rows.items()},
-            failed={seed: why for (variant, seed), why in failed.items() if variant == name},
-        )
-        arms.append(arm)
-    return Comparison(
-        title=study.name,
-        about=study.about,
-        command=f"{program()} {shlex.join(sys.argv[1:])}",
-        arms=arms,
-        measures=measures_of(study),
-        shared={"model": study.model, "settings": " ".join(study.base), "equal": ", ".join(study.equal)}
-        | text_of(trials),
-        demonstrations=demonstrations() if study.demonstrate else (),
-    )
-
-
-def arm(study: Study, trials: Sequence[Trial], failed: Mapping[int, str]) -> Arm:
-    """All that is known of one variant."""
-    name, asked = trials[0].variant, trials[0].settings
-    done = {trial.seed: trial.scores for trial in trials if trial.scores is not None}
-    rows = {trial.seed: read_metrics(Run(trial.folder).metrics) for trial in trials if trial.seed in done}
-    lines = {seed: line for seed, each in rows.items() if (line := series(each, "next_token", name)) is not None}
-    last = {seed: {"last_loss": last_loss(line)} for seed, line in lines.items()}
-    done = {seed: {**found, **last.get(seed, {})} for seed, found in done.items()}
-    return Arm(
-        name=name,
-        changes=" ".join(study.variants[name]),
-        work=work_of(asked),
-        scores={m: {s: v[m] for s, v in done.items() if m in v} for m in measures_of(study)},
-        curves=lines,
-        seconds={s: Report(title="", config=asked.model, rows=each).seconds for s, each in rows.items()},
-        failed=failed,
-    )
-
-
-def text_of(trials: Sequence[Trial]) -> dict[str, str]:
-    """The hash of the text, which differs between versions of Python: it stands in the name of the tokenizer."""
-    found = [
-        file.parent.name for trial in trials for file in (trial.folder / "data").glob("tokenizer-*/tokenizer.json")
-    ]
-    return {"text": ", ".join(sorted({name.split("-", 2)[2] for name in found}))}
-
-
-def measures_of(study: Study) -> Mapping[str, Measure]:
-    needles = {f"found_at_{n}x": Measure(f"Needles found at {n} times the training length", "higher") for n in TIMES}
-    return needles | BITS if study.measure == "needle" else BITS

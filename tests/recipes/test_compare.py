@@ -12,8 +12,9 @@ import pytest
 
 import nautilus
 from nautilus.cli import main
-from nautilus.recipes.compare import Settings, text_of
+from nautilus.recipes.compare import Settings
 from nautilus.runtime import UserError
+from nautilus.studies.gathered import text_of
 from nautilus.studies.trials import Trial
 
 ROOT = pathlib.Path(nautilus.__file__).parent.parent
