@@ -6,6 +6,7 @@ but what is read depends on the experts that a token takes, and random routers s
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from nautilus.config import Attention, Config, Experts, Mamba
+from nautilus.data.tokenizer import CONTROL, Tokenizer
 from nautilus.runtime import UserError
 
 FORMATS = ("Q4_0", "NVFP4", "MXFP4", "IQ4_NL", "Q4_K")
@@ -28,8 +30,12 @@ UE4M3 = np.array([(8 + m) * 2.0 ** (e - 10) if e else m / 512 for e in range(16)
 MATRIX_SCALE = 1 / 16  # NVFP4's second scale, one for a matrix or an expert
 
 
-def write_gguf(path: Path, shape: Config, format: str, seed: int = 0, say: Callable[[str], None] = str) -> None:
+def write_gguf(
+    path: Path, shape: Config, format: str, seed: int = 0, say: Callable[[str], None] = str,
+    tokenizer: Tokenizer | None = None,
+) -> None:  # fmt: skip
     """A model of that shape: linear matrices and embedding in `format`, the rest in float32. `say` hears of progress.
+    Without a tokenizer its words are made up, enough for the server to read and write text, and it knows no chats.
 
     A matrix whose rows Q4_K's blocks of 256 do not divide is Q5_0, as llama-quantize has it. ValueError for a shape of
     other layers than Mamba, Attention and Experts, and for rows that the format's blocks do not divide.
@@ -41,7 +47,7 @@ def write_gguf(path: Path, shape: Config, format: str, seed: int = 0, say: Calla
     beside = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     writer = gguf.GGUFWriter(beside, "nemotron_h_moe")
     write_settings(writer, shape)
-    write_vocabulary(writer, shape.vocab)
+    write_tokenizer(writer, shape.vocab, tokenizer) if tokenizer else write_vocabulary(writer, shape.vocab)
     listed = [(name, size, kind, stored(name, size, kind)) for name, size, kind in tensors(shape, format)]
     for name, _, kind, held in listed:
         quantised, dtype = (gguf.GGMLQuantizationType[kind], np.uint8) if kind in BLOCK else (None, np.float32)
@@ -97,7 +103,7 @@ def write_settings(writer, shape: Config) -> None:
 
 
 def write_vocabulary(writer, vocab: int) -> None:
-    """Special tokens, the bytes, then made-up words: enough for the server to read and write text."""
+    """Special tokens, the bytes, then made-up words."""
     special = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     words = [f"\u2581w{number}" for number in range(vocab)]
     writer.add_tokenizer_model("llama")
@@ -107,6 +113,26 @@ def write_vocabulary(writer, vocab: int) -> None:
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+
+
+def write_tokenizer(writer, vocab: int, tokenizer: Tokenizer) -> None:
+    """Ours, whose words are split as Mistral's Tekken splits them, and its chat template."""
+    model = json.loads(tokenizer.core.to_str())["model"]
+    found = {id: word for word, id in tokenizer.core.get_vocab(with_added_tokens=True).items()}
+    normal, control, shown, unused = 1, 3, 4, 5
+    special = {tokenizer.control[word] for word, hidden in CONTROL if hidden and word in tokenizer.control}
+    kinds = [
+        control if id in special else shown if id in tokenizer.control_ids else normal if id in found else unused
+        for id in range(vocab)
+    ]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("tekken")
+    writer.add_token_list([found.get(id, f"[unused {id}]") for id in range(vocab)])
+    writer.add_token_types(kinds)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]])
+    writer.add_eos_token_id(tokenizer.eos)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(tokenizer.template)
 
 
 def tensors(shape: Config, format: str) -> Iterator[tuple[str, tuple[int, ...], str]]:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nautilus.config import Config, lay
+from nautilus.data.tokenizer import Tokenizer
 from nautilus.presets import preset
 from nautilus.runtime import UserError, atomic_folder
 
@@ -129,13 +130,16 @@ def shape(name: str) -> Config:
     return replace(whole, vocab=16384, layers=lay(PATTERNS[name], *whole.layers), mtp=())
 
 
-def model_file(name: str, format: str, cache: Path = CACHE) -> Path:
-    """The file of that slice in that format, written now if it is not in `cache` yet."""
-    path = cache / f"{name}-{format}.gguf"
+def model_file(
+    name: str, format: str, cache: Path = CACHE, *, config: Config | None = None, tokenizer: Tokenizer | None = None
+) -> Path:
+    """The file of that slice, or of a config, in that format, written now if it is not in `cache` yet; with the
+    tokenizer it can chat."""
+    path = cache / f"{name}-{format}{'-chat' if tokenizer else ''}.gguf"
     if not path.is_file():
         progress(f"writing {path}", end="\n")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_gguf(path, shape(name), format, say=progress)
+        write_gguf(path, config or shape(name), format, say=progress, tokenizer=tokenizer)
     return path
 
 

@@ -35,6 +35,7 @@ from nautilus.serve import Engine
 from nautilus.serve.forward import Step
 from nautilus.serve.memory import Berth
 
+WIDE = {"bf16": torch.bfloat16, "f32": torch.float32}  # formats of keys and values that are numbers as they lie there
 SETTLE = 3  # steps before the clock starts, of each kind: computed, recorded, replayed
 READ, PASSES = 1 << 29, 7  # bytes that are read to measure the bandwidth, and how often
 
@@ -87,8 +88,9 @@ class Meter:
         return None if self.memory is None else max(read_speed(self.memory) for _ in range(PASSES))
 
     @contextlib.contextmanager
-    def ready(self, work: Work) -> Iterator[Ready]:
-        """The work right before the clock starts: memory taken, prompts read, steps recorded."""
+    def ready(self, work: Work, *, filled: bool = False) -> Iterator[Ready]:
+        """The work right before the clock starts: memory taken, prompts read, steps recorded. filled: states, keys and
+        values before a step are random numbers instead, in no time, whatever the length of a prompt."""
         berths: list[Berth] = []
         try:
             for _ in range(work.sequences):
@@ -99,7 +101,7 @@ class Meter:
                         f" memory that they may take; give sequences={len(berths)} or a shorter prompt"
                     )
                 berths.append(berth)
-            yield Ready(self, work, berths)
+            yield Ready(self, work, berths, filled)
         finally:
             for berth in berths:
                 self.engine.berths.give_back(berth)
@@ -108,14 +110,14 @@ class Meter:
 class Ready:
     """Work that can be timed again and again, always from the end of the same prompt."""
 
-    def __init__(self, meter: Meter, work: Work, berths: list[Berth]):
+    def __init__(self, meter: Meter, work: Work, berths: list[Berth], filled: bool = False):
         self.meter, self.engine, self.work = meter, meter.engine, work
         self.berths, self.drawn = berths, []
         self.prompt = meter.tokens(work.prompt)
         self.reads: dict[str, int] = {}  # bytes by module of the model
         if work.steps:
             for berth in berths:
-                self.read(meter.tokens(work.prompt), berth)
+                self.fill(berth) if filled else self.read(meter.tokens(work.prompt), berth)
             chosen = self.chosen()
             self.reads = weights_read(self.engine.model, len(berths), chosen)
             for name, size in states_read(self.engine, len(berths), work.prompt + work.steps // 2).items():
@@ -157,6 +159,19 @@ class Ready:
         berth.length, chunk = 0, self.engine.chunk
         for low in range(0, len(prompt), chunk):
             self.engine.forward.read(prompt[low : low + chunk], berth, last=low + chunk >= len(prompt))
+
+    def fill(self, berth: Berth) -> None:
+        """As after a prompt, with random numbers. Codes of fewer bits stay as they are: any are as fast."""
+        berth.length, draw = self.work.prompt, self.meter.draw
+        for memory in self.engine.berths.layers:
+            if isinstance(memory, Pool) and memory.format in WIDE:
+                for part in (memory.keys, memory.values):
+                    pages = part.view(WIDE[memory.format])
+                    size = (len(berth.pages), *pages.shape[1:])
+                    pages[berth.pages] = torch.randn(size, generator=draw).to(pages.dtype)
+            elif isinstance(memory, MambaSlots):
+                for part in (memory.ssm_SHNP, memory.tail_SRC):
+                    part[berth.slot].normal_(generator=draw)
 
     def chosen(self) -> dict[str, float]:
         """How many distinct experts a step reads of each mixer: the mean of a few steps that are not replayed."""

@@ -151,7 +151,10 @@ class Service:
 
     def warm(self, job: Job) -> None:
         """Read a prompt when there is nothing else to do, and keep its state after its marks, for requests to come.
-        One that cannot be is dropped, as are the oldest of very many, and what is under way when a request comes."""
+        One that cannot be is dropped, as are the oldest of very many, and what is under way when a request comes that
+        does not go on from it."""
+        if self.engine.prefixes.saved is None:
+            return
         with contextlib.suppress(UserError):
             fields = {"tenant": job.tenant, "marks": tuple(job.marks), "warm": True}
             request = self.engine.request(list(job.tokens), job.sampling, **fields)
@@ -235,9 +238,12 @@ class Service:
             self.end(request)
 
     def begin(self, request: Request) -> None:
-        scheduler = self.engine.scheduler
+        scheduler, comes = self.engine.scheduler, self.engine.prefixes.comes
+        # What is being read for this one, or for one that waits, goes on: they begin where it ends.
+        asking = [request, *(one for one in scheduler.waiting if not one.warm)]
         for other in [one for one in (*scheduler.active, *scheduler.waiting) if one.warm]:
-            self.engine.cancel(other)
+            if not any(comes(one, [other]) for one in asking):
+                self.engine.cancel(other)
         self.engine.submit(request)
 
     def idle_work(self) -> bool:

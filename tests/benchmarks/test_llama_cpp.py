@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nautilus.config import Attention, Config, Experts, Mamba, Mlp, lay
+from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 TINY = Config(
@@ -78,6 +79,20 @@ def test_the_settings_and_shapes_are_those_that_llama_cpp_reads(tmp_path, peers)
     assert got["blk.1.ffn_down_exps.weight"] == ("Q5_0", [320, 128, 4])
     assert got["blk.1.ffn_latent_down.weight"] == ("Q4_K", [256, 128])
     assert got["blk.2.attn_k.weight"] == ("Q4_K", [256, 128])
+
+
+def test_with_our_tokenizer_the_file_has_its_words_merges_and_template(tmp_path, peers):
+    gguf = pytest.importorskip("gguf")
+    tokenizer = train_tokenizer(["the cat and the dog sat there " * 20], vocab=TINY.vocab - 4)
+    peers[0].write_gguf(tmp_path / "chat.gguf", TINY, "Q4_0", tokenizer=tokenizer)
+    fields = gguf.GGUFReader(tmp_path / "chat.gguf").fields
+    value = lambda key: fields[f"tokenizer.{key}"].contents()
+    words, kinds = value("ggml.tokens"), value("ggml.token_type")
+    assert len(words) == len(kinds) == TINY.vocab and words[-1].startswith("[unused")
+    assert (kinds[tokenizer.eos], kinds[tokenizer.control["<think>"]], kinds[100], kinds[-1]) == (3, 4, 1, 5)
+    assert "".join(words[id] for id in tokenizer.encode(" the cat")).replace("\u0120", " ") == " the cat"
+    assert len(value("ggml.merges")) == tokenizer.vocab - SMALLEST and value("ggml.merges")[0].count(" ") == 1
+    assert value("chat_template") == tokenizer.template and value("ggml.eos_token_id") == tokenizer.eos
 
 
 def test_the_blocks_are_as_large_as_the_gguf_package_has_them(peers):

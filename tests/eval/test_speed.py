@@ -57,6 +57,20 @@ def test_of_the_experts_those_that_were_chosen_are_read():
         assert 3 * one < ready.reads["backbone.layers.1.mixer.experts"] <= 8 * one
 
 
+@pytest.mark.parametrize("cache", ["bf16", "int8"])
+def test_caches_that_are_filled_are_as_long_as_those_that_were_read(cache):
+    long = dataclasses.replace(ONE, prompt=40, sequences=2)
+    everyone = dataclasses.replace(EXPERTS, active=8)
+    meter = meter_of(long, cache=cache, config=dataclasses.replace(CONFIG, layers=(MAMBA, everyone, ATTENTION)))
+    with meter.ready(long) as ready:
+        read = dict(ready.reads), [berth.length for berth in ready.berths]
+    with meter.ready(long, filled=True) as ready:
+        assert (dict(ready.reads), [berth.length for berth in ready.berths]) == read
+        hidden = ready.engine.forward.step(ready.berths, [1, 1])
+        assert hidden.isfinite().all() and not torch.equal(*hidden), "each has a history of its own"
+        assert ready.turn().tokens_per_s > 0
+
+
 def test_a_window_and_a_tied_head_are_accounted_for():
     near = dataclasses.replace(ATTENTION, window=5)
     config = dataclasses.replace(CONFIG, layers=(near, ATTENTION), tied=True)

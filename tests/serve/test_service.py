@@ -160,3 +160,16 @@ async def test_a_prompt_is_warmed_in_idle_time_and_gives_way_to_a_request():
     await text_of(found)
     assert found.cached_tokens == 20
     await service.close()
+
+
+@inside_a_loop
+async def test_a_request_that_goes_on_from_what_is_warmed_waits_for_it():
+    service = Service(Engine(MODEL, TOKENIZER, max_tokens=300, chunk=8, step_seconds=0.0, saved_gb=1e-2))
+    long = [1, 2, 3, 4] * 50
+    service.warm(Job(tokens=long, marks=(200,)))
+    while not any(one.berth and one.berth.length > 8 for one in service.engine.scheduler.active):
+        await asyncio.sleep(0)
+    goes_on = service.submit(Job(tokens=[*long, 5], sampling=SHORT))
+    await text_of(goes_on)
+    assert goes_on.cached_tokens == 200
+    await service.close()

@@ -126,9 +126,8 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
 def count_tokens(context: Context, body: Mapping[str, Any]) -> dict[str, Any]:
     asked = read(Prompt, body)
     context.check_model(asked.model)
-    offered = asked.tool_choice is None or asked.tool_choice.type != "none"
     chatted = read(chat.ChatRequest, chat.as_chat(asked, {**prompt(asked), **thinking(asked)}))
-    return {"input_tokens": len(chat.render(context, chatted, tools=offered).tokens)}
+    return {"input_tokens": len(chat.render(context, chatted).tokens)}
 
 
 def prompt(asked: Prompt) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from nautilus.serve.api.messages import (
     without_end,
 )
 from nautilus.serve.control import opens_thinking
+from nautilus.serve.markers import OPEN
 from nautilus.serve.service import Job
 from nautilus.serve.toolcalls import AnswerStream
 
@@ -74,11 +75,11 @@ class Rendered:
     tokens: list[int]
 
 
-def render(context: Context, asked: ChatInput, *, tools: bool = True) -> Rendered:
+def render(context: Context, asked: ChatInput) -> Rendered:
     """The tokens of a chat, up to where the assistant begins to write or goes on."""
     messages = plain_messages(asked, context.limits)
     check_continued(messages, asked)
-    known = plain_tools(asked.tools, context.limits) if tools else None
+    known = plain_tools(asked.tools, context.limits)
     settings = chat_settings(asked, context.tokenizer)
     generate = not asked.continue_final_message and asked.add_generation_prompt is not False
     tokens = chat_tokens(context.tokenizer, messages, tools=known, settings=settings, generate=generate)
@@ -96,7 +97,7 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
         raise ApiError(400, "top_logprobs needs logprobs=true", param="top_logprobs")
     if asked.echo:
         raise ApiError(400, "echo is for /v1/completions; leave it out", param="echo", code="unsupported")
-    rendered = render(context, asked, tools=asked.tool_choice != "none")
+    rendered = render(context, asked)
     job = first_job(context, asked, rendered, context.tenant(owner, asked.cache_salt))
     inside = opens_thinking(job.tokens, context.tokenizer)
     choices = [choice(context, asked, rendered, inside, number) for number in range(asked.n or 1)]
@@ -114,16 +115,24 @@ def first_job(context: Context, asked: ChatRequest, rendered: Rendered, tenant: 
     tokenizer = context.tokenizer
     tokens, longest = fitted(context, rendered.tokens, asked, asked.longest, default=None)
     how = sampling_of(asked, context.sampling, tokenizer, longest=longest, tops=asked.top_logprobs or 0)
+    if not callable_tools(asked, rendered) and rendered.tools:
+        # They stay in the prompt, which earlier and later turns begin with as well; only a call may not begin.
+        opener = tuple(tokenizer.encode(OPEN, control=True))
+        how = dataclasses.replace(how, bad_tokens=(*how.bad_tokens, opener))
     rules = rules_of(
         tokenizer, asked.response_format, asked.structured_outputs,
         inside=bool(opens_thinking(tokens, tokenizer)),
-        calls=called(asked.tool_choice, rendered.tools), offered=bool(rendered.tools),
+        calls=called(asked.tool_choice, rendered.tools), offered=bool(callable_tools(asked, rendered)),
         parallel=asked.parallel_tool_calls is not False,
     )  # fmt: skip
     marks: tuple[int, ...] = ()
     if len(tokens) == len(rendered.tokens):  # else it was cut at its beginning, and no later chat begins so
         marks = stable_lengths(tokenizer, rendered.messages, rendered.tools, rendered.settings, tokens)
     return Job(tokens=tokens, sampling=how, rules=rules, tenant=tenant, priority=asked.priority, marks=marks)
+
+
+def callable_tools(asked: ChatRequest, rendered: Rendered) -> Sequence[Mapping] | None:
+    return None if asked.tool_choice == "none" else rendered.tools
 
 
 def numbered(job: Job, number: int) -> Job:
@@ -133,7 +142,8 @@ def numbered(job: Job, number: int) -> Job:
 
 
 def choice(context: Context, asked: ChatRequest, rendered: Rendered, inside: bool | None, number: int) -> ChatChoice:
-    parser = AnswerStream(inside=inside, tools=rendered.tools, force_nonempty_content=wants_content(asked))
+    tools = callable_tools(asked, rendered)
+    parser = AnswerStream(inside=inside, tools=tools, force_nonempty_content=wants_content(asked))
     wanted = Wanted(
         logprobs=bool(asked.logprobs), token_ids=bool(asked.return_token_ids),
         reasoning=asked.include_reasoning is not False, several=asked.parallel_tool_calls is not False,

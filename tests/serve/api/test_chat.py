@@ -92,11 +92,16 @@ def test_without_parallel_calls_only_the_first_is_told(client, here):
     assert len(ask(client, tools=[WEATHER], parallel_tool_calls=False).choices[0].message.tool_calls) == 1
 
 
-def test_with_tool_choice_none_there_are_no_tools(client, here):
+def test_with_tool_choice_none_tools_are_told_of_but_none_is_called(client, here):
+    """The prompt is that of the turns in which they may be, and begins like these."""
     here.service.answers = ["</think>\n" + CALL]
     choice = ask(client, tools=[WEATHER], tool_choice="none").choices[0]
     assert choice.message.tool_calls is None and "<tool_call>" in choice.message.content
-    assert list(here.service.jobs[0].tokens) == chat_tokens(here.service.engine.tokenizer, HI)
+    tokenizer = here.service.engine.tokenizer
+    assert list(here.service.jobs[0].tokens) == chat_tokens(tokenizer, HI, tools=[WEATHER])
+    assert here.service.jobs[0].sampling.bad_tokens == ((tokenizer.control["<tool_call>"],),)
+    ask(client, tools=[WEATHER])
+    assert here.service.jobs[1].sampling.bad_tokens == ()
 
 
 def test_several_answers_have_seeds_that_follow_each_other(client, here):
