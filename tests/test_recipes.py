@@ -28,6 +28,7 @@ TRIED = {
     "demo": f"data={{text}} out={{out}} {SMALL}",
     "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
     "optim.warmup=0,model.vocab=400",
+    "eval": "{model} tasks=single lengths=600 samples=1 out={out}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
 }
@@ -93,6 +94,13 @@ def test_a_comparison_leaves_a_report(places, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "no interval" in shown and str(tmp_path / "out" / "report.html") in shown
     assert "plateau" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_an_evaluation_leaves_a_report(places, tmp_path, capsys):
+    assert run("eval", model=places["model"], out=tmp_path / "out") == 0
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+    assert "single" in (tmp_path / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow

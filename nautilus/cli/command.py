@@ -35,6 +35,7 @@ COMMANDS = {
     "compare": Command(
         "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
     ),
+    "eval": Command("nautilus.recipes.eval", "examine a model: retrieval in long texts, tasks of lm-eval"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),

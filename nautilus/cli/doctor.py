@@ -33,6 +33,7 @@ class Extra(NamedTuple):
 # One entry per extra of pyproject.toml, by the names under which its packages are imported.
 EXTRAS = {
     "serve": Extra("the HTTP server", ("fastapi", "uvicorn", "pydantic", "llguidance", "prometheus_client", "orjson")),
+    "eval": Extra("tasks of lm-eval", ("lm_eval", "aiohttp", "tenacity", "transformers")),
     "rl": Extra("reinforcement learning tasks and actors", ("ray", "reasoning_gym", "math_verify", "jsonschema")),
     "data": Extra("Hugging Face datasets and large corpora", ("datasets", "datatrove")),
     "html": Extra("text out of web pages", ("trafilatura", "lxml_html_clean")),
@@ -41,7 +42,7 @@ EXTRAS = {
     "vlm": Extra("studies of other people's models", ("transformers", "py3langid", "num2words", "babel")),
     "climate": Extra("climate files and baselines", ("xarray", "netCDF4", "h5netcdf", "zarr", "dask", "sklearn")),
     "report": Extra("pictures in reports", ("matplotlib",)),
-    "bench": Extra("comparison with peers", ("transformers", "llama_cpp", "gguf", "openai", "lm_eval", "trl")),
+    "bench": Extra("comparison with peers", ("transformers", "llama_cpp", "gguf", "openai", "trl")),
     "dev": Extra("the tests and checks", ("pytest", "xdist", "pytest_timeout", "hypothesis", "transformers")),
 }
 

@@ -31,6 +31,7 @@ from nautilus.serve.rules import Rule, rules_of
 from nautilus.serve.sample import draw_one, looked_at
 from nautilus.serve.sampling import Sampling, whole
 from nautilus.serve.scheduler import Scheduler
+from nautilus.serve.scores import PromptScores
 
 Prompt = str | Sequence[int] | Sequence[Mapping]
 
@@ -134,8 +135,12 @@ class Engine:
             request.raise_error()
         return [request.completion() for request in requests]
 
-    def request(self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), **more) -> Request:
-        """rules: beside those that the sampling implies, grammars for example; more: fields of Request."""
+    def request(
+        self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), *, prompt_logprobs: int | None = None,
+        **more,
+    ) -> Request:  # fmt: skip
+        """rules: beside those that the sampling implies, grammars for example; prompt_logprobs: tell those of the
+        prompt's tokens too, each with so many alternatives; more: fields of Request."""
         tokens = self.checked(self.tokens(prompt))
         ends = sampling.ends((*self.model.config.eos, *self.tokenizer.stop))
         inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, self.tokenizer))
@@ -149,6 +154,7 @@ class Engine:
             written=self.tokenizer.stream(skip_special=True),
             stops=StopStrings(sampling.stop),
             rules=[*implied, *rules, *thinking_rules(sampling, self.tokenizer, inside=inside)],
+            scores=None if prompt_logprobs is None else PromptScores(tokens, prompt_logprobs),
             **more,
         )
 
@@ -231,17 +237,23 @@ class Engine:
             self.scheduler.begin(request)
 
     def read(self, request: Request, size: int) -> list[tuple[Request, Piece]]:
-        """The next so many tokens of a prompt; the first token of the answer where that was the last of them."""
+        """The next so many tokens of a prompt; the first token of the answer where that was the last of them. One whose
+        tokens have no log-probs ends with the error, alone."""
         assert request.berth is not None
         at, begin = request.berth.length, time.monotonic()
         complete = at + size == len(request.tokens)
-        part, last = request.tokens[at : at + size], complete and not request.warm
-        logits_1V = self.forward.read(part, request.berth, last=last)
+        answered, part = request.answer and not request.warm, request.tokens[at : at + size]
+        watch = request.scores.add if request.scores and request.unscored else None
+        try:
+            logits_1V = self.forward.read(part, request.berth, last=complete and answered, watch=watch)
+        except UserError as bad:
+            request.error = bad
+            return [(request, self.end(request, "error"))]
         self.scheduler.measured(size, time.monotonic() - begin)
         self.scheduler.served[request.tenant] += size
         if at + size in request.marks:
             self.prefixes.keep(request)
-        if complete and request.warm:
+        if complete and not answered:
             return [(request, self.end(request, "length"))]
         return self.accept([request], logits_1V) if logits_1V is not None else []
 
@@ -268,7 +280,8 @@ class Engine:
             found.append((request, piece))
             self.scheduler.served[request.tenant] += 1
             if request.finished:
-                self.prefixes.keep(request)
+                if request.scores is None:  # nor would another that is scored go on from it
+                    self.prefixes.keep(request)
                 self.scheduler.leave(request)
         return found
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from nautilus.model.language import Language
 from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
+from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.serve.memory import Berth, Berths, point, write
 
 log = logging.getLogger("nautilus.serve")
@@ -47,15 +48,23 @@ class Forward:
                 self.model.train()
 
     @torch.inference_mode()
-    def read(self, tokens: Sequence[int], berth: Berth, *, last: bool) -> Tensor | None:
-        """The berth holds these tokens too. With `last`, where its prompt ends: the logits (1, V) of the next one."""
+    def read(
+        self, tokens: Sequence[int], berth: Berth, *, last: bool, watch: Callable[[int, Tensor], None] | None = None
+    ) -> Tensor | None:
+        """The berth holds these tokens too. With `last`, where its prompt ends: the logits (1, V) of the next one.
+
+        watch(at, logits_RV): told those after every token, from the one at place `at` of the prompt on."""
         if berth.awake is None:
             berth.awake = self.berths.waking(berth)
         part_BT = torch.tensor([tokens], device=self.berths.device)
         with self.computing():
             point(berth.awake, [berth], len(tokens))
             hidden_BTD, _ = self.model.hidden(part_BT, state=berth.awake)
-            berth.length += len(tokens)
+            at, berth.length = berth.length, berth.length + len(tokens)
+            if watch is not None:
+                for part_BTD in hidden_BTD.split(rows_for(ELEMENTS, self.model.config.vocab), dim=1):
+                    watch(at, self.model.head(part_BTD)[0])
+                    at += part_BTD.shape[1]
             if not last:
                 return None
             self.berths.rest(berth, berth.awake)

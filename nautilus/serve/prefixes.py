@@ -54,7 +54,8 @@ class Prefixes:
         """A berth that holds as much of the request's tokens as is known; None until there is room for it."""
         if self.saved is None:
             return self.berths.take(self.room(request)) if self.fits(self.needed(request, 0)) else None
-        found = self.saved.find(request.tenant, request.tokens, len(request.tokens) - 1)
+        most = 0 if request.unscored else len(request.tokens) - 1
+        found = self.saved.find(request.tenant, request.tokens, most)
         try:
             whole = found.length // PAGE
             if not self.fits(self.needed(request, whole)):
@@ -70,13 +71,13 @@ class Prefixes:
                 self.saved.unlock(found.entry)
         if berth is not None:
             request.cached = min(found.length, request.prompt) if not request.pieces else request.cached
-            if found.common >= found.length + BRANCH and not self.saved.everywhere:
+            if found.common >= found.length + BRANCH and not self.saved.everywhere and not request.unscored:
                 request.marks = (*request.marks, found.common)
         return berth
 
     def comes(self, request: Request, active: Sequence[Request]) -> bool:
         """Whether one of these is about to read, up to one of its marks, what this one would read as well."""
-        if self.saved is None:
+        if self.saved is None or request.unscored:
             return False
         mine = request.tokens
         for other in active:

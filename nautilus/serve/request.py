@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from nautilus.data.tokenizer import TextStream
 from nautilus.serve.control import StopStrings
 from nautilus.serve.memory import Berth
 from nautilus.serve.rules import Rule
+from nautilus.serve.sample import Drawn
 from nautilus.serve.sampling import Sampling
+from nautilus.serve.scores import PromptScores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +21,8 @@ class Piece:
 
     finish_reason is None until the last piece: "stop" (a stop token, a stop string, or a rule that allows nothing
     more), "length", "cancelled" or "error". `top` has the most probable tokens and their log-probs, where asked for.
-    A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text.
+    A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text. `prompt`
+    has the log-probs of the prompt's tokens, on the first piece of an answer to which they were asked for.
     """
 
     text: str
@@ -28,6 +31,7 @@ class Piece:
     finish_reason: str | None = None
     top: tuple[tuple[int, float], ...] = ()
     stop: str | None = None
+    prompt: tuple[Drawn, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +50,8 @@ class Completion:
 @dataclass(kw_only=True, eq=False)
 class Request:
     """`tokens` is the prompt and grows. tenant: whose prefixes it may share; priority: lower runs first; marks: lengths
-    of the prompt after which its state is worth keeping; warm: the prompt is read for these alone, not answered."""
+    of the prompt after which its state is worth keeping; warm: the prompt is read for these alone, not answered;
+    scores: the log-probs of the prompt, where they are asked for; answer: False, if it is read for those alone."""
 
     prompt: int
     tokens: list[int]
@@ -60,6 +65,8 @@ class Request:
     priority: int = 0
     marks: Sequence[int] = ()
     warm: bool = False
+    scores: PromptScores | None = None
+    answer: bool = True
     pieces: list[Piece] = field(default_factory=list)
     berth: Berth | None = None
     cached: int = 0
@@ -74,6 +81,11 @@ class Request:
     def unread(self) -> int:
         """Tokens that the model has still to read before the next one can be drawn."""
         return len(self.tokens) - (self.berth.length if self.berth else 0)
+
+    @property
+    def unscored(self) -> bool:
+        """The prompt must be read from its beginning, for log-probs that are not known."""
+        return self.scores is not None and not self.scores.complete
 
     @property
     def reading(self) -> bool:
@@ -93,16 +105,19 @@ class Request:
         if ended or len(self.tokens) >= self.limit:
             text += self.stops.add(self.written.close()) + self.stops.finish()
         reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
-        self.pieces.append(
-            Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top, stop=self.stops.hit)
-        )
-        return self.pieces[-1]
+        stop = self.stops.hit
+        return self.add(Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top, stop=stop))
 
     def end(self, reason: str) -> Piece:
         """Without a further token; what was held back is written."""
         text = "" if self.stops.hit else self.stops.add(self.written.close()) + self.stops.finish()
-        self.pieces.append(Piece(text=text, token=-1, logprob=0.0, finish_reason=reason))
-        return self.pieces[-1]
+        return self.add(Piece(text=text, token=-1, logprob=0.0, finish_reason=reason))
+
+    def add(self, piece: Piece) -> Piece:
+        if self.scores is not None and not self.pieces:
+            piece = replace(piece, prompt=tuple(self.scores.found))
+        self.pieces.append(piece)
+        return piece
 
     def raise_error(self) -> None:
         if self.error is not None:

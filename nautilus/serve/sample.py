@@ -83,9 +83,13 @@ def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[
         token = logits.best
     if token is None:
         token = chosen(logits.logits_V.double(), sampling, position, rules)
-    count = sampling.top_logprobs
-    told = ranked(logits.logits_V, count)[:count].tolist() if count else []
-    return Drawn(token, logits.logprob(token), tuple((id, logits.logprob(id)) for id in told))
+    return told(logits, token, sampling.top_logprobs)
+
+
+def told(logits: Logits, token: int, tops: int) -> Drawn:
+    """What is told of a token where these are the logits."""
+    best = [] if not tops else [logits.best] if tops == 1 else ranked(logits.logits_V, tops)[:tops].tolist()
+    return Drawn(token, logits.logprob(token), tuple((id, logits.logprob(id)) for id in best))
 
 
 def highest(logits_V: Tensor) -> int:

@@ -42,7 +42,8 @@ class Draining(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A prompt and how to answer it; see Request for tenant, priority and marks. rules: grammars, for example."""
+    """A prompt and how to answer it; see Request for tenant, priority, marks and answer, Engine.request for
+    prompt_logprobs. rules: grammars, for example."""
 
     tokens: Sequence[int]
     sampling: Sampling = Sampling()
@@ -50,6 +51,8 @@ class Job:
     tenant: str = ""
     priority: int = 0
     marks: Sequence[int] = ()
+    prompt_logprobs: int | None = None
+    answer: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +144,10 @@ class Service:
         """UserError for a job that cannot be; Busy where too much waits; Draining at the end."""
         if not self.ready:
             raise Draining("the server is stopping; ask another one" if self.draining else "the engine has stopped")
-        fields = {"tenant": job.tenant, "priority": job.priority, "marks": tuple(job.marks)}
-        request = self.engine.request(list(job.tokens), job.sampling, job.rules, **fields)
+        names = "tenant", "priority", "marks", "prompt_logprobs", "answer"
+        request = self.engine.request(
+            list(job.tokens), job.sampling, job.rules, **{name: getattr(job, name) for name in names}
+        )
         self.refuse_too_many(request)
         reply = self.replies[request] = Reply(self, request)
         self.queued[request] = request.prompt

@@ -33,7 +33,8 @@ class CompletionRequest(Asked):
 
 @dataclass
 class TextChoice:
-    """Pieces of one answer as text. `before`: what is echoed."""
+    """Pieces of one answer as text. `before`: what is echoed; where log-probs are asked for, it comes with those of its
+    tokens, when they are known."""
 
     index: int
     asked: CompletionRequest
@@ -46,33 +47,44 @@ class TextChoice:
     pieces: list[Piece] = field(default_factory=list)
 
     def __post_init__(self):
-        self.length = len(self.before)
+        self.scored = bool(self.asked.echo) and self.asked.logprobs is not None
+        self.length = 0
 
     def open(self) -> list[dict]:
         more = {"prompt_token_ids": [*self.prompt]} if self.asked.return_token_ids else {}
-        return [{**self.part(self.before, []), **more}] if self.before or more else []
+        before = "" if self.scored else self.before
+        self.length = len(before)
+        return [{**self.part(before, []), **more}] if before or more else []
 
     def add(self, pieces: Sequence[Piece]) -> list[dict]:
-        drawn = [piece for piece in pieces if piece.token >= 0]
+        first, drawn = not self.pieces, [piece for piece in pieces if piece.token >= 0]
         text = "".join(piece.text for piece in pieces)
         self.generated += len(drawn)
         self.pieces += pieces
         self.finish_reason = pieces[-1].finish_reason if pieces else None
-        part = self.part(text, drawn)
+        if first and self.scored:
+            text = self.before + text
+        part = self.part(text, drawn, self.echoed() if first else ())
         self.length += len(text)
         return [part] if text or drawn or self.finish_reason else []
 
-    def part(self, text: str, drawn: Sequence[Piece]) -> dict:
+    def part(self, text: str, drawn: Sequence[Piece], echoed: Sequence[Piece] = ()) -> dict:
         told = None
-        if self.asked.logprobs is not None and drawn:
-            told = logprobs.of_text(drawn, self.tokenizer, self.length)
+        if self.asked.logprobs is not None and (drawn or echoed):
+            told = logprobs.of_text([*echoed, *drawn], self.tokenizer, self.length)
         ids = {"token_ids": [piece.token for piece in drawn]} if self.asked.return_token_ids else {}
         return {"index": self.index, "text": text, "logprobs": told, "finish_reason": self.finish_reason, **ids}
 
+    def echoed(self) -> list[Piece]:
+        """The tokens of the prompt as pieces, where their log-probs were asked for."""
+        written, found = self.tokenizer.stream(skip_special=True), self.pieces[0].prompt if self.pieces else ()
+        return [Piece(text=written.push(one.token), token=one.token, logprob=one.logprob, top=one.top) for one in found]
+
     def whole(self) -> dict:
-        self.length = len(self.before)
+        echoed = self.echoed()
+        self.length = 0 if echoed else len(self.before)
         text = self.before + "".join(piece.text for piece in self.pieces)
-        whole = self.part(text, [piece for piece in self.pieces if piece.token >= 0])
+        whole = self.part(text, [piece for piece in self.pieces if piece.token >= 0], echoed)
         return {**whole, "prompt_token_ids": [*self.prompt]} if self.asked.return_token_ids else whole
 
 
@@ -81,19 +93,28 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
     asked = read(CompletionRequest, body)
     context.check_model(asked.model)
     check_sizes(asked, context.limits)
-    if asked.echo and asked.logprobs is not None:
-        raise ApiError(400, "log-probs of an echoed prompt are not computed; leave out echo or logprobs", param="echo")
+    if asked.max_tokens == 0 and not asked.echo:
+        raise ApiError(400, "max_tokens is 0: nothing to answer; ask for 1 or more, or for echo", param="max_tokens")
     rules = rules_of(context.tokenizer, asked.response_format, asked.structured_outputs)
     jobs, choices = [], []
     for prompt in prompts_of(context, asked):
-        tokens, longest = fitted(context, prompt, asked, asked.max_tokens, default=LONGEST)
+        # Without an answer there is room for a token all the same: a sampling has one at least.
+        tokens, longest = fitted(
+            context, prompt, asked, 1 if asked.max_tokens == 0 else asked.max_tokens, default=LONGEST
+        )
         how = sampling_of(asked, context.sampling, context.tokenizer, longest=longest, tops=asked.logprobs or 0)
         before = context.tokenizer.decode(tokens, skip_special=True) if asked.echo else ""
+        job = Job(
+            tokens=tokens,
+            sampling=how,
+            tenant=context.tenant(owner, asked.cache_salt),
+            priority=asked.priority,
+            prompt_logprobs=asked.logprobs if asked.echo else None,
+            answer=asked.max_tokens != 0,
+        )
         for number in range(asked.n or 1):
             sampling = dataclasses.replace(how, seed=(how.seed + number) % (1 << 64))
-            tenant = context.tenant(owner, asked.cache_salt)
-            forked = [rule.fork() for rule in rules]
-            jobs.append(Job(tokens=tokens, sampling=sampling, rules=forked, tenant=tenant, priority=asked.priority))
+            jobs.append(dataclasses.replace(job, sampling=sampling, rules=[rule.fork() for rule in rules]))
             choices.append(TextChoice(len(choices), asked, context.tokenizer, tokens, before))
     form = Chunks(asked, name="text_completion", chunk_name="text_completion", prefix="cmpl-")
     return Prepared(asked=asked, jobs=jobs, choices=choices, form=form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def entry(token: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def of_text(pieces: Sequence[Piece], tokenizer: Tokenizer, offset: int) -> dict[str, Any]:
-    """Four lists with a place for each token. offset: characters of the text before these tokens."""
+    """Four lists with a place for each token. offset: characters of the text before these tokens. The first token of a
+    prompt has no log-prob."""
     offsets = []
     for piece in pieces:
         offsets.append(offset)
@@ -40,7 +42,7 @@ def of_text(pieces: Sequence[Piece], tokenizer: Tokenizer, offset: int) -> dict[
     word = lambda token: tokenizer.token_bytes[token].decode(errors="replace")
     return {
         "tokens": [word(piece.token) for piece in pieces],
-        "token_logprobs": [max(piece.logprob, LEAST) for piece in pieces],
+        "token_logprobs": [None if math.isnan(piece.logprob) else max(piece.logprob, LEAST) for piece in pieces],
         "top_logprobs": [
             {word(token): max(logprob, LEAST) for token, logprob in reversed(piece.top)} if piece.top else None
             for piece in pieces

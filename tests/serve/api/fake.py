@@ -2,11 +2,13 @@
 
 import asyncio
 import itertools
+import math
 from types import SimpleNamespace
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.serve.control import StopStrings
 from nautilus.serve.request import Piece
+from nautilus.serve.sample import Drawn
 from nautilus.serve.service import Busy, Draining, Load
 
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)  # one token per byte, and the control tokens
@@ -39,6 +41,9 @@ class FakeReply:
         return self
 
     async def __anext__(self):
+        if not self.job.answer and self.script is not None:
+            self.script = None
+            return [Piece(text="", token=-1, logprob=0.0, finish_reason="length", prompt=self.prompt())]
         if self.script is None and self.service.fault is not None:
             raise self.service.fault
         if self.closed or self.script is None:
@@ -69,7 +74,19 @@ class FakeReply:
         text += self.stops.add(self.written.close()) + self.stops.finish() if reason else ""
         text *= self.service.blow
         top = tuple((token + i, -0.5 - i) for i in range(self.job.sampling.top_logprobs))
-        return Piece(text=text, token=token, logprob=-0.5, finish_reason=reason, top=top, stop=self.stops.hit)
+        prompt = self.prompt() if self.count == 1 else ()
+        return Piece(
+            text=text, token=token, logprob=-0.5, finish_reason=reason, top=top, stop=self.stops.hit, prompt=prompt
+        )
+
+    def prompt(self):
+        """Log-probs of the prompt, -0.25 each, where they are asked for."""
+        tops = self.job.prompt_logprobs
+        if tops is None:
+            return ()
+        top = lambda token: tuple(((token + i) % TOKENIZER.vocab, -0.25 - i) for i in range(tops))
+        first, *others = self.job.tokens
+        return (Drawn(first, math.nan, ()), *(Drawn(token, -0.25, top(token)) for token in others))
 
     async def aclose(self):
         self.closed = True

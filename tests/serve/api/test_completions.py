@@ -69,6 +69,33 @@ def test_log_probs_in_four_lists(client, here):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+def test_an_echoed_prompt_has_log_probs_too(client, here, stream):
+    answer = ask(client, "né", echo=True, logprobs=1, max_tokens=2, stream=stream)
+    parts = [part.choices[0] for part in answer] if stream else answer.choices
+    told = [part.logprobs for part in parts if part.logprobs]
+    gathered = lambda name: [value for one in told for value in getattr(one, name)]
+    assert "".join(part.text for part in parts) == "néan" and parts[-1].finish_reason == "length"
+    assert gathered("token_logprobs") == [None, -0.25, -0.25, -0.5, -0.5]
+    assert gathered("text_offset") == [0, 1, 1, 2, 3] and gathered("top_logprobs")[0] is None
+    assert [len(one) for one in gathered("top_logprobs")[1:]] == [1] * 4
+    job = here.service.jobs[0]
+    assert job.prompt_logprobs == 1 and job.answer and ask(client, logprobs=1).choices[0].logprobs.text_offset[0] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_may_be_scored_without_an_answer(client, here, stream):
+    answer = ask(client, [[72, 105], [72]], echo=True, logprobs=0, max_tokens=0, stream=stream)
+    parts = [part.choices[0] for part in answer] if stream else answer.choices
+    decode = here.service.engine.tokenizer.decode
+    assert sorted((part.index, part.text, part.finish_reason) for part in parts) == [
+        (0, decode([72, 105]), "length"), (1, decode([72]), "length"),
+    ]  # fmt: skip
+    assert sorted(map(len, (part.logprobs.token_logprobs for part in parts))) == [1, 2]
+    assert not any(job.answer for job in here.service.jobs)
+    assert stream or answer.usage.completion_tokens == 0 and answer.usage.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("stream", [False, True])
 def test_token_ids_are_told_on_request(client, here, stream):
     answer = ask(client, stream=stream, extra_body={"return_token_ids": True})
     parts = [part.choices[0] for part in answer] if stream else answer.choices
@@ -95,7 +122,7 @@ def test_token_ids_are_told_on_request(client, here, stream):
             "context",
         ),
         ({"suffix": "end"}, "suffix", "not supported"),
-        ({"echo": True, "logprobs": 1}, "echo", "not computed"),
+        ({"max_tokens": 0}, "max_tokens", "nothing to answer; ask for 1 or more, or for echo"),
         ({"logprobs": True}, "logprobs", "valid integer"),
     ],
 )
