@@ -43,7 +43,7 @@ check: .venv/.ready-test
 
 .venv/.ready-test: .venv/.ready-torch $(INPUTS)
 	@echo "installing what tests need and compiling the CPU kernels, which takes a few minutes ..."
-	@$(PIP) --no-build-isolation --editable '.[dev,data,report,serve,eval]'
+	@$(PIP) --no-build-isolation --editable '.[dev,data,report,serve,eval,scale]'
 	@touch $@ .venv/.ready-demo
 
 # torch comes first and alone: the constraint keeps every later install from replacing it.

@@ -34,6 +34,7 @@ class Extra(NamedTuple):
 EXTRAS = {
     "serve": Extra("the HTTP server", ("fastapi", "uvicorn", "pydantic", "llguidance", "prometheus_client", "orjson")),
     "eval": Extra("tasks of lm-eval", ("lm_eval", "aiohttp", "tenacity", "transformers")),
+    "scale": Extra("several replicas and KV events", ("ray", "msgspec", "zmq")),
     "rl": Extra("reinforcement learning tasks and actors", ("ray", "reasoning_gym", "math_verify", "jsonschema")),
     "data": Extra("Hugging Face datasets and large corpora", ("datasets", "datatrove")),
     "html": Extra("text out of web pages", ("trafilatura", "lxml_html_clean")),

@@ -7,6 +7,7 @@ for `grace` seconds; a second one ends them now.
 from __future__ import annotations
 
 import asyncio
+import functools
 import importlib
 import logging
 import socket
@@ -14,11 +15,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import nautilus
+from nautilus.data.tokenizer import load_tokenizer
+from nautilus.model.weights import local_folder
 from nautilus.runtime import UserError, installing
 from nautilus.serve import Engine
 from nautilus.serve.api.settings import Defaults, Limits, setting
+from nautilus.serve.events import KvEvents, Publisher
+from nautilus.serve.memory import SHARE, memory_bytes
 
 LIBRARIES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "orjson")
 
@@ -37,6 +43,9 @@ class Settings:
     saved_gb: float = setting(2.0, "10^9 bytes for the states of known prefixes, which are not read again; 0: none")
     saved_folder: Path | None = setting(None, "folder where they outlast the server")
     saved_folder_gb: float = setting(16.0, "most 10^9 bytes of files there")
+    replicas: int = setting(1, "processes that answer, each with such an engine of its own; several run on Ray Serve")
+    kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
+    kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")
     step_seconds: float = setting(0.25, "how long prompts are read before the others get their next token")
     grace: float = setting(30.0, "seconds that answers have to finish when the server is told to end")
     log: str = setting("warning", "what is written to stderr: debug, info (a line for every request) or warning")
@@ -56,11 +65,25 @@ def main(settings: Settings) -> None:
     with server.bound(settings.host, settings.port) as listening:  # a port in use is told before the model is read
         for warning in warnings(settings, server, keys):
             print(f"nautilus: {warning}", file=sys.stderr)
-        model, tokenizer = nautilus.load(settings.model)
-        model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
-        names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
-        engine = Engine(model, tokenizer, **{name: getattr(settings, name) for name in names})
-        asyncio.run(serve(engine, settings, known, listening))
+        if settings.replicas == 1:
+            asyncio.run(serve(engine_of(settings), settings, known, listening))
+        else:
+            serve_replicas(settings, known, listening)
+
+
+def engine_of(settings: Settings, rank: int = 0) -> Engine:
+    """The engine of one replica. What is not said of its memory is its share of the machine's."""
+    model, tokenizer = nautilus.load(settings.model)
+    model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
+    names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
+    how = {name: getattr(settings, name) for name in names}
+    if settings.replicas > 1:
+        how["cache_gb"] = settings.cache_gb or SHARE * memory_bytes() / settings.replicas / 1e9
+        how["saved_folder"] = settings.saved_folder and settings.saved_folder / f"replica-{rank}"
+    engine = Engine(model, tokenizer, **how)
+    if settings.kv_events:
+        engine.prefixes.tell(KvEvents(Publisher(settings.kv_events, settings.kv_replay, rank)))
+    return engine
 
 
 def api_module(name: str) -> ModuleType:
@@ -78,6 +101,9 @@ def warnings(settings: Settings, server: ModuleType, keys: ModuleType) -> list[s
         found.append(f"everybody who reaches host={settings.host} may use this model; give keys=FILE to say who may")
     if settings.keys and keys.others_may_read(settings.keys):
         found.append(f"other users of this machine can read keys={settings.keys}; chmod 600 it")
+    place = settings.kv_events.removeprefix("tcp://").rpartition(":")[0]
+    if place and not server.loopback(place):
+        found.append(f"everybody who reaches kv_events={settings.kv_events} can read the tokens of all prompts")
     return found
 
 
@@ -89,25 +115,38 @@ def name_of(settings: Settings) -> str:
 async def serve(engine: Engine, settings: Settings, keys, listening: socket.socket) -> None:
     from nautilus.serve.service import Service
 
+    await answer(Service(engine), settings, keys, listening)
+
+
+def serve_replicas(settings: Settings, keys, listening: socket.socket) -> None:
+    """The same over several engines in other processes; here are the connections and the words."""
+    from nautilus.serve.scale import cluster
+
+    tokenizer = load_tokenizer(local_folder(nautilus.checkpoint_of(settings.model)))
+    make = functools.partial(engine_of, settings)
+    cluster.work_with(make, settings.replicas, tokenizer, lambda service: answer(service, settings, keys, listening))
+
+
+async def answer(service: Any, settings: Settings, keys, listening: socket.socket) -> None:
+    """Until a signal ends it, and the service with it."""
     app, context, server = (api_module(name) for name in ("app", "context", "server"))
     told = context.ApiSettings(
         model=name_of(settings), version=nautilus.__version__, keys=keys, limits=settings.limits,
         defaults=settings.defaults, local_only=server.loopback(settings.host) and not settings.keys,
     )  # fmt: skip
-    service = Service(engine)
     try:
-        print(greeting(engine, settings, listening), flush=True)
+        print(greeting(service.engine, settings, listening), flush=True)
         running = server.Server(app.create_app(service, told), limits=settings.limits, grace=settings.grace)
         await running.serve([listening])
     finally:
         await service.close()
 
 
-def greeting(engine: Engine, settings: Settings, listening: socket.socket) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    place = f"http://{host}:{listening.getsockname()[1]}/v1"
+def greeting(engine: Any, settings: Settings, listening: socket.socket) -> str:
+    place = api_module("server").address(settings.host, listening)
+    many = f" in {settings.replicas} replicas" if settings.replicas > 1 else ""
     who = f"keys of {settings.keys}" if settings.keys else "no keys"
     return (
-        f"{name_of(settings)} answers at {place}: {engine.max_tokens:,} tokens of a request, {settings.rows} requests"
-        f" together, {who}. Ctrl-C ends it."
+        f"{name_of(settings)} answers at {place}: {engine.max_tokens:,} tokens of a request,"
+        f" {settings.rows * settings.replicas} requests together{many}, {who}. Ctrl-C ends it."
     )

@@ -7,16 +7,13 @@ request whose prompt has been read. See `scheduler.py` for whose turn it is, `fo
 from __future__ import annotations
 
 import math
-import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
 from nautilus.config.keys import short
-from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
@@ -26,14 +23,13 @@ from nautilus.serve.control import StopStrings, opens_thinking
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berths
 from nautilus.serve.prefixes import Prefixes
+from nautilus.serve.prompt import Prompt, checked_prompt, prompt_tokens
 from nautilus.serve.request import Completion, Piece, Request
 from nautilus.serve.rules import Rule, rules_of
 from nautilus.serve.sample import draw_one, looked_at
 from nautilus.serve.sampling import Sampling, whole
 from nautilus.serve.scheduler import Scheduler
 from nautilus.serve.scores import PromptScores
-
-Prompt = str | Sequence[int] | Sequence[Mapping]
 
 
 class Engine:
@@ -141,10 +137,11 @@ class Engine:
     ) -> Request:  # fmt: skip
         """rules: beside those that the sampling implies, grammars for example; prompt_logprobs: tell those of the
         prompt's tokens too, each with so many alternatives; more: fields of Request."""
-        tokens = self.checked(self.tokens(prompt))
-        ends = sampling.ends((*self.model.config.eos, *self.tokenizer.stop))
+        tokens, config = self.tokens(prompt), self.model.config
+        checked_prompt(tokens, vocab=config.vocab, positions=config.positions, max_tokens=self.max_tokens)
+        ends = sampling.ends((*config.eos, *self.tokenizer.stop))
         inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, self.tokenizer))
-        implied = rules_of(sampling, tokens, ends, self.model.config.vocab)
+        implied = rules_of(sampling, tokens, ends, config.vocab)
         return Request(
             prompt=len(tokens),
             tokens=tokens,
@@ -159,40 +156,7 @@ class Engine:
         )
 
     def tokens(self, prompt: Prompt) -> list[int]:
-        """The tokens of messages, by the chat template; of text, begun as its tokenizer does; tokens as they are."""
-        if isinstance(prompt, str):
-            # It begins with a start token in Llama's file, with nothing in Nemotron's.
-            return self.tokenizer.core.encode("").ids + self.tokenizer.encode(prompt)
-        try:
-            if isinstance(prompt, Mapping | bytes):
-                raise TypeError(f"it is one {type(prompt).__name__}")
-            parts = [*prompt]
-            if not any(isinstance(part, Mapping) for part in parts):
-                return [operator.index(token) for token in cast(list[int], parts)]
-            if strange := [part for part in parts if not isinstance(part, Mapping)]:
-                raise TypeError(f"{short(strange[0])} stands among its messages")
-        except TypeError as bad:
-            raise UserError(
-                f"an answer to the prompt {short(prompt)} was asked for, but {bad}; give text, messages or token ids"
-            ) from bad
-        return chat_tokens(self.tokenizer, cast(list[Mapping], parts))
-
-    def checked(self, tokens: list[int]) -> list[int]:
-        config = self.model.config
-        if not tokens:
-            raise UserError("an answer to a prompt of 0 tokens was asked for; give at least one")
-        strange = [token for token in tokens if not 0 <= token < config.vocab]
-        if strange:
-            raise UserError(
-                f"the prompt holds token {strange[0]}, the model knows 0 to {config.vocab - 1}; use the tokenizer that "
-                "was saved with the model"
-            )
-        if len(tokens) >= self.max_tokens:
-            raise UserError(
-                f"an answer to a prompt of {len(tokens)} tokens was asked for; prompt and answer together may have "
-                f"max_tokens={self.max_tokens} (the model's positions: {config.positions}); shorten the prompt"
-            )
-        return tokens
+        return prompt_tokens(prompt, self.tokenizer)
 
     # ----- one step ---------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import json
 import math
 import threading
 import weakref
-from typing import Any, Self
+from typing import Any, Self, TypedDict
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ def compile_grammar(
     matcher = words.matcher(
         source(kind, text, words.control, parallel), text if kind in ("json_schema", "tools") else ""
     )
-    return Grammar(words, matcher, thinking=thinking, calls=kind == "tools")
+    asked = Source(kind=kind, text=text, thinking=thinking, parallel=parallel)
+    return Grammar(words, matcher, asked)
 
 
 def source(kind: str, text: str, control: dict[str, int], parallel: bool) -> str:
@@ -101,6 +102,15 @@ def required() -> Any:
     return llguidance
 
 
+class Source(TypedDict):
+    """What `compile_grammar` was asked for, to ask for it again in another process."""
+
+    kind: str
+    text: str
+    thinking: bool
+    parallel: bool
+
+
 class Grammar:
     """A `Rule` that keeps an answer within a grammar.
 
@@ -108,8 +118,9 @@ class Grammar:
     asked for, the token that opens one; then at most two newlines.
     """
 
-    def __init__(self, words: Words, matcher: Any, *, thinking: bool = False, calls: bool = False):
-        self.words, self.matcher = words, matcher
+    def __init__(self, words: Words, matcher: Any, source: Source):
+        thinking, calls = source["thinking"], source["kind"] == "tools"
+        self.words, self.matcher, self.source = words, matcher, source
         self.free = thinking
         self.newlines = NEWLINES if thinking or calls else 0
         self.opening = words.control.get(OPEN) if calls else None

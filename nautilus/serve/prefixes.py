@@ -20,6 +20,8 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.library import INTERFACE, native
 from nautilus.ops.formats import Packed
 from nautilus.ops.pages import PAGE
+from nautilus.runtime import UserError
+from nautilus.serve.events import KvEvents
 from nautilus.serve.memory import Berth, Berths
 from nautilus.serve.request import Request
 from nautilus.serve.saved import Saved
@@ -115,6 +117,12 @@ class Prefixes:
     def spill(self) -> bool:
         """Write one of them to the folder; False where there is nothing to write, or none."""
         return self.saved is not None and self.saved.spill()
+
+    def tell(self, events: KvEvents) -> None:
+        """Of every prefix that becomes known, or no longer is. UserError where none are kept."""
+        if self.saved is None:
+            raise UserError("kv_events was asked for with saved_gb=0, so that no prefixes are kept; give saved_gb=2")
+        self.saved.tell(events)
 
     def clear(self) -> None:
         if self.saved is not None:

@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from torch import Tensor
 
+from nautilus.serve.events import KvEvents
 from nautilus.serve.prefix import Match, PrefixTree, Tokens, as_tokens
 from nautilus.serve.spill import BadFile, Folder, file_bytes, keyed_digest
 from nautilus.serve.worth import ALPHA, MIB, Entry, worth
@@ -83,6 +84,7 @@ class Saved:
     ):  # fmt: skip
         self.pool, self.budget, self.everywhere, self.alpha, self.folder = pool, budget, everywhere, alpha, folder
         self.tree, self.counts, self.uses = PrefixTree[Entry](), Counts(), 0
+        self.events: KvEvents | None = None
         self.key = folder.key if folder else os.urandom(32)
         for head in folder.index() if folder else ():
             size = head.bytes + head.tokens_T.nbytes
@@ -93,6 +95,12 @@ class Saved:
     def space(self, name: str) -> str:
         """The tree and the files know namespaces by a keyed hash."""
         return keyed_digest(self.key, "space", name.encode("utf-8", "surrogatepass"))
+
+    def tell(self, events: KvEvents) -> None:
+        """From now on, of every entry that comes or goes; at once of those that are there."""
+        self.events = events
+        for place in self.tree:
+            events.stored(place.space, place.tokens())
 
     def entries(self) -> Iterator[Entry]:
         return (place.entry for place in self.tree if place.entry is not None)
@@ -167,6 +175,8 @@ class Saved:
         entries = list(self.entries())
         if locked := sum(entry.locks > 0 for entry in entries):
             raise ValueError(f"all saved states were to be forgotten while {locked} are in use; unlock them before")
+        if self.events:
+            self.events.cleared()
         for entry in entries:
             self.forget(entry)
 
@@ -261,7 +271,14 @@ class Saved:
 
     def plant(self, space: str, tokens_T: np.ndarray, entry: Entry) -> Entry:
         entry.place = self.tree.put(space, tokens_T, entry)
+        if self.events:
+            self.events.stored(space, tokens_T)
         return entry
+
+    def uproot(self, entry: Entry) -> None:
+        if self.events:
+            self.events.removed(entry.place.space, entry.place.tokens())
+        self.tree.drop(entry.place)
 
     def fill(self, entry: Entry, pages: Sequence[int], state: Sequence[Tensor]) -> None:
         entry.here, entry.pages, entry.state = True, list(pages), list(state)
@@ -273,7 +290,7 @@ class Saved:
         entry.here, entry.pages, entry.state = False, [], []
         self.counts.bytes -= entry.bytes
         if not entry.file:
-            self.tree.drop(entry.place)
+            self.uproot(entry)
 
     def unfile(self, entry: Entry) -> None:
         """No more in a file; out of the tree too, unless it is in memory."""
@@ -281,7 +298,7 @@ class Saved:
         self.folder.remove(entry.file)
         entry.file = None
         if not entry.here:
-            self.tree.drop(entry.place)
+            self.uproot(entry)
 
     def forget(self, entry: Entry) -> None:
         file = entry.file

@@ -40,6 +40,10 @@ class Draining(RuntimeError):
     """The server ends and takes nothing new."""
 
 
+class Lost(RuntimeError):
+    """What worked at an answer has ended, or nothing is there that could; another try may go well."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """A prompt and how to answer it; see Request for tenant, priority, marks and answer, Engine.request for
@@ -73,6 +77,8 @@ class Reply:
 
     It ends after a piece with a finish_reason. An answer that ended in an error raises it after its last piece.
     """
+
+    replica = "0"  # whose reply it is, where there are several
 
     def __init__(self, service: Service, request: Request):
         self.service, self.request = service, request
@@ -193,6 +199,10 @@ class Service:
             preempted=scheduler.preempted,
             steps=self.steps,
         )
+
+    def loads(self) -> dict[str, Load]:
+        """By replica."""
+        return {"0": self.load()}
 
     async def drain(self, seconds: float) -> bool:
         """Takes nothing new, and waits so long for what is under way. Whether all of it ended by itself."""

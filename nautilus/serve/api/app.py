@@ -106,7 +106,7 @@ def add_state(app: FastAPI, context: Context) -> None:
         return reply({"version": context.settings.version})
 
     async def metrics() -> Response:
-        return Response(context.meters.text(context.service.load()), media_type=PROMETHEUS)
+        return Response(context.meters.text(context.service.loads()), media_type=PROMETHEUS)
 
     for path, endpoint in {
         "/models": models, "/models/{name:path}": model, "/health": health, "/health/ready": ready,

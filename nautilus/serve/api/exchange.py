@@ -94,6 +94,11 @@ class Exchange:
         for reply in self.replies:
             await reply.aclose()
 
+    @property
+    def engine(self) -> str:
+        """The replica that works at it, of several answers at the first."""
+        return self.replies[0].replica if self.replies else "0"
+
     async def answer(self) -> dict[str, Any]:
         async with self.measured():
             async for index, pieces in self.pieces():
@@ -152,10 +157,10 @@ class Exchange:
         now, count = time.monotonic(), sum(piece.token >= 0 for piece in pieces)
         if self.first is None and count:
             self.first = now
-            self.meters.observe("time_to_first_token_seconds", now - self.began)
+            self.meters.observe("time_to_first_token_seconds", now - self.began, self.engine)
         elif count:
             for _ in range(count):
-                self.meters.observe("inter_token_latency_seconds", (now - self.latest) / count)
+                self.meters.observe("inter_token_latency_seconds", (now - self.latest) / count, self.engine)
         self.latest = now
 
     @contextlib.asynccontextmanager
@@ -175,20 +180,20 @@ class Exchange:
     def record(self, ended: str) -> None:
         usage, now, meters = self.usage(), time.monotonic(), self.meters
         prompt, cached = usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
-        generated = usage["completion_tokens"]
+        generated, engine = usage["completion_tokens"], self.engine
         for name, amount in {
             "prompt_tokens": prompt, "prompt_tokens_cached": cached, "prefix_cache_queries": prompt,
             "prefix_cache_hits": cached, "generation_tokens": generated,
         }.items():  # fmt: skip
-            meters.count(name, amount)
-        meters.observe("request_prompt_tokens", prompt)
-        meters.observe("request_generation_tokens", generated)
-        meters.observe("e2e_request_latency_seconds", now - self.began)
+            meters.count(name, amount, engine)
+        meters.observe("request_prompt_tokens", prompt, engine)
+        meters.observe("request_generation_tokens", generated, engine)
+        meters.observe("e2e_request_latency_seconds", now - self.began, engine)
         if self.first is not None:
-            meters.observe("request_decode_time_seconds", self.latest - self.first)
+            meters.observe("request_decode_time_seconds", self.latest - self.first, engine)
             each = max(1, generated - len(self.choices))
-            meters.observe("request_time_per_output_token_seconds", (self.latest - self.first) / each)
-        meters.ended(ended)
+            meters.observe("request_time_per_output_token_seconds", (self.latest - self.first) / each, engine)
+        meters.ended(ended, engine)
         waited = None if self.first is None else round(self.first - self.began, 4)
         line = {"id": self.id, "ended": ended, "prompt": prompt, "cached": cached, "generated": generated}
         log.info("%s", orjson.dumps({**line, "first": waited, "seconds": round(now - self.began, 4)}).decode())

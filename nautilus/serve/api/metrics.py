@@ -1,11 +1,12 @@
 """Counters for Prometheus under vLLM's names, so that its dashboards and routers work, and some of our own.
 
-Nothing of a client is a label: neither keys nor users nor texts.
+Nothing of a client is a label: neither keys nor users nor texts. The label `engine` is the number of the replica that
+did the work, as in vLLM; what was refused before it reached one counts for the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -58,43 +59,48 @@ class Meters:
     def __init__(self, model: str, prefix: str = "vllm:"):
         self.registry, self.prefix = CollectorRegistry(), prefix
         self.labels = {"model_name": model, "engine": "0"}
+        self.loads: dict[str, Any] = {}
         self.histograms = {
             name: self.one(Histogram, name, text, buckets=buckets) for name, (buckets, text) in HISTOGRAMS.items()
         }
         self.counters = {name: self.one(Counter, name, text) for name, text in COUNTERS.items()}
-        self.loads = {}
         names = [*self.labels]
         self.success = self.any(Counter, "request_success", "requests by how they ended", [*names, "finished_reason"])
         self.rejected = self.any(Counter, OURS + "http_rejected", "requests refused, by reason", [*names, "reason"])
-        self.gone = self.one(Counter, OURS + "client_disconnects", "clients that left before their answer was there")
-        self.slow = self.one(Counter, OURS + "slow_readers", "streams cut off because nobody read them")
+        gone, slow = "clients that left before their answer was there", "streams cut off because nobody read them"
+        self.gone = self.one(Counter, OURS + "client_disconnects", gone).labels(**self.labels)
+        self.slow = self.one(Counter, OURS + "slow_readers", slow).labels(**self.labels)
+        for metric in (*self.histograms.values(), *self.counters.values()):
+            metric.labels(**self.labels)  # there from the start, at zero
 
     def any(self, kind: Callable, name: str, text: str, labels: list[str], **more) -> Any:
         full = name if name.startswith(OURS) else self.prefix + name
         return kind(full, text, labels, registry=self.registry, **more)
 
     def one(self, kind: Callable, name: str, text: str, **more) -> Any:
-        return self.any(kind, name, text, [*self.labels], **more).labels(**self.labels)
+        return self.any(kind, name, text, [*self.labels], **more)
 
-    def count(self, name: str, amount: float = 1) -> None:
-        self.counters[name].inc(amount)
+    def count(self, name: str, amount: float = 1, engine: str = "0") -> None:
+        self.counters[name].labels(**{**self.labels, "engine": engine}).inc(amount)
 
-    def observe(self, name: str, value: float) -> None:
-        self.histograms[name].observe(value)
+    def observe(self, name: str, value: float, engine: str = "0") -> None:
+        self.histograms[name].labels(**{**self.labels, "engine": engine}).observe(value)
 
     def reject(self, reason: str) -> None:
         self.rejected.labels(**self.labels, reason=reason or "other").inc()
 
-    def ended(self, reason: str) -> None:
-        self.success.labels(**self.labels, finished_reason=reason).inc()
+    def ended(self, reason: str, engine: str = "0") -> None:
+        self.success.labels(**{**self.labels, "engine": engine}, finished_reason=reason).inc()
 
-    def text(self, load: Any) -> bytes:
-        """All of it as Prometheus reads it, with what the service tells of its load right now."""
+    def text(self, loads: Mapping[str, Any]) -> bytes:
+        """All of it as Prometheus reads it, with what the service tells of its load right now, by replica."""
         for name, (field, about) in LOADS.items():
-            value = getattr(load, field, None)
-            if value is None:
-                continue
-            if name not in self.loads:
+            values = {engine: getattr(load, field, None) for engine, load in loads.items()}
+            if name not in self.loads and any(value is not None for value in values.values()):
                 self.loads[name] = self.one(Gauge, name, about)
-            self.loads[name].set(value)
+            if name in self.loads:
+                self.loads[name].clear()  # of replicas that are gone
+            for engine, value in values.items():
+                if value is not None:
+                    self.loads[name].labels(**{**self.labels, "engine": engine}).set(value)
         return generate_latest(self.registry)

@@ -125,6 +125,10 @@ def bound(host: str, port: int) -> socket.socket:
     return listening
 
 
+def address(host: str, listening: socket.socket) -> str:
+    return f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
+
+
 def loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -28,6 +28,8 @@ class FakeEngine:
 class FakeReply:
     """Some tokens of the script at a time; `pause` seconds between them."""
 
+    replica = "0"
+
     def __init__(self, service, job, script):
         self.service, self.job, self.script = service, job, script
         self.prompt_tokens, self.cached_tokens = len(job.tokens), service.cached
@@ -129,6 +131,9 @@ class FakeService:
         return Load(
             running=running, waiting=self.waiting, waiting_tokens=0, slots=running, pages=0.25, preempted=0, steps=0
         )
+
+    def loads(self):
+        return {"0": self.load()}
 
     async def drain(self, seconds):
         self.ready = False
