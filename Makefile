@@ -1,11 +1,13 @@
 # make demo      train a small model on this machine, look at its report, talk to it
 # make install   only what that needs, in .venv: then .venv/bin/nautilus --help
 # make test      every test, slow ones included
+# make soak      mixed load on a server for MINUTES=20: no answer lost or wrong, no memory that grows
 # make check     what to run before a change: lint, format, types, fast tests
 #
 # Each makes the environment it needs in .venv and reuses it. Choose the interpreter with PYTHON=python3.12.
 
 PYTHON ?= python3
+MINUTES ?= 20
 # Where this is set every start would compile torch's sources anew.
 export PYTHONDONTWRITEBYTECODE =
 BIN := .venv/bin
@@ -15,7 +17,7 @@ INPUTS := pyproject.toml constraints.txt setup.py $(wildcard nautilus/ops/cpu/*.
 # Two workers use two cores; torch keeps to one thread in each (tests/conftest.py).
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo install test check
+.PHONY: help demo install test soak check
 
 help:
 	@sed -n 's/^# \(make \)/\1/p' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +30,9 @@ demo: .venv/.ready-demo
 
 test: .venv/.ready-test
 	$(PYTEST) -m ""
+
+soak: .venv/.ready-test
+	$(BIN)/python -m tests.serve.reliability.soak minutes=$(MINUTES)
 
 check: .venv/.ready-test
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 NO_RESERVE = 0x4000 if sys.platform == "linux" else 0
 # As safetensors spells types. There are others, which nothing here reads.
 TYPES = {
+    "F64": torch.float64,
     "F32": torch.float32,
     "BF16": torch.bfloat16,
     "F16": torch.float16,

@@ -47,6 +47,7 @@ class Settings:
     kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
     kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")
     step_seconds: float = setting(0.25, "how long prompts are read before the others get their next token")
+    step_limit: float = setting(300.0, "seconds after which a step hangs: not ready, and the log has all stacks")
     grace: float = setting(30.0, "seconds that answers have to finish when the server is told to end")
     log: str = setting("warning", "what is written to stderr: debug, info (a line for every request) or warning")
     defaults: Defaults = Defaults()
@@ -115,7 +116,7 @@ def name_of(settings: Settings) -> str:
 async def serve(engine: Engine, settings: Settings, keys, listening: socket.socket) -> None:
     from nautilus.serve.service import Service
 
-    await answer(Service(engine), settings, keys, listening)
+    await answer(Service(engine, step_limit=settings.step_limit), settings, keys, listening)
 
 
 def serve_replicas(settings: Settings, keys, listening: socket.socket) -> None:

@@ -6,6 +6,7 @@ request whose prompt has been read. See `scheduler.py` for whose turn it is, `fo
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,6 +31,8 @@ from nautilus.serve.sample import draw_one, looked_at
 from nautilus.serve.sampling import Sampling, whole
 from nautilus.serve.scheduler import Scheduler
 from nautilus.serve.scores import PromptScores
+
+log = logging.getLogger("nautilus.serve")
 
 
 class Engine:
@@ -177,28 +180,39 @@ class Engine:
             self.end(request, "cancelled")
 
     def step(self) -> list[tuple[Request, Piece]]:
-        """Prompts are read, then every request whose prompt has been read gets a token. What came for whom."""
-        self.admit()
-        found = []
+        """Prompts are read, then every request whose prompt has been read gets a token. What came for whom.
+
+        What goes wrong at one request ends that one alone, with an error. Where it was in a call for several, all of
+        them are read again and go on in calls of their own, which give the same and show whose fault it is.
+        """
+        found = self.admit()
         for request, size in self.scheduler.readings():
-            found += self.read(request, size)
+            try:
+                found += self.read(request, size)
+            except Exception as bad:
+                found += self.fail(request, bad)
         self.make_room()
-        if running := self.scheduler.running():
-            berths = [request.berth for request in running if request.berth]
-            found += self.accept(running, self.forward.step(berths, [request.tokens[-1] for request in running]))
+        running = self.scheduler.running()
+        alone = [[request] for request in running if request.apart]
+        for group in ([request for request in running if not request.apart], *alone):
+            found += self.advance(group) if group else []
         return found
 
-    def admit(self) -> None:
+    def admit(self) -> list[tuple[Request, Piece]]:
         """Those who wait take memory in their order, until one of them finds none."""
-        if not self.berths.slots:
-            return
-        for request in self.scheduler.in_order():
+        found = []
+        for request in self.scheduler.in_order() if self.berths.slots else ():
             if self.prefixes.comes(request, self.scheduler.active):
                 continue
-            request.berth = self.prefixes.board(request)
+            try:
+                request.berth = self.prefixes.board(request)
+            except Exception as bad:
+                found += self.fail(request, bad)
+                continue
             if request.berth is None:
-                return
+                break
             self.scheduler.begin(request)
+        return found
 
     def read(self, request: Request, size: int) -> list[tuple[Request, Piece]]:
         """The next so many tokens of a prompt; the first token of the answer where that was the last of them. One whose
@@ -226,6 +240,27 @@ class Engine:
         self.scheduler.leave(request)
         return piece
 
+    def advance(self, requests: list[Request]) -> list[tuple[Request, Piece]]:
+        """A token for each. Where that fails they are put off: what is in their memory then is of no use. States that
+        are rounded as they rest would not be the same when they are read again, so with these they end."""
+        berths = [request.berth for request in requests if request.berth]
+        try:
+            logits_BV = self.forward.step(berths, [request.tokens[-1] for request in requests])
+        except Exception as bad:
+            if requests[0].apart or not self.scheduler.grow:
+                return [told for request in requests for told in self.fail(request, bad)]
+            log.error("a step of the engine failed; %d requests are read again", len(requests), exc_info=bad)
+            for request in requests:
+                request.apart = True
+                self.scheduler.put_off(request)
+            return []
+        return self.accept(requests, logits_BV)
+
+    def fail(self, request: Request, bad: Exception) -> list[tuple[Request, Piece]]:
+        log.error("the engine failed at a request", exc_info=bad)
+        request.error = engine_failed(bad)
+        return [(request, self.end(request, "error"))]
+
     def make_room(self) -> None:
         """A place for the next token of everyone who runs; the last in the order are put off where there is none."""
         for request in self.scheduler.running():
@@ -234,20 +269,31 @@ class Engine:
                     self.scheduler.put_off(self.scheduler.last())
 
     def accept(self, requests: list[Request], logits_BV: Tensor) -> list[tuple[Request, Piece]]:
-        """A token for each; one whose logits allow none ends with the error, alone."""
+        """A token for each; one whose logits or rules allow none ends with the error, alone."""
         found = []
         for request, logits in zip(requests, looked_at(logits_BV), strict=True):
             try:
                 piece = request.take(*draw_one(logits, request.sampling, len(request.tokens), request.rules))
             except UserError as bad:
-                request.error, piece = bad, request.end("error")
+                request.error = bad
+                piece = self.end(request, "error")
+            except Exception as bad:
+                found += self.fail(request, bad)
+                continue
             found.append((request, piece))
             self.scheduler.served[request.tenant] += 1
-            if request.finished:
+            if piece.finish_reason and request.error is None:  # what led to an error is not to be gone on from
                 if request.scores is None:  # nor would another that is scored go on from it
                     self.prefixes.keep(request)
                 self.scheduler.leave(request)
         return found
+
+
+def engine_failed(bad: Exception) -> RuntimeError:
+    """What a request ends with that is not to blame for what went wrong."""
+    error = RuntimeError("the engine failed at this request; its log has the details")
+    error.__cause__ = bad
+    return error
 
 
 def checked_limits(

@@ -75,12 +75,11 @@ class Berths:
         need = pages_for(tokens) - len(shared)
         if not self.slots or need > self.pool.free():
             return None
-        self.pool.hold(shared)
-        berth = Berth(slot=self.slots.pop(), pages=[*shared, *self.pool.take(need)])
         for layer in self.layers:
             if isinstance(layer, MambaSlots | RestingSlots):
-                layer.clear(berth.slot)
-        return berth
+                layer.clear(self.slots[-1])
+        self.pool.hold(shared)
+        return Berth(slot=self.slots.pop(), pages=[*shared, *self.pool.take(need)])
 
     def grow(self, berth: Berth, tokens: int) -> bool:
         """Room for so many tokens in all; False where there is none."""

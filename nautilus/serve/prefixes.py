@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,9 @@ from nautilus.serve.request import Request
 from nautilus.serve.saved import Saved
 from nautilus.serve.scheduler import Scheduler
 from nautilus.serve.spill import Folder
+from nautilus.serve.worth import Entry
 
+log = logging.getLogger("nautilus.serve")
 BRANCH = 256  # tokens that two prompts must share beyond what is kept for that to be worth a state
 LEAST = 16  # tokens; less is read sooner than it is found
 SAMPLE = 1024  # numbers of a tensor that are looked at
@@ -64,10 +67,7 @@ class Prefixes:
                 return None
             berth = self.berths.take(self.room(request), found.entry.pages[:whole] if found.entry else ())
             if berth is not None and found.entry is not None:
-                if found.length % PAGE:
-                    self.berths.pool.copy(found.entry.pages[whole], berth.pages[whole])
-                self.berths.put_state(berth, found.entry.state)
-                berth.length = found.length
+                self.go_on(berth, found.entry, found.length)
         finally:
             if found.entry is not None:
                 self.saved.unlock(found.entry)
@@ -76,6 +76,17 @@ class Prefixes:
             if found.common >= found.length + BRANCH and not self.saved.everywhere and not request.unscored:
                 request.marks = (*request.marks, found.common)
         return berth
+
+    def go_on(self, berth: Berth, entry: Entry, length: int) -> None:
+        """The berth holds the first so many tokens of what the entry knows."""
+        try:
+            if length % PAGE:
+                self.berths.pool.copy(entry.pages[length // PAGE], berth.pages[length // PAGE])
+            self.berths.put_state(berth, entry.state)
+        except BaseException:
+            self.berths.give_back(berth)
+            raise
+        berth.length = length
 
     def comes(self, request: Request, active: Sequence[Request]) -> bool:
         """Whether one of these is about to read, up to one of its marks, what this one would read as well."""
@@ -111,8 +122,11 @@ class Prefixes:
         if self.saved is None or berth is None or berth.length < LEAST or (self.rounded and berth.awake is None):
             return
         seconds = berth.length * (self.scheduler.seconds_per_token or UNMEASURED)
-        pages = berth.pages[: -(-berth.length // PAGE)]
-        self.saved.keep(request.tenant, request.tokens[: berth.length], pages, self.berths.state(berth), seconds)
+        pages, tokens = berth.pages[: -(-berth.length // PAGE)], request.tokens[: berth.length]
+        try:
+            self.saved.keep(request.tenant, tokens, pages, self.berths.state(berth), seconds)
+        except (MemoryError, RuntimeError) as bad:  # no memory for the copy: what is known is only not read again
+            log.warning("the state after %d tokens could not be kept (%s)", len(tokens), bad)
 
     def spill(self) -> bool:
         """Write one of them to the folder; False where there is nothing to write, or none."""

@@ -70,6 +70,7 @@ class Request:
     pieces: list[Piece] = field(default_factory=list)
     berth: Berth | None = None
     cached: int = 0
+    apart: bool = False  # a call for several failed, and this was one of them: from then on it has its own
     error: Exception | None = None  # what it ended with: UserError for one of its own, RuntimeError for the engine's
     arrived: float = field(default_factory=time.monotonic)
 
@@ -109,8 +110,8 @@ class Request:
         return self.add(Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top, stop=stop))
 
     def end(self, reason: str) -> Piece:
-        """Without a further token; what was held back is written."""
-        text = "" if self.stops.hit else self.stops.add(self.written.close()) + self.stops.finish()
+        """Without a further token; what was held back is written, but not after an error, which may be of the text."""
+        text = "" if self.stops.hit or reason == "error" else self.stops.add(self.written.close()) + self.stops.finish()
         return self.add(Piece(text=text, token=-1, logprob=0.0, finish_reason=reason))
 
     def add(self, piece: Piece) -> Piece:

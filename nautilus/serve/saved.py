@@ -15,9 +15,9 @@ All of it belongs to one thread, the engine's.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -29,6 +29,7 @@ from nautilus.serve.prefix import Match, PrefixTree, Tokens, as_tokens
 from nautilus.serve.spill import BadFile, Folder, file_bytes, keyed_digest
 from nautilus.serve.worth import ALPHA, MIB, Entry, worth
 
+log = logging.getLogger("nautilus.serve")
 # To write an entry and read it back, checksums included: 0.3 and 0.2 s were measured for 105 MiB. What saves less is
 # not written, nor read.
 DISK_SECONDS_PER_MIB = 0.005
@@ -180,24 +181,6 @@ class Saved:
         for entry in entries:
             self.forget(entry)
 
-    def audit(self, references: Mapping[int, int]) -> list[str]:
-        """What is wrong, in words; nothing if all is well.
-
-        references: for each page what the pool counts, less what requests hold.
-        """
-        entries = list(self.entries())
-        mine = Counter(page for entry in entries for page in entry.pages)
-        pages = sorted(page for page in {*mine, *references} if mine[page] != references.get(page, 0))
-        wrong = [f"page {page} is held {mine[page]} times, the pool counts {references.get(page, 0)}" for page in pages]
-        if (size := sum(entry.bytes for entry in entries if entry.here)) != self.counts.bytes:
-            wrong.append(f"entries take {size} bytes of memory, {self.counts.bytes} are counted")
-        if lost := [entry.length for entry in entries if not entry.here and (entry.pages or not entry.file)]:
-            wrong.append(f"entries of {lost} tokens are neither in memory nor in a file")
-        files, sizes = {entry.file for entry in entries if entry.file}, self.folder.sizes if self.folder else {}
-        if files != sizes.keys():
-            wrong.append(f"entries have {len(files)} files, the folder counts {len(sizes)}")
-        return wrong
-
     # ----- what is found ---------------------------------------------------------------------------------------------
 
     def usable(self, match: Match[Entry], space: str, tokens_T: np.ndarray, most: int) -> tuple[Entry | None, int]:
@@ -314,14 +297,15 @@ class Saved:
             return False
         if not self.make_disk(size, before=entry.used):
             return False
-        entry.file = folder.write(
-            entry.place.space,
-            entry.place.tokens(),
-            seconds=entry.seconds,
-            state=entry.state,
-            pages=self.pool.read(entry.pages),
-            count=entry.count,
-        )
+        with folder.quietly():
+            entry.file = folder.write(
+                entry.place.space,
+                entry.place.tokens(),
+                seconds=entry.seconds,
+                state=entry.state,
+                pages=self.pool.read(entry.pages),
+                count=entry.count,
+            )
         self.counts.spilled += entry.file is not None
         return entry.file is not None
 
@@ -334,20 +318,29 @@ class Saved:
             return False
         entry.locks += 1  # nobody makes room by removing this file
         try:
-            if not self.make_room(entry.count) or not self.make_bytes(entry.bytes):
-                return False
-            state, contents = self.folder.read(entry.file)
-            layout = [(tensor.dtype, (entry.count, *tensor.shape[1:])) for tensor in self.pool.read([])]
-            if layout != [(tensor.dtype, tuple(tensor.shape)) for tensor in contents]:
-                raise BadFile("pages are laid out in another way here")
-            pages = self.pool.take(entry.count)
-            self.pool.write(pages, contents)
+            return self.make_room(entry.count) and self.make_bytes(entry.bytes) and self.restore(entry, entry.file)
         except BadFile as bad:
             self.folder.refuse(entry.file, bad)
             self.unfile(entry)
-            return False
+        except (MemoryError, RuntimeError) as bad:  # the latter is torch's for no memory
+            log.warning("the state after %d tokens stays in its file (%s)", entry.length, bad)
         finally:
             entry.locks -= 1
+        return False
+
+    def restore(self, entry: Entry, file: str) -> bool:
+        """Into memory, where there is room for it. BadFile where the file is not to be believed."""
+        assert self.folder is not None
+        state, contents = self.folder.read(file)
+        layout = [(tensor.dtype, (entry.count, *tensor.shape[1:])) for tensor in self.pool.read([])]
+        if layout != [(tensor.dtype, tuple(tensor.shape)) for tensor in contents]:
+            raise BadFile("pages are laid out in another way here")
+        pages = self.pool.take(entry.count)
+        try:
+            self.pool.write(pages, contents)
+        except BaseException:
+            self.pool.release(pages)
+            raise
         self.fill(entry, pages, state)
         self.counts.restored += 1
         return True

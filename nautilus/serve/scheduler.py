@@ -16,6 +16,7 @@ from nautilus.serve.memory import Berths, pages_for
 from nautilus.serve.request import Request
 
 LEAST = PAGE  # tokens of a prompt that are read at a time, when others wait for theirs
+TENANTS = 4096  # of which it is known what they have had; clients may name as many as they like
 AGEING = 1000  # tokens of a prompt that a request may have more than another for every second it has waited longer
 
 
@@ -37,6 +38,8 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """A tenant that comes back after a while has no claim to what it did not ask for meanwhile."""
         present = {other.tenant for other in (*self.waiting, *self.active)}
+        if len(self.served) >= TENANTS:
+            self.served = Counter({tenant: self.served[tenant] for tenant in present})
         if request.tenant not in present and present:
             self.served[request.tenant] = max(
                 self.served[request.tenant], min(self.served[tenant] for tenant in present)
@@ -104,7 +107,8 @@ class Scheduler:
         return min([size, *(mark - at for mark in request.marks if mark > at)])
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """Of reading; short pieces say little."""
-        if tokens >= 4 * LEAST:
-            now = seconds / tokens
+        """Of reading. Short pieces take longer for each token, so they say only that it takes less than thought: enough
+        to come back from one long pause, after which all pieces would else stay short."""
+        now = seconds / tokens
+        if tokens >= 4 * LEAST or now < self.seconds_per_token:
             self.seconds_per_token = now if not self.seconds_per_token else 0.7 * self.seconds_per_token + 0.3 * now

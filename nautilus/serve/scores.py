@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from nautilus.runtime import UserError
-from nautilus.serve.sample import Drawn, looked_at, told
+from nautilus.serve.sample import BrokenLogits, Drawn, looked_at, told
 
 
 class PromptScores:
@@ -27,13 +26,13 @@ class PromptScores:
         return len(self.found) == len(self.tokens)
 
     def add(self, at: int, logits_RV: Tensor) -> None:
-        """The logits after the tokens from `at` on. A part that is read again is not scored again. UserError where they
-        are no numbers."""
+        """The logits after the tokens from `at` on. A part that is read again is not scored again. BrokenLogits where
+        they are no numbers."""
         known = len(self.found)
         rows_RV = logits_RV[known - 1 - at : len(self.tokens) - 1 - at]
         for token, logits in zip(self.tokens[known:], looked_at(rows_RV), strict=False):
             if math.isnan(logits.total):
-                raise UserError(
+                raise BrokenLogits(
                     f"the log-prob of token {len(self.found)} of the prompt was asked for, but the model's logits hold"
                     " NaN or infinity there; load an earlier checkpoint or a wider number format"
                 )

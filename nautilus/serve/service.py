@@ -17,10 +17,11 @@ from dataclasses import dataclass
 
 from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
-from nautilus.serve.engine import Engine
+from nautilus.serve.engine import Engine, engine_failed
 from nautilus.serve.request import Piece, Request
 from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling
+from nautilus.serve.watchdog import Watchdog
 
 log = logging.getLogger("nautilus.serve")
 # Seconds for which pieces are collected before the event loop hears of them. A small model makes thousands of tokens a
@@ -37,7 +38,7 @@ class Busy(RuntimeError):
 
 
 class Draining(RuntimeError):
-    """The server ends and takes nothing new."""
+    """The server ends, or its engine hangs or has failed: it takes nothing new."""
 
 
 class Lost(RuntimeError):
@@ -122,9 +123,12 @@ class Service:
     """Replies of one engine to jobs of many. Make it inside a running event loop, and `close` it there.
 
     most_waiting, most_waiting_tokens: of prompts that have not begun; beyond them a job is refused (Busy).
+    step_limit: seconds after which a step counts as hanging: until it ends after all, nothing new is taken.
     """
 
-    def __init__(self, engine: Engine, *, most_waiting: int = 256, most_waiting_tokens: int = 1 << 20):
+    def __init__(
+        self, engine: Engine, *, most_waiting: int = 256, most_waiting_tokens: int = 1 << 20, step_limit: float = 300.0
+    ):
         self.engine, self.most_waiting, self.most_waiting_tokens = engine, most_waiting, most_waiting_tokens
         self.loop = asyncio.get_running_loop()
         self.orders: deque[Callable[[], None]] = deque()
@@ -136,6 +140,8 @@ class Service:
         self.warming: deque[Request] = deque(maxlen=64)
         self.steps, self.draining, self.closing = 0, False, False
         self.broken: BaseException | None = None
+        self.watchdog = Watchdog(step_limit)
+        self.looking = self.loop.create_task(self.watchdog.look())
         leave_computing()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
@@ -144,12 +150,12 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        return not self.draining and self.broken is None
+        return not self.draining and self.broken is None and not self.watchdog.overdue
 
     def submit(self, job: Job) -> Reply:
         """UserError for a job that cannot be; Busy where too much waits; Draining at the end."""
         if not self.ready:
-            raise Draining("the server is stopping; ask another one" if self.draining else "the engine has stopped")
+            raise Draining(f"the {'server is stopping' if self.draining else 'engine has stopped'}; ask another one")
         names = "tenant", "priority", "marks", "prompt_logprobs", "answer"
         request = self.engine.request(
             list(job.tokens), job.sampling, job.rules, **{name: getattr(job, name) for name in names}
@@ -214,11 +220,14 @@ class Service:
             self.order(lambda request=request: self.end(request))
         return done
 
-    async def close(self) -> None:
-        """Ends the thread; what is under way is cancelled."""
+    async def close(self, seconds: float = 30.0) -> None:
+        """Ends the thread; what is under way is cancelled. One that hangs is left to itself after so long."""
         self.draining = self.closing = True
         self.wake.set()
-        await asyncio.to_thread(self.thread.join)
+        await asyncio.to_thread(self.thread.join, seconds)
+        self.looking.cancel()
+        if self.thread.is_alive():
+            log.error("the engine did not end within %g seconds; its thread is left behind", seconds)
 
     def deliver(self, told: list[tuple[Request, Piece]], begun: list[Request]) -> None:
         for request in begun:
@@ -231,6 +240,14 @@ class Service:
                     del self.replies[request]
                     self.queued.pop(request, None)
 
+    def abandon(self, bad: Exception) -> None:
+        """Every reply ends with an error."""
+        for request, reply in [*self.replies.items()]:
+            request.error = request.error or engine_failed(bad)
+            reply.deliver(Piece(text="", token=-1, logprob=0.0, finish_reason="error"))
+        self.replies.clear()
+        self.queued.clear()
+
     # ----- in the engine's thread -------------------------------------------------------------------------------------
 
     def order(self, order: Callable[[], None]) -> None:
@@ -240,17 +257,36 @@ class Service:
 
     def run(self) -> None:
         while not self.closing:
-            self.wake.clear()
-            self.take_orders()
-            if self.engine.scheduler.idle:
-                if not self.idle_work() and not self.orders:
-                    self.wake.wait()
-                continue
-            told = self.step()
-            self.send(told, [*self.engine.scheduler.active])
+            try:
+                self.turn()
+            except Exception as bad:
+                self.give_up(bad)
         self.take_orders()
         for request in (*self.engine.scheduler.active, *self.engine.scheduler.waiting):
             self.end(request)
+
+    def turn(self) -> None:
+        self.wake.clear()
+        self.take_orders()
+        if self.engine.scheduler.idle:
+            if not self.idle_work() and not self.orders:
+                self.wake.wait()
+            return
+        self.steps += 1
+        with self.watchdog.step():
+            told = self.engine.step()
+        self.send(told, [*self.engine.scheduler.active])
+
+    def give_up(self, bad: Exception) -> None:
+        """What goes wrong at a request ends that request. This is something else, and would go wrong again."""
+        log.error("the engine has failed and takes nothing new", exc_info=bad)
+        self.broken = bad
+        self.warming.clear()
+        for request in (*self.engine.scheduler.active, *self.engine.scheduler.waiting):
+            request.error = engine_failed(bad)
+            self.send([(request, self.engine.end(request, "error"))], [])
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.abandon, bad)
 
     def begin(self, request: Request) -> None:
         scheduler, comes = self.engine.scheduler, self.engine.prefixes.comes
@@ -263,6 +299,8 @@ class Service:
 
     def idle_work(self) -> bool:
         """Something that is only done when nobody waits; False where there is nothing."""
+        if self.broken is not None:
+            return False
         if self.warming:
             self.engine.submit(self.warming.popleft())
             return True
@@ -272,29 +310,9 @@ class Service:
         while self.orders:
             self.orders.popleft()()
 
-    def step(self) -> list[tuple[Request, Piece]]:
-        """What a step gave; where it failed, those that took part end with an error, and those that wait go on."""
-        try:
-            self.steps += 1
-            return self.engine.step()
-        except Exception as bad:
-            log.exception("a step of the engine failed")
-            failed = [*self.engine.scheduler.active]
-            if not failed:  # nothing to blame: it would fail again, for ever
-                self.broken = bad
-                failed = [*self.engine.scheduler.waiting]
-            for request in failed:
-                request.error = RuntimeError("the engine failed at this request; its log has the details")
-            return [(request, self.ended(request, "error")) for request in failed]
-
-    def ended(self, request: Request, reason: str) -> Piece:
-        piece = request.end(reason)
-        self.engine.scheduler.leave(request)
-        return piece
-
     def end(self, request: Request) -> None:
         if not request.finished:
-            self.send([(request, self.ended(request, "cancelled"))], [])
+            self.send([(request, self.engine.end(request, "cancelled"))], [])
 
     def send(self, told: list[tuple[Request, Piece]], begun: list[Request]) -> None:
         self.untold += told

@@ -10,6 +10,7 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.prefixes import fingerprint
+from tests.serve.disagreements import disagreements
 from tests.serve.test_scheduler import ATTENTION, MAMBA, MODEL, PAGE_BYTES, TOKENIZER, VOCAB, facts
 
 torch.set_num_threads(1)
@@ -27,7 +28,7 @@ def alone(prompt, sampling, model=MODEL):
 
 def audit(engine):
     assert engine.scheduler.idle and len(engine.berths.slots) == engine.rows
-    assert engine.prefixes.saved.audit(dict(enumerate(engine.berths.pool.references))) == []
+    assert disagreements(engine.prefixes.saved, dict(enumerate(engine.berths.pool.references))) == []
 
 
 def words(draw, count):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from nautilus.serve.saved import Saved
 from nautilus.serve.spill import Folder
 from nautilus.serve.worth import ALPHA, ranks, seconds_per_mib, worth
+from tests.serve.disagreements import disagreements
 from tests.serve.shelf import PAGE, Pool, compute, contents_of, state_after
 
 torch.set_num_threads(1)
@@ -22,7 +23,7 @@ SPACES = st.sampled_from(["alice", "bob"])
 
 
 def is_sound(saved, requests=()):
-    assert saved.audit(saved.pool.counted(requests=requests)) == []
+    assert disagreements(saved, saved.pool.counted(requests=requests)) == []
     assert saved.counts.bytes <= saved.budget
     assert saved.folder is None or saved.folder.bytes <= saved.folder.limit
 
@@ -266,11 +267,11 @@ def test_the_audit_sees_what_is_lost():
     saved = Saved(Pool(), budget=AMPLE)
     keep(saved, [1, 2, 3])
     saved.pool.hold([5])
-    assert saved.audit(saved.pool.counted()) == ["page 5 is held 0 times, the pool counts 1"]
+    assert disagreements(saved, saved.pool.counted()) == ["page 5 is held 0 times, the pool counts 1"]
     saved.pool.release([5])
     saved.counts.bytes += 1
-    assert len(saved.audit({})) == 3  # two pages and the bytes
+    assert len(disagreements(saved, {})) == 3  # two pages and the bytes
     saved.counts.bytes -= 1
     (entry,) = saved.entries()
     entry.here = False
-    assert any("neither" in line for line in saved.audit(saved.pool.counted()))
+    assert any("neither" in line for line in disagreements(saved, saved.pool.counted()))

@@ -141,6 +141,33 @@ def test_a_tenant_that_was_away_has_saved_nothing_up():
     assert engine.scheduler.served["new"] == 700
 
 
+def test_what_tenants_have_had_is_kept_of_so_many_only(monkeypatch):
+    """Clients name them (`cache_salt`)."""
+    monkeypatch.setattr("nautilus.serve.scheduler.TENANTS", 8)
+    engine = engine_of()
+    engine.submit(engine.request([1], ONE, tenant="stays"))
+    engine.scheduler.served["stays"] = 7
+    for number in range(30):
+        goes = engine.request([1], ONE, tenant=str(number))
+        engine.submit(goes)
+        engine.cancel(goes)
+        assert engine.scheduler.served[goes.tenant] == 7, "no claim to what it did not ask for before"
+        assert len(engine.scheduler.served) <= 9
+    assert engine.scheduler.served["stays"] == 7
+
+
+def test_a_measured_pace_comes_back_from_one_long_pause():
+    scheduler = engine_of().scheduler
+    scheduler.measured(64, 0.064)
+    scheduler.measured(64, 500.0)
+    assert scheduler.seconds_per_token > 1
+    for _ in range(30):
+        scheduler.measured(16, 0.02)
+    assert 1e-3 < scheduler.seconds_per_token < 2e-3, "short pieces say that it takes less"
+    scheduler.measured(16, 1.0)
+    assert scheduler.seconds_per_token < 2e-3, "but not that it takes more"
+
+
 def test_answers_go_on_while_a_long_prompt_is_read():
     engine = engine_of(rows=2, chunk=8, step_seconds=0.0)
     quick, long = engine.request([1, 2], dataclasses.replace(ONE, max_tokens=20)), engine.request([3] * 80, ONE)

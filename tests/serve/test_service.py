@@ -96,21 +96,21 @@ async def test_a_bad_job_is_refused_at_once():
 
 
 @inside_a_loop
-async def test_a_step_that_fails_ends_those_that_took_part_and_no_other(monkeypatch):
+async def test_a_step_that_fails_ends_those_that_took_part_twice_and_no_other(monkeypatch):
     service = service_of(rows=1)
-    compute, calls = service.engine.forward.step, []
+    compute, refused = service.engine.forward.step, []
 
-    def fail_once(*args):
-        calls.append(args)
-        if len(calls) == 2:
+    def fail(*args):
+        if first.request in service.engine.scheduler.active:
+            refused.append(args)
             raise RuntimeError("a layer broke")
         return compute(*args)
 
-    monkeypatch.setattr(service.engine.forward, "step", fail_once)
+    monkeypatch.setattr(service.engine.forward, "step", fail)
     first, second = (service.submit(Job(tokens=[1, 2], sampling=SHORT)) for _ in range(2))
     with pytest.raises(RuntimeError, match="the engine failed at this request"):
         await text_of(first)
-    assert len(await text_of(second)) == 8 and service.ready
+    assert len(await text_of(second)) == 8 and service.ready and len(refused) == 2
     await ended(service)
 
 

@@ -20,6 +20,7 @@ from nautilus.runtime import UserError
 from nautilus.serve import spill
 from nautilus.serve.saved import DISK_SECONDS_PER_MIB, Saved
 from nautilus.serve.spill import KEY, PARTIAL, BadFile, Folder
+from tests.serve.disagreements import disagreements
 from tests.serve.shelf import Pool, compute
 
 torch.set_num_threads(1)
@@ -69,7 +70,7 @@ def finds(saved, tokens=PROMPT, space="alice"):
 
 
 def is_sound(saved):
-    assert saved.audit(saved.pool.counted()) == []
+    assert disagreements(saved, saved.pool.counted()) == []
     folder = saved.folder
     if folder.path.is_dir():
         there = {entry.name: entry.stat().st_size for entry in folder.path.glob("*.safetensors")}
@@ -343,7 +344,7 @@ def test_pages_of_another_layout_are_not_written_into_these(house):
     saved = house.start()
     saved.pool.contents[1] = saved.pool.contents[1].long()
     assert saved.find("alice", [*PROMPT, 0], 5).entry is None and not house.files
-    assert saved.audit(saved.pool.counted()) == []
+    assert disagreements(saved, saved.pool.counted()) == []
 
 
 # ----- who may read and write ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from fastapi import Response
 from starlette.exceptions import HTTPException
 
 from nautilus.runtime import UserError
+from nautilus.serve.sample import BrokenLogits
 from nautilus.serve.service import Busy, Draining, Lost
 
 log = logging.getLogger("nautilus.serve.api")
@@ -88,9 +89,12 @@ def described(bad: BaseException) -> ApiError:
         case Busy():
             return ApiError(429, "the server is busy; try again later", code="busy", retry=bad.retry_after)
         case Draining():
-            return ApiError(503, "the server is shutting down; ask another one", code="draining", retry=5)
+            return ApiError(503, "the server takes nothing new; ask another one", code="draining", retry=5)
         case Lost():
             return ApiError(503, "what worked at this answer has failed; ask again", code="lost", retry=5)
+        case BrokenLogits():
+            log.error("%s", bad)
+            return ApiError(500, "the model could not go on with this answer", code="engine_error")
         case UserError():
             message, named = sanitised(str(bad)), re.match(r"sampling\.(\w+)=", str(bad))
             return ApiError(400, message.removeprefix("sampling."), param=named[1] if named else None)

@@ -27,12 +27,21 @@ class Connection(H11Protocol):
 
     limits = Limits()
     patience: asyncio.TimerHandle | None = None
+    last: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limits.connections:
             self.turn_away(transport)
         self.patience = self.loop.call_later(self.limits.idle, transport.close)
+        self.last = self.loop.call_later(self.limits.stalled, self.look, transport)
+
+    def look(self, transport: asyncio.Transport, closing: bool = False) -> None:
+        """Who does not take the rest of a connection that is closed is not waited for: it would keep its place."""
+        if closing:
+            transport.abort()
+        else:
+            self.last = self.loop.call_later(self.limits.stalled, self.look, transport, transport.is_closing())
 
     def turn_away(self, transport: asyncio.Transport) -> None:
         body = orjson.dumps(ApiError(503, "too many connections; try again", code="connections").body)
@@ -50,8 +59,9 @@ class Connection(H11Protocol):
             self.patience = self.loop.call_later(self.limits.idle, self.transport.close)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self.patience is not None:
-            self.patience.cancel()
+        for timer in (self.patience, self.last):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
 

@@ -169,6 +169,9 @@ def test_who_reads_nothing_for_a_while_is_cut_off(serve, limits):
         slow = connect(here, "/v1/completions", stream=True, prompt="Hi", max_tokens=90)
         count = lambda: float(api.get("/metrics").text.partition("\nnautilus:slow_readers_total{")[2].split()[1])
         assert here.until(lambda: count() == 1)
+        mine = slow.getsockname()
+        places = lambda: [place.client for place in here.server.server_state.connections]
+        assert here.until(lambda: mine not in places()), "nor does it keep its connection"
         slow.close()
 
 
