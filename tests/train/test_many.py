@@ -12,6 +12,7 @@ import pytest
 
 from nautilus.cli import main
 from nautilus.runtime import Run, read_metrics
+from nautilus.runtime.files import is_locked
 from nautilus.train.guard import incidents
 from nautilus.train.layout import Layout
 
@@ -216,6 +217,9 @@ def test_everything_at_once_is_killed_and_goes_on_as_if_nothing_had_happened(tmp
     finally:
         os.killpg(killed.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
+    # The launcher is gone; its ranks, in sessions of their own, end when they notice.
+    while is_locked(tmp_path / "many" / ".lock") and time.monotonic() - waited < helper.PATIENCE:
+        time.sleep(0.02)
     assert 8 <= Run(tmp_path / "many").saved_step < 24
     got = many(tmp_path / "many", *words, *layout)
     assert_same_curve(without_health(lines(got)), without_health(lines(want)))

@@ -21,6 +21,7 @@ from nautilus.ops.cpu.mamba import fold_native, mamba_native, new_slots, slots_n
 from nautilus.ops.cpu.memory import ReadAll
 from nautilus.ops.cpu.norm import add_native, embed_native, rms_norm_native
 from nautilus.ops.cpu.packs import packed_once
+from nautilus.ops.cpu.peak import peak_native
 from nautilus.ops.cpu.quant import NUMBERS, experts_quant, linear_quant, repacked
 from nautilus.ops.cpu.rotary import rotate_native
 from nautilus.ops.cpu.route import route_native
@@ -38,6 +39,7 @@ QUANTS = ((1, 16, 2), (2, 48, 18), (70, 160, 130), (1, 2086, 66))
 # positions of each row, new ones, heads, groups, head width, window
 ATTENTIONS = (((1,), (1,), 1, 1, 2, 0), ((70, 5, 130), (70, 0, 7), 6, 2, 18, 0), ((200,), (33,), 16, 1, 64, 50),
               ((65, 64), (65, 1), 5, 5, 34, 1), ((17,), (17,), 200, 2, 80, 0))  # fmt: skip
+PEAKS = ((1, 33), (3, 2050))  # rows, vocabulary
 ROUTES = ((1, 3, 3), (33, 128, 6), (9, 40, 1))  # tokens, experts, active
 
 
@@ -113,6 +115,7 @@ def linear(dtype, rows, inputs, outputs):
     with torch.no_grad():
         for named in ({"exact": True}, {"wide": True}, {"squared_relu": True}):
             finite(linear_native(*tensors, **named))
+        finite(linear_native(tensors[0], tensors[1].bfloat16(), exact=True))
 
 
 def lowbit(dtype, rows, inputs, outputs):
@@ -169,6 +172,13 @@ def route(tokens, count, active):
             finite(*route_native(torch.randn(tokens, count), torch.randn(count), active, score=score, **named))
 
 
+def peaks(rows, vocab):
+    logits_BV = torch.randn(rows, vocab)
+    finite(peak_native(logits_BV)[1])
+    logits_BV[0, vocab // 2] = torch.inf
+    assert peak_native(logits_BV)[1].isnan().tolist() == [True] + [False] * (rows - 1)
+
+
 def everything():
     for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS),
                           (attention, ATTENTIONS), (number_by_number, NORMS), (lowbit, LOWBITS)):  # fmt: skip
@@ -177,6 +187,8 @@ def everything():
             kernel(torch.bfloat16, *size)
     for size in ROUTES:
         route(*size)
+    for size in PEAKS:
+        peaks(*size)
     numbers = torch.arange(999)
     for ahead in (0, 4096):
         read = ReadAll(library.pointer(numbers), len(numbers), ahead)
