@@ -1,5 +1,6 @@
 """Few bits, layers computed again, rows in pieces, spikes and phases on many processes: as on one."""
 
+import contextlib
 import importlib.util
 import os
 import pathlib
@@ -168,6 +169,14 @@ def start_many(out, *words) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
+def kill_all(word: str) -> None:
+    """Every process with this word in its command: ranks have sessions of their own and outlive their launcher."""
+    for place in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if word.encode() in (place / "cmdline").read_bytes().split(b"\0"):
+                os.kill(int(place.name), signal.SIGKILL)
+
+
 def many(out, *words) -> Run:
     assert start_many(out, *words).wait(helper.PATIENCE) == 0, (out.parent / f"{out.name}.log").read_text()[-3000:]
     return Run(out)
@@ -215,9 +224,8 @@ def test_everything_at_once_is_killed_and_goes_on_as_if_nothing_had_happened(tmp
                 break
             time.sleep(0.02)
     finally:
-        os.killpg(killed.pid, signal.SIGKILL)
+        kill_all(f"out={tmp_path / 'many'}")
     assert killed.wait() == -signal.SIGKILL
-    # The launcher is gone; its ranks, in sessions of their own, end when they notice.
     while is_locked(tmp_path / "many" / ".lock") and time.monotonic() - waited < helper.PATIENCE:
         time.sleep(0.02)
     assert 8 <= Run(tmp_path / "many").saved_step < 24
