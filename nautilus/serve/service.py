@@ -261,7 +261,9 @@ class Service:
                 self.turn()
             except Exception as bad:
                 self.give_up(bad)
-        self.take_orders()
+        while self.orders:
+            with contextlib.suppress(Exception):  # of an engine that has failed, which has been told
+                self.take_orders()
         for request in (*self.engine.scheduler.active, *self.engine.scheduler.waiting):
             self.end(request)
 

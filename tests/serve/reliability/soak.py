@@ -148,7 +148,11 @@ def soak(place, *, minutes=20.0, clients=6, seed=0):
         if process.poll() is not None:
             print(f"the server ended with status {process.poll()}: {process.stderr.read()[-2000:]}")
             return 1
-        load = [line for line in get(port, "/metrics")[2].decode().splitlines() if "num_requests_running{" in line]
+        for _ in range(100):  # who left last is noticed at the next step, and prompts may be read ahead
+            load = [line for line in get(port, "/metrics")[2].decode().splitlines() if "num_requests_running{" in line]
+            if not any(float(line.rpartition(" ")[2]) for line in load):
+                break
+            time.sleep(0.1)
     return verdict(asking, found, seconds, load)
 
 
