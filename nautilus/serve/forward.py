@@ -16,7 +16,7 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
-from nautilus.serve.memory import Berth, Berths, point, write
+from nautilus.serve.memory import Berth, Berths, plain, point, write
 
 log = logging.getLogger("nautilus.serve")
 
@@ -71,15 +71,13 @@ class Forward:
             berth.awake = None
             return self.model.head(hidden_BTD[:, -1:])[:, 0]
 
-    @torch.inference_mode()
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
         rows = len(berths)
         if rows not in self.steps:
             self.steps[rows] = Step(self, rows)
         step = self.steps[rows]
-        step.point(berths)
-        write(step.tokens_BT, [[token] for token in tokens])
+        step.point(berths, tokens)
         logits_BV = step.run()
         for berth in berths:
             berth.length += 1
@@ -87,29 +85,33 @@ class Forward:
 
 
 class Step:
-    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays."""
+    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays.
+
+    A replay has just read all weights, so nothing of Python is in the cache any more and every object it touches waits
+    for memory: what runs at every step is as little as can be."""
 
     def __init__(self, forward: Forward, rows: int):
         self.forward, self.lanes = forward, forward.berths.lanes(rows)
         self.berths: list[Berth] = []  # that it was told of last, and of how many pages each
         self.pages: list[int] = []
         self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=forward.berths.device)
+        self.tokens, self.lengths = plain(self.tokens_BT.view(-1)), plain(self.lanes.rows.length)
         self.tape: Tape | None = None
         self.may_record = self.tokens_BT.device.type == "cpu"
         self.warm = False
 
-    def point(self, berths: list[Berth]) -> None:
-        """Only what changed is written: every step feels that."""
-        rows = self.lanes.rows
+    def point(self, berths: list[Berth], tokens: Sequence[int]) -> None:
+        """Only what changed is written."""
         if berths != self.berths:
             write(self.lanes.slot_B, [berth.slot for berth in berths])
             point(self.lanes, berths, 1)
-        else:
-            write(rows.length, [berth.length + 1 for berth in berths])
-            for row, (berth, known) in enumerate(zip(berths, self.pages, strict=True)):
-                if len(berth.pages) != known:
-                    write(rows.table_BL[row, : len(berth.pages)], berth.pages)
-        self.berths, self.pages = berths, [len(berth.pages) for berth in berths]
+            self.berths, self.pages = list(berths), [len(berth.pages) for berth in berths]
+        write(self.tokens, tokens)
+        write(self.lengths, [berth.length + 1 for berth in berths])
+        for row, berth in enumerate(berths):
+            if len(berth.pages) != self.pages[row]:
+                write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
+                self.pages[row] = len(berth.pages)
 
     def run(self) -> Tensor:
         if self.tape is not None:
@@ -127,6 +129,7 @@ class Step:
             self.may_record = False
             return self.compute()
 
+    @torch.inference_mode()
     def compute(self) -> Tensor:
         with self.forward.computing():
             hidden_BTD, _ = self.forward.model.hidden(self.tokens_BT, state=self.lanes)
