@@ -137,6 +137,7 @@ class Ready:
 
     def turn(self) -> Turn:
         work, bandwidth = self.work, self.meter.bandwidth() if self.work.steps else None
+        self.run(SETTLE if work.steps else 0)  # after the measuring nothing else is in the cache
         begin = time.perf_counter()
         self.run(work.steps) if work.steps else self.read(self.prompt, self.berths[0])
         seconds = time.perf_counter() - begin

@@ -196,7 +196,7 @@ def point(lanes: Lanes, berths: Sequence[Berth], time: int) -> None:
 
 
 def plain(tensor: Tensor) -> Tensor | np.ndarray:
-    """The same memory for numpy, where it can have it: it writes a few numbers in half the time, which every step feels."""
+    """The same memory for numpy, where it can be: it writes a few numbers in half the time, which every step feels."""
     return tensor.numpy() if tensor.device.type == "cpu" else tensor
 
 

@@ -197,9 +197,7 @@ void quantise(const QuantRows* f, int64_t row, int64_t scales, int32_t zero, flo
       wide[i] = at + W <= f->inputs ? load(x + at) : at < f->inputs ? load(x + at, f->inputs - at) : set(0.0f);
       most = larger(most, larger(wide[i], set(0.0f) - wide[i]));
     }
-    float lane[W], top = 0.0f;
-    store(lane, most);
-    for (float v : lane) top = v > top ? v : top;
+    float top = largest_lane(most);
     F inverse = set(top > 0.0f ? 127.0f / top : 0.0f);
     f->scale[row * n + g] = top / 127.0f * lift;
     F sum[2] = {set(0.0f), set(0.0f)};
