@@ -37,6 +37,7 @@ from nautilus.serve.memory import Berth
 
 WIDE = {"bf16": torch.bfloat16, "f32": torch.float32}  # formats of keys and values that are numbers as they lie there
 SETTLE = 3  # steps before the clock starts, of each kind: computed, recorded, replayed
+COUNTED = 16  # steps whose distinct experts are counted: with few sequences they differ by a tenth from step to step
 READ, PASSES = 1 << 29, 7  # bytes that are read to measure the bandwidth, and how often
 
 
@@ -175,13 +176,14 @@ class Ready:
                     part[berth.slot].normal_(generator=draw)
 
     def chosen(self) -> dict[str, float]:
-        """How many distinct experts a step reads of each mixer: the mean of a few steps that are not replayed."""
+        """How many distinct experts a step reads of each mixer: the mean of some steps that are not replayed."""
         self.run(1)
         step = self.step
         tape, step.tape, may_record, step.may_record = step.tape, None, step.may_record, False
         try:
             with choices_of(self.engine.model) as counts:
-                self.run(SETTLE)
+                for _ in range(COUNTED):
+                    self.run(1)
         finally:
             step.tape, step.may_record = tape, may_record
         return {name: statistics.mean(found) for name, found in counts.items()}
