@@ -223,9 +223,8 @@ void quant_rows(const QuantRows* f, int64_t row) {
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-// Bytes of codes that are on their way from memory, with their scales, in a stream for so many rows.
-constexpr int64_t ahead(int64_t rows) { return rows == 1 ? 6144 : 12288; }
-constexpr int MOST_STREAMED = W == 16 ? 2 : 1;
+constexpr int64_t AHEAD = 4096;  // bytes of codes that are on their way from memory, with their scales, in a stream
+constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
   const int8_t* q;
@@ -236,16 +235,16 @@ struct Row {
 // Both always inline: gcc takes a function of prefetches alone for one that does nothing, and leaves out its calls.
 //
 // Four panels at once: lines of the block that are wanted some groups later.
-template <class K, int M>
+template <class K>
 __attribute__((always_inline)) inline void fetch_along(const Panel* panels, int64_t g) {
   constexpr int64_t BYTES = PANELS * GROUP * ROWS * K::BITS / 8, SCALES = K::SCALES * QUANT_COLUMNS * K::SCALE_BYTES;
-  g += ahead(M) / BYTES;
+  g += AHEAD / BYTES;
   UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(panels[0].codes + g * BYTES + line);
   const char* scale = static_cast<const char*>(panels[0].scale) + (g >> panels[0].shift) * SCALES;
   UNROLL for (int line = 0; line < SCALES; line += 64) prefetch_far(scale + line);
 }
 
-// Some panels at a time: with each of the four, a part of the next block. It is used long after, from the second cache.
+// One panel at a time: with each of the four, a part of the next block. It is used long after, and from the second cache.
 struct Next {
   const uint8_t* codes;
   const char* scale;
@@ -258,82 +257,50 @@ __attribute__((always_inline)) inline void fetch_next(const Next& next, int64_t 
   prefetch_far(next.scale + g * next.scale_step);
 }
 
-// A group of V panels as the products want it.
-template <class K, int V>
-struct Group {
-  static constexpr int QUADS = GROUP / 4, PART = QUADS / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
-  Bytes w[V][QUADS];
-  F scale[V][K::SCALES];
-
-  // `i`: which W of the sixteen rows.
-  __attribute__((always_inline)) Group(const Table& lookup, const Panel* panels, int64_t g, int i) {
+// M rows of activations with V panels of sixteen rows of W: y[m][v][row].
+template <class K, int M, int V>
+void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float* y) {
+  constexpr int QUADS = GROUP / 4 / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
+  const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
+  F acc[M * V * VECTORS];
+  UNROLL for (int j = 0; j < M * V * VECTORS; j++) acc[j] = set(0.0f);
+  for (int64_t g = 0; g < n; g++) {
+    V == PANELS ? fetch_along<K>(panels, g) : fetch_next<K>(next, g);
     UNROLL for (int v = 0; v < V; v++) {
-      const uint8_t* codes = panels[v].codes + g * PANELS * BYTES + i * 4 * W;
-      UNROLL for (int j = 0; j < QUADS; j++) {
-        Bytes two = load_bytes(codes + (K::BITS == 8 ? j : j / 2) * 64);
-        w[v][j] = K::BITS == 8 ? two : j % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
-      }
-      UNROLL for (int s = 0; s < K::SCALES; s++) scale[v][s] = K::scale(panels[v], g, s, i * W);
-    }
-  }
-
-  // acc += the products with a row of activations.
-  __attribute__((always_inline)) void add_to(F* acc, const Row& x, const Panel* panels, int64_t g, int i) const {
-    F group[V];
-    UNROLL for (int s = 0; s < K::SCALES; s++) {
-      Ints sum[V];
-      UNROLL for (int v = 0; v < V; v++) {
-        sum[v] = set_int(x.sum[g * K::SCALES + s]);
-        if (K::ZERO == 8 && panels[v].zero)  // the sum was made for a code of 0 that is 8
-          sum[v] = set_int(x.sum[g] / 8) * load_ints(panels[v].zero + (g >> panels[v].shift) * QUANT_COLUMNS + i * W);
-      }
-      UNROLL for (int j = 0; j < PART; j++) {
-        Bytes four = four_bytes(x.q + g * GROUP + (s * PART + j) * 4);
-        UNROLL for (int v = 0; v < V; v++)
-          sum[v] = K::BITS == 8 ? dot_signed(sum[v], w[v][s * PART + j], four) : dot(sum[v], w[v][s * PART + j], four);
-      }
-      UNROLL for (int v = 0; v < V; v++)
-        group[v] = s ? fma(to_float(sum[v]), scale[v][s], group[v]) : to_float(sum[v]) * scale[v][s];
-    }
-    UNROLL for (int v = 0; v < V; v++) acc[v] = fma(group[v], set(x.scale[g]), acc[v]);
-  }
-};
-
-// One or two rows of activations with all four panels, which are read as one stream: y[m][panel][row].
-template <class K, int M>
-void few_rows(const Row* x, const Panel* panels, int64_t n, float* y) {
-  const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
-  F acc[M * PANELS * VECTORS];
-  UNROLL for (int j = 0; j < M * PANELS * VECTORS; j++) acc[j] = set(0.0f);
-  for (int64_t g = 0; g < n; g++) {
-    fetch_along<K, M>(panels, g);
-    UNROLL for (int v = 0; v < PANELS; v++)
+      const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
       UNROLL for (int i = 0; i < VECTORS; i++) {
-        Group<K, 1> group(lookup, panels + v, g, i);
-        UNROLL for (int m = 0; m < M; m++) group.add_to(acc + (m * PANELS + v) * VECTORS + i, x[m], panels + v, g, i);
-      }
-  }
-  UNROLL for (int j = 0; j < M * PANELS * VECTORS; j++) store(y + j * W, acc[j]);
-}
-
-// Any number of rows with V panels: what these hold of a group stays in registers while all rows go by, so that four
-// bytes of activations are loaded once for all panels; the sums wait in the cache. y[m][v][row].
-template <class K, int V>
-void many_rows(const Row* x, int64_t rows, const Panel* panels, const Next* next, int64_t n, float* y) {
-  const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
-  for (int64_t j = 0; j < rows * V * VECTORS; j++) store(y + j * W, set(0.0f));
-  for (int64_t g = 0; g < n; g++) {
-    UNROLL for (int v = 0; v < V; v++) fetch_next<K>(next[v], g);
-    UNROLL for (int i = 0; i < VECTORS; i++) {
-      Group<K, V> group(lookup, panels, g, i);
-      for (int64_t m = 0; m < rows; m++) {
-        F acc[V];
-        UNROLL for (int v = 0; v < V; v++) acc[v] = load(y + (m * V + v) * ROWS + i * W);
-        group.add_to(acc, x[m], panels, g, i);
-        UNROLL for (int v = 0; v < V; v++) store(y + (m * V + v) * ROWS + i * W, acc[v]);
+        F group[M];
+        UNROLL for (int s = 0; s < K::SCALES; s++) {
+          Bytes w[QUADS];
+          UNROLL for (int j = 0; j < QUADS; j++) {
+            int quad = s * QUADS + j;
+            if (K::BITS == 8) {
+              w[j] = load_bytes(codes + quad * 64 + i * 4 * W);
+            } else {
+              Bytes two = load_bytes(codes + quad / 2 * 64 + i * 4 * W);
+              w[j] = quad % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
+            }
+          }
+          F scale = K::scale(panels[v], g, s, i * W);
+          UNROLL for (int m = 0; m < M; m++) {
+            Ints sum = set_int(x[m].sum[g * K::SCALES + s]);
+            if (K::ZERO == 8 && panels[v].zero)  // the sum was made for a code of 0 that is 8
+              sum = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + (g >> panels[v].shift) * QUANT_COLUMNS + i * W);
+            UNROLL for (int j = 0; j < QUADS; j++) {
+              Bytes four = four_bytes(x[m].q + g * GROUP + (s * QUADS + j) * 4);
+              sum = K::BITS == 8 ? dot_signed(sum, w[j], four) : dot(sum, w[j], four);
+            }
+            group[m] = s ? fma(to_float(sum), scale, group[m]) : to_float(sum) * scale;
+          }
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+          F& a = acc[(m * V + v) * VECTORS + i];
+          a = fma(group[m], set(x[m].scale[g]), a);
+        }
       }
     }
   }
+  UNROLL for (int j = 0; j < M * V * VECTORS; j++) store(y + j * W, acc[j]);
 }
 
 // Where one item of work stands: some rows of y and at most QUANT_COLUMNS of its columns.
@@ -381,38 +348,39 @@ struct Item {
   float tensor_scale() const { return f->w.tensor_scale ? f->w.tensor_scale[span.matrix] : 1.0f; }
 };
 
-template <class K>
-void all_rows(const Item& item) {
+template <class K, int M>
+void rows(const Item& item, int64_t row) {
   const QuantForward* f = item.f;
-  int64_t n = groups(f->w.inputs), count = item.span.rows;
-  Row x[QUANT_BLOCK];
-  for (int64_t m = 0; m < count; m++) {
-    int64_t source = item.source(item.span.row + m);
+  int64_t n = groups(f->w.inputs);
+  Row x[M];
+  for (int m = 0; m < M; m++) {
+    int64_t source = item.source(row + m);
     x[m] = {f->q + source * n * GROUP, f->q_scale + source * n, f->q_sum + source * n * K::SCALES};
   }
   F factor = set(item.tensor_scale() * K::FACTOR);
-  alignas(64) float y[QUANT_BLOCK * QUANT_COLUMNS];
-  // y of `some` panels from `v` on.
-  auto put = [&](int v, int some) {
-    int64_t left = item.columns - v * ROWS, width = some * ROWS, columns = left < width ? left : width;
-    for (int64_t m = 0; m < count; m++) item.put(item.span.row + m, v * ROWS, y + m * width, columns, factor);
-  };
-  if (item.some == PANELS && count <= MOST_STREAMED) {
-    count == 1 ? few_rows<K, 1>(x, item.panel, n, y) : few_rows<K, MOST_STREAMED>(x, item.panel, n, y);
-    return put(0, PANELS);
+  alignas(64) float y[M * QUANT_COLUMNS];
+  // Few rows: four panels at once read memory as one stream. Many rows: one panel at a time leaves registers for them.
+  constexpr bool STREAM = M * VECTORS <= MOST_STREAMED;
+  if (STREAM && item.some == PANELS) {
+    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, {}, n, y);
+    for (int m = 0; m < M; m++) item.put(row + m, 0, y + m * QUANT_COLUMNS, item.columns, factor);
+    return;
   }
-  constexpr int PAIR = W == 16 ? 2 : 1;  // as many as registers hold
-  for (int v = 0; v < item.some; v += PAIR) {
-    Next next[PAIR];
-    for (int i = 0; i < PAIR; i++) next[i] = item.next(v + i);
-    if (v + PAIR <= item.some) {
-      many_rows<K, PAIR>(x, count, item.panel + v, next, n, y);
-      put(v, PAIR);
-    } else {
-      many_rows<K, 1>(x, count, item.panel + v, next, n, y);
-      put(v, 1);
-    }
+  for (int v = 0; v < item.some; v++) {
+    tile<K, M, 1>(x, item.panel + v, item.next(v), n, y);
+    int64_t left = item.columns - v * ROWS;
+    for (int m = 0; m < M; m++) item.put(row + m, v * ROWS, y + m * ROWS, left < ROWS ? left : ROWS, factor);
   }
+}
+
+template <class K>
+void all_rows(const Item& item) {
+  constexpr int MOST = W == 16 ? 8 : 2;
+  int64_t row = item.span.row, end = row + item.span.rows;
+  for (; row + MOST <= end; row += MOST) rows<K, MOST>(item, row);
+  if (MOST > 4 && row + 4 <= end) rows<K, 4>(item, row), row += 4;
+  if (MOST > 2 && row + 2 <= end) rows<K, 2>(item, row), row += 2;
+  if (row < end) rows<K, 1>(item, row);
 }
 
 // ----- FP8 -----------------------------------------------------------------------------------------------------------
@@ -482,7 +450,7 @@ void fp8(const Item& item) {
     for (int v = 0; v < item.some; v++)
       for (int64_t step = 0; step < count; step += 2) {
         const uint8_t* codes = item.panel[v].codes + (k / 4 + step / 2) * PANELS * 64;
-        prefetch_far(codes + ahead(1));
+        prefetch_far(codes + AHEAD);
         decode_two_steps(codes, part, step, v * ROWS);
       }
     for (int64_t n = 0; n < item.columns; n += PANEL) {
