@@ -169,12 +169,28 @@ def start_many(out, *words) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def kill_all(word: str) -> None:
-    """Every process with this word in its command: ranks have sessions of their own and outlive their launcher."""
+def processes(word: str) -> list[int]:
+    """With this word in their command: ranks have sessions of their own and may outlive their launcher."""
+    found = []
     for place in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if word.encode() in (place / "cmdline").read_bytes().split(b"\0"):
-                os.kill(int(place.name), signal.SIGKILL)
+                found.append(int(place.name))
+    return found
+
+
+def kill_all(word: str) -> None:
+    for process in processes(word):
+        with contextlib.suppress(OSError):
+            os.kill(process, signal.SIGKILL)
+
+
+def wait_for_lines(process: subprocess.Popen, metrics: pathlib.Path, count: int) -> None:
+    waited = time.monotonic()
+    while time.monotonic() - waited < helper.PATIENCE and process.poll() is None:
+        if metrics.is_file() and len(metrics.read_text().splitlines()) >= count:
+            break
+        time.sleep(0.02)
 
 
 def many(out, *words) -> Run:
@@ -217,12 +233,9 @@ def test_everything_at_once_is_killed_and_goes_on_as_if_nothing_had_happened(tmp
     layout = ["layout.dp=2", "layout.ep=2"]
     killed = start_many(tmp_path / "many", *words, *layout)
     metrics = tmp_path / "many" / "metrics.jsonl"
+    waited = time.monotonic()
     try:
-        waited = time.monotonic()
-        while time.monotonic() - waited < helper.PATIENCE and killed.poll() is None:
-            if metrics.is_file() and len(metrics.read_text().splitlines()) > 9:
-                break
-            time.sleep(0.02)
+        wait_for_lines(killed, metrics, 10)
     finally:
         kill_all(f"out={tmp_path / 'many'}")
     assert killed.wait() == -signal.SIGKILL
@@ -233,3 +246,22 @@ def test_everything_at_once_is_killed_and_goes_on_as_if_nothing_had_happened(tmp
     assert_same_curve(without_health(lines(got)), without_health(lines(want)))
     assert [line["step"] for line in lines(got)] == [*range(24)] and not got.incidents.exists()
     assert any(name.startswith("flush.experts") for name in lines(got)[0])
+
+
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_training_with_it_and_nothing_is_lost(tmp_path, text):
+    run = tmp_path / "run"
+    words = [*SMALL.split(), f"data={text}/web", "steps=3000", "layout.dp=2"]
+    launcher = start_many(run, *words)
+    try:
+        wait_for_lines(launcher, run / "metrics.jsonl", 5)
+        launcher.kill()
+        launcher.wait()
+        waited = time.monotonic()
+        while (left := processes(f"out={run}")) and time.monotonic() - waited < helper.PATIENCE:
+            time.sleep(0.02)
+        assert not left
+    finally:
+        kill_all(f"out={run}")
+    steps = len(read_metrics(run / "metrics.jsonl"))
+    assert 5 <= steps < 3000 and Run(run).saved_step == steps  # saved as it ended

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -186,7 +189,23 @@ def summed(number: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return there.to(number.device)
 
 
+def end_with_launcher() -> None:
+    """A process of torchrun gets SIGTERM, at which a training saves and ends, soon after torchrun was killed: in a
+    session of its own it would train on, and nobody could start the run again. (The signal that Linux sends at a
+    parent's death comes once for each of its threads, and the second SIGTERM ends a training at once.)"""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
 def join(layout: Layout, work: Work) -> ManyRanks:
+    end_with_launcher()
     if not dist.is_initialized():
         gpu = torch.cuda.is_available()
         if gpu:
