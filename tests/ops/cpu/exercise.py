@@ -193,7 +193,7 @@ def everything():
     for ahead in (0, 4096):
         read = ReadAll(library.pointer(numbers), len(numbers), ahead)
         library.call("nautilus_read_all", read)
-        assert sum(read.sum) == numbers.sum()
+        assert sum(read.sum) == numbers[::8].sum()
 
 
 def main(file: str):
