@@ -205,8 +205,8 @@ def end_with_launcher() -> None:
 
 
 def join(layout: Layout, work: Work) -> ManyRanks:
-    end_with_launcher()
     if not dist.is_initialized():
+        end_with_launcher()
         gpu = torch.cuda.is_available()
         if gpu:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
