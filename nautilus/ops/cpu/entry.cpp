@@ -553,11 +553,22 @@ EXPORT int nautilus_read_all(ReadAll* r, int threads) {
 
 // Calls that were recorded, one after the other. `failed` is the first that did not return 0.
 EXPORT int nautilus_replay(Replay* r, int threads) {
-  for (r->failed = 0; r->failed < r->count; r->failed++) {
-    const ReplayEntry& entry = r->entries[r->failed];
-    if (int failure = entry.function(entry.arguments, threads)) return failure;
-  }
-  return 0;
+  struct Run {
+    Replay* r;
+    int threads, failure;
+  } run{r, threads, 0};
+  stay_together(
+      threads,
+      [](void* context) {
+        auto* run = static_cast<Run*>(context);
+        Replay* r = run->r;
+        for (r->failed = 0; r->failed < r->count; r->failed++) {
+          const ReplayEntry& entry = r->entries[r->failed];
+          if ((run->failure = entry.function(entry.arguments, run->threads))) return;
+        }
+      },
+      &run);
+  return run.failure;
 }
 
 // 2 where the tokens of the rows are not those of the call.

@@ -57,16 +57,22 @@ inline void pause_briefly() {
 #endif
 }
 
+inline void wait_a_little(int spins) { spins < SPINS ? pause_briefly() : std::this_thread::yield(); }
+
+// What each of some threads does, given its number.
+using Member = void (*)(void* context, int number);
+
 class Pool {
  public:
-  void run(int threads, Job& job) {
+  void run(int threads, Member member, void* context) {
     std::lock_guard<std::mutex> one_caller(calling_);
     while (static_cast<int>(workers_.size()) < threads - 1) {
       int number = static_cast<int>(workers_.size()) + 1;
       // A new thread knows which turns are over: it would take part in the last one again.
       workers_.emplace_back([this, number, seen = turn_.load()] { serve(number, seen); });
     }
-    job_ = &job;
+    member_ = member;
+    context_ = context;
     wanted_ = threads;
     busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
     {
@@ -74,9 +80,8 @@ class Pool {
       turn_.fetch_add(1, std::memory_order_release);
     }
     wake_.notify_all();
-    job.work(0);
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++)
-      spins < SPINS ? pause_briefly() : std::this_thread::yield();
+    member(context, 0);
+    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; spins++) wait_a_little(spins);
   }
 
   ~Pool() {
@@ -99,7 +104,7 @@ class Pool {
       }
       seen = turn_.load(std::memory_order_acquire);
       if (stop_) return;
-      if (number < wanted_) job_->work(number);
+      if (number < wanted_) member_(context_, number);
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -109,7 +114,8 @@ class Pool {
   std::vector<std::thread> workers_;
   std::atomic<int64_t> turn_{0};
   std::atomic<int> busy_{0};
-  Job* job_ = nullptr;
+  Member member_ = nullptr;
+  void* context_ = nullptr;
   int wanted_ = 0;
   bool stop_ = false;
 };
@@ -121,7 +127,60 @@ using ThreadNumber = int (*)();
 Parallel borrowed_parallel = nullptr;
 ThreadNumber borrowed_number = nullptr;
 
-void join_in(void* job) { static_cast<Job*>(job)->work(borrowed_number()); }
+// Each of `threads` threads, the caller as number 0, does its part; back when all have.
+void everyone(int threads, Member member, void* context) {
+  if (borrowed_parallel) {
+    struct Part {
+      Member member;
+      void* context;
+    } part{member, context};
+    auto join_in = [](void* it) { static_cast<Part*>(it)->member(static_cast<Part*>(it)->context, borrowed_number()); };
+    return borrowed_parallel(join_in, &part, static_cast<unsigned>(threads), 0);
+  }
+  // Never destroyed: at exit other threads may still be inside.
+  static Pool* pool = new Pool;
+  pool->run(threads, member, context);
+}
+
+// ----- a team that stays ---------------------------------------------------------------------------------------------
+
+// Threads that spin between one call and the next, where calls follow each other within microseconds. One that comes late
+// to a job (the machine is doing something else) is not waited for: the others have taken its share.
+class Team {
+ public:
+  void run(Job& job) {
+    job_ = &job;
+    state_.fetch_add(TURN, std::memory_order_release);
+    job.work(0);
+    state_.fetch_add(TURN, std::memory_order_acquire);
+    for (int spins = 0; state_.load(std::memory_order_acquire) % TURN; spins++) wait_a_little(spins);
+  }
+  void serve(int number) {
+    uint64_t seen = 0;
+    for (int spins = 0;; spins++) {
+      uint64_t now = state_.load(std::memory_order_acquire), turn = now / TURN;
+      if (now & OVER) return;
+      bool open = turn % 2 && turn != seen;
+      if (open && state_.compare_exchange_weak(now, now + 1, std::memory_order_acquire)) {
+        seen = turn;
+        if (number < job_->count) job_->work(number);
+        state_.fetch_sub(1, std::memory_order_release);
+        spins = 0;
+      } else if (!open) {
+        wait_a_little(spins);
+      }
+    }
+  }
+  void dismiss() { state_.fetch_or(OVER, std::memory_order_release); }
+
+ private:
+  // Threads inside a job are counted below TURN; of turns every odd one has a job.
+  static constexpr uint64_t TURN = 1 << 16, OVER = uint64_t{1} << 63;
+  alignas(64) std::atomic<uint64_t> state_{0};
+  Job* job_ = nullptr;
+};
+
+thread_local Team* staying = nullptr;
 
 }  // namespace
 
@@ -137,8 +196,26 @@ void run_pieces(int threads, int64_t items, Piece piece, void* context) {
     return;
   }
   Job job(piece, context, items, threads);
-  if (borrowed_parallel) return borrowed_parallel(join_in, &job, static_cast<unsigned>(threads), 0);
-  // Never destroyed: at exit other threads may still be inside.
-  static Pool* pool = new Pool;
-  pool->run(threads, job);
+  if (staying) return staying->run(job);
+  everyone(threads, [](void* it, int number) { static_cast<Job*>(it)->work(number); }, &job);
+}
+
+void stay_together(int threads, void (*body)(void*), void* context) {
+  if (threads <= 1 || staying) return body(context);
+  struct Stay {
+    Team team;
+    void (*body)(void*);
+    void* context;
+  } stay{{}, body, context};
+  everyone(
+      threads,
+      [](void* it, int number) {
+        auto* stay = static_cast<Stay*>(it);
+        if (number > 0) return stay->team.serve(number);
+        staying = &stay->team;
+        stay->body(stay->context);
+        staying = nullptr;
+        stay->team.dismiss();
+      },
+      &stay);
 }

@@ -223,7 +223,7 @@ void quant_rows(const QuantRows* f, int64_t row) {
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-constexpr int64_t AHEAD = 4096;  // bytes of codes that are on their way from memory, with their scales, in a stream
+constexpr int64_t AHEAD = 8192;  // bytes of codes that are on their way from memory, with their scales, in a stream
 constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
@@ -239,9 +239,9 @@ template <class K>
 __attribute__((always_inline)) inline void fetch_along(const Panel* panels, int64_t g) {
   constexpr int64_t BYTES = PANELS * GROUP * ROWS * K::BITS / 8, SCALES = K::SCALES * QUANT_COLUMNS * K::SCALE_BYTES;
   g += AHEAD / BYTES;
-  UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_far(panels[0].codes + g * BYTES + line);
+  UNROLL for (int line = 0; line < BYTES; line += 64) prefetch_once(panels[0].codes + g * BYTES + line);
   const char* scale = static_cast<const char*>(panels[0].scale) + (g >> panels[0].shift) * SCALES;
-  UNROLL for (int line = 0; line < SCALES; line += 64) prefetch_far(scale + line);
+  UNROLL for (int line = 0; line < SCALES; line += 64) prefetch_once(scale + line);
 }
 
 // One panel at a time: with each of the four, a part of the next block. It is used long after, and from the second cache.
@@ -385,6 +385,7 @@ void all_rows(const Item& item) {
 
 // ----- FP8 -----------------------------------------------------------------------------------------------------------
 
+constexpr int64_t FP8_AHEAD = 4096;  // as AHEAD
 constexpr int FP8_STEPS = 64;  // pairs of inputs decoded at a time: 16 KiB of bf16
 
 // E4M3 to bf16: both have a sign in front; 2^(e - 7) (1 + m / 8), below 2^-6 m 2^-9, which bf16 still has as normal numbers.
@@ -450,7 +451,7 @@ void fp8(const Item& item) {
     for (int v = 0; v < item.some; v++)
       for (int64_t step = 0; step < count; step += 2) {
         const uint8_t* codes = item.panel[v].codes + (k / 4 + step / 2) * PANELS * 64;
-        prefetch_far(codes + AHEAD);
+        prefetch_far(codes + FP8_AHEAD);
         decode_two_steps(codes, part, step, v * ROWS);
       }
     for (int64_t n = 0; n < item.columns; n += PANEL) {

@@ -92,27 +92,37 @@ def test_two_callers_at_once_do_not_meet(team):
     assert all(torch.equal(y, want[1]) for y in results[1])
 
 
-# Pieces of uneven length on more and more threads: new ones join a pool that has worked before. Prints nothing; its
-# exit status counts the calls that came back before all their pieces were done.
+# Pieces of uneven length on more and more threads, in calls of their own and from threads that stay together: new ones
+# join a pool that has worked before. Prints nothing; its exit status counts the calls that came back before all their
+# pieces were done.
 GROWING = """
 #include <atomic>
 #include <chrono>
+#include <initializer_list>
 #include <thread>
 #include "pool.h"
-struct Count { std::atomic<int> running{0}, done{0}; };
+struct Count { int threads, bad = 0; std::atomic<int> running{0}, done{0}; };
+void call(void* context) {
+  auto* c = static_cast<Count*>(context);
+  for (int items : {64, 1, 3, 64}) {
+    c->done = 0;
+    run_pieces(c->threads, items, [](void* context, int64_t item, int) {
+      auto* c = static_cast<Count*>(context);
+      c->running++;
+      std::this_thread::sleep_for(std::chrono::microseconds(item % 7 * 20));
+      c->done++;
+      c->running--;
+    }, c);
+    c->bad += c->done != items || c->running != 0;
+  }
+}
 int main() {
   int bad = 0;
   for (int threads = 2; threads <= 8; threads++)
-    for (int again = 0; again < 2; again++) {
-      Count count;
-      run_pieces(threads, 64, [](void* context, int64_t item, int) {
-        auto* c = static_cast<Count*>(context);
-        c->running++;
-        std::this_thread::sleep_for(std::chrono::microseconds(item % 7 * 20));
-        c->done++;
-        c->running--;
-      }, &count);
-      bad += count.done != 64 || count.running != 0;
+    for (bool together : {false, true, false}) {
+      Count count{threads};
+      together ? stay_together(threads, call, &count) : call(&count);
+      bad += count.bad;
     }
   return bad;
 }
