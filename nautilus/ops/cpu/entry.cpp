@@ -204,6 +204,8 @@ EXPORT int nautilus_mamba_backward(const MambaBackward* b, int threads) {
 
 namespace {
 
+int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
 void combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int threads) {
   struct Sum {
     const ExpertsForward* f;
@@ -212,10 +214,10 @@ void combine(const ExpertsForward* f, const void* pairs, void* output, int weigh
     int weighted;
   } sum{f, pairs, output, weighted};
   run_pieces(
-      threads, (f->sizes.tokens + EXPERTS_BLOCK - 1) / EXPERTS_BLOCK,
-      [](void* context, int64_t block, int) {
+      threads, blocks(f->sizes.tokens, EXPERTS_TOKENS) * blocks(f->sizes.width, EXPERTS_COLUMNS),
+      [](void* context, int64_t item, int) {
         auto* s = static_cast<Sum*>(context);
-        kernels.experts_combine(s->f, s->pairs, s->output, s->weighted, block);
+        kernels.experts_combine(s->f, s->pairs, s->output, s->weighted, item);
       },
       &sum);
 }
@@ -267,12 +269,10 @@ int share_out_plainly(void (*kernel)(const Arguments*, int64_t), const Arguments
   return 0;
 }
 
-int64_t blocks(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
 }  // namespace
 
 EXPORT int nautilus_norm_forward(const NormForward* f, int threads) {
-  return share_out_plainly(kernels.norm_forward, f, blocks(f->rows, NORM_BLOCK), threads);
+  return share_out_plainly(kernels.norm_forward, f, blocks(f->rows, NORM_ROWS), threads);
 }
 
 EXPORT int nautilus_norm_backward(const NormBackward* g, int threads) {

@@ -257,12 +257,15 @@ int experts_sort(const ExpertsForward* f) {
   return 0;
 }
 
-// Each token's pairs are added up in the order of their experts, whatever order the router named them in.
+// Each token's pairs are added up in the order of their experts, whatever order the router named them in. An item is some
+// columns of some tokens.
 template <class A>
-void combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
+void combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t item) {
   const ExpertsSizes& s = f->sizes;
-  int64_t end = (block + 1) * EXPERTS_BLOCK < s.tokens ? (block + 1) * EXPERTS_BLOCK : s.tokens;
-  for (int64_t t = block * EXPERTS_BLOCK; t < end; t++) {
+  int64_t parts = (s.width + EXPERTS_COLUMNS - 1) / EXPERTS_COLUMNS, begin = item % parts * EXPERTS_COLUMNS;
+  int64_t end = begin + EXPERTS_COLUMNS < s.width ? begin + EXPERTS_COLUMNS : s.width;
+  int64_t first = item / parts * EXPERTS_TOKENS, last = first + EXPERTS_TOKENS < s.tokens ? first + EXPERTS_TOKENS : s.tokens;
+  for (int64_t t = first; t < last; t++) {
     const int32_t* place = f->place + t * s.active;
     // Sorted by insertion: a token has few pairs.
     int64_t order[EXPERTS_ACTIVE];
@@ -271,19 +274,19 @@ void combine(const ExpertsForward* f, const void* pairs, void* output, int weigh
       for (; at > 0 && place[order[at - 1]] > place[k]; at--) order[at] = order[at - 1];
       order[at] = k;
     }
-    for (int64_t j = 0; j < s.width; j += W) {
+    for (int64_t j = begin; j < end; j += W) {
       F sum = set(0.0f);
       for (int64_t i = 0; i < s.active; i++) {
         int64_t k = order[i];
-        F y = load(static_cast<const A*>(pairs) + place[k] * s.width + j, s.width - j);
+        F y = load(static_cast<const A*>(pairs) + place[k] * s.width + j, end - j);
         sum = fma(set(weighted ? f->weight[t * s.active + k] : 1.0f), y, sum);
       }
-      store(static_cast<A*>(output) + t * s.width + j, sum, s.width - j);
+      store(static_cast<A*>(output) + t * s.width + j, sum, end - j);
     }
   }
 }
-void experts_combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t block) {
-  f->sizes.bf16 ? combine<bf16>(f, pairs, output, weighted, block) : combine<float>(f, pairs, output, weighted, block);
+void experts_combine(const ExpertsForward* f, const void* pairs, void* output, int weighted, int64_t item) {
+  f->sizes.bf16 ? combine<bf16>(f, pairs, output, weighted, item) : combine<float>(f, pairs, output, weighted, item);
 }
 
 // Calls with<A, T>(): the types of activations and weights.

@@ -57,8 +57,10 @@ struct MambaBackward {
 
 // Tokens between two kept states; the blocks of time in which the mixer works.
 enum { MAMBA_CHUNK = 64 };
-// Pieces of work of the other kernels: tokens, rows, numbers; and the most experts that a token may have.
-enum { EXPERTS_BLOCK = 64, EXPERTS_ACTIVE = 64, NORM_BLOCK = 128, ROUTE_BLOCK = 8, ADD_BLOCK = 1 << 14, ROTARY_BLOCK = 16 };
+// Pieces of work of the other kernels: tokens and columns, rows forward and backward, numbers; and the most experts that a
+// token may have. Eight sequences make two pieces.
+enum { EXPERTS_TOKENS = 4, EXPERTS_COLUMNS = 1024, EXPERTS_ACTIVE = 64, NORM_ROWS = 4, NORM_BLOCK = 128 };
+enum { ROUTE_BLOCK = 4, ADD_BLOCK = 1 << 12, ROTARY_BLOCK = 16 };
 
 // Sizes of one call of the experts. R tokens, X width of an expert's input and output, F hidden width, E experts, K active.
 // Z = R K token-expert pairs, sorted by expert: those of expert e are first[e] .. first[e + 1] - 1. Where `packed` the
@@ -364,8 +366,8 @@ struct Kernels {
   int (*experts_sort)(const ExpertsForward*);  // 2 when an index names no expert
   void (*experts_forward)(const ExpertsForward*, int64_t expert, void* scratch);
   void (*experts_backward)(const ExpertsBackward*, int64_t expert, void* scratch);
-  // Adds up each token's pairs for a block of tokens: outputs times their weights, or gradients as they are.
-  void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t block);
+  // Adds up the pairs of some tokens in some columns: outputs times their weights, or gradients as they are.
+  void (*experts_combine)(const ExpertsForward*, const void* pairs, void* output, int weighted, int64_t item);
   int64_t (*experts_scratch)(const ExpertsSizes*, int backward);
   void (*linear_pack)(const LinearPack*, int64_t panel);
   int64_t (*linear_packed_size)(const LinearPack*);  // bytes

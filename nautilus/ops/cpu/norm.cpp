@@ -5,14 +5,14 @@
 
 namespace {
 
-int64_t last_row(const NormForward& f, int64_t block) {
-  int64_t end = (block + 1) * NORM_BLOCK;
+int64_t last_row(const NormForward& f, int64_t block, int64_t size) {
+  int64_t end = (block + 1) * size;
   return end < f.rows ? end : f.rows;
 }
 
 template <class T>
 void forward(const NormForward& f, int64_t block) {
-  for (int64_t row = block * NORM_BLOCK; row < last_row(f, block); row++) {
+  for (int64_t row = block * NORM_ROWS; row < last_row(f, block, NORM_ROWS); row++) {
     const T* x = static_cast<const T*>(f.x) + row * f.width;
     T* y = static_cast<T*>(f.y) + row * f.width;
     F square = set(0.0f);
@@ -35,7 +35,7 @@ void backward(const NormBackward& g, int64_t block) {
   const NormForward& f = g.forward;
   float* dweight = g.dweight + block * f.width;
   memset(dweight, 0, f.width * sizeof(float));
-  for (int64_t row = block * NORM_BLOCK; row < last_row(f, block); row++) {
+  for (int64_t row = block * NORM_BLOCK; row < last_row(f, block, NORM_BLOCK); row++) {
     const T *x = static_cast<const T*>(f.x) + row * f.width, *dy = static_cast<const T*>(g.dy) + row * f.width;
     T* dx = static_cast<T*>(g.dx) + row * f.width;
     F scale = set(f.scale[row]), dot = set(0.0f);
