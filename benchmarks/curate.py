@@ -7,9 +7,9 @@ small evaluation set, curates them with every filter against that set, and print
 kernel says of the largest process, of this one and of the workers. In a folder that is given the same command goes on
 where an interrupted one stopped; seconds are those of the last one.
 
-Two workers on two cores that others were using too: 1,000 MB of text in 283 MB of memory each, in 20 minutes; all of 48,989
-planted copies and 871 contaminated pages were dropped and no other page (`records/curate.jsonl`). With one worker 8 MB of
-text take 278 MB of memory.
+Two workers on two cores that others were using too: 1,000 MB of text in 283 MB of memory each, in 20 minutes; all of
+48,989 planted copies and 871 contaminated pages were dropped and no other page (`records/curate.jsonl`). With one
+worker 8 MB of text take 278 MB of memory.
 """
 
 from __future__ import annotations

@@ -83,6 +83,11 @@ class HeldOut:
     def total(self) -> Score:
         return pooled(self.scores)
 
+    def within(self, length: int) -> float:
+        """Mean nats of the tokens at the first `length` positions, of the spans that end among them."""
+        near = [span for span in self.spans if span.last < length]
+        return sum(span.tokens * span.nats for span in near) / sum(span.tokens for span in near) if near else math.nan
+
 
 def held_out(
     model,

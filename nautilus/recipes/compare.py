@@ -93,7 +93,9 @@ def hide(study: Study, asked: PretrainSettings) -> None:
 
 def train_and_measure(study: Study, settings: PretrainSettings) -> Mapping[str, float]:
     run, scores, _ = pretrain(settings)
-    found = {} if scores is None else {"bits_per_byte": scores.total.bits_per_byte}
+    found: dict[str, float] = {}
+    if scores is not None:
+        found = {"bits_per_byte": scores.total.bits_per_byte, "near": scores.within(settings.length)}
     if study.measure == "needle":
         lengths = [times * settings.length for times in TIMES]
         right = retrieval(*nautilus.load(run.folder), lengths, pairs=study.needles)

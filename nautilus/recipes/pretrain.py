@@ -9,7 +9,7 @@ recipe=super steps=2000         the published numbers, warm-up and decay having 
 from=runs/a                     a new phase after runs/a, with its settings, at the rate it ended with
 from=runs/a recipe=super_long   the published long-context phase after it: longer rows, so many steps
 from=runs/a anneal=200          its training goes on, the rate falling at once over 200 updates
-from=folder/of/a/release        a new run on the weights of a checkpoint folder, with its tokenizer
+from=folder/of/a/release        a new run on the weights of a checkpoint folder or hub id, with its tokenizer
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from nautilus.studies.trials import Trial
 TIMES = (1, 2, 4, 8)  # the length of training, at which needles are looked for
 BITS = {
     "bits_per_byte": Measure("Held-out bits per byte", "lower"),
+    "near": Measure("Held-out nats per token, at positions as far as rows reached in training", "lower"),
     "last_loss": Measure(f"Loss while training, last {LAST:.0%} of the updates, in the formats trained in", "lower"),
 }
 

@@ -4,6 +4,7 @@
     from=RUN anneal=N     the same training goes on, its rate falling from here to min_lr over N updates
     from=RUN/state/step_… the same from an earlier state
     from=FOLDER           a checkpoint folder: its weights and tokenizer, all else anew; the layout may be any
+    from=OWNER/NAME       the same of the hub; where it was put is remembered
     out=RUN steps=MORE    the run itself goes on, from its newest state up to which both have the same rates
 
 Where the new run began stands in its origin.json, so that its own resuming does not ask the old run again.
@@ -27,9 +28,18 @@ from nautilus.config.override import asked_int, record_type
 from nautilus.data.turns import check_lengths
 from nautilus.model.initialise import initial_values
 from nautilus.model.language import Language
-from nautilus.model.weights import check_trainable, stored_weights
+from nautilus.model.weights import check_trainable, local_folder, stored_weights
 from nautilus.presets import preset
-from nautilus.runtime import Run, UserError, atomic_folder, continue_or_create, is_run, read_json, write_atomic
+from nautilus.runtime import (
+    HUB_ID,
+    Run,
+    UserError,
+    atomic_folder,
+    continue_or_create,
+    is_run,
+    read_json,
+    write_atomic,
+)
 from nautilus.train.checkpoint import Checkpoints, newest_sound, read_record, state_folders
 from nautilus.train.guard import Guard
 from nautilus.train.moments import restore_moments
@@ -54,7 +64,9 @@ class Following(Based):
     average: int = setting(0, "of how many snapshots of the last stretch the final weights are made, 0: none")
     average_every: int = setting(50, "updates between those snapshots")
     recipe: str = setting("", "published numbers for what is not given: nano, super, ultra; super_long with from=")
-    from_: Path | None = setting(None, "run, saved state or checkpoint folder to start from; its settings hold here")
+    from_: Path | None = setting(
+        None, "run, saved state, checkpoint folder or hub id to start from; its settings hold"
+    )
     anneal: int = setting(0, "with from: go on there, the rate falling at once over so many updates; 0: a new phase")
     lengths: tuple[str, ...] = setting((), "rows of several lengths, share*tokens each: 0.9*65536,0.1*256")
     mixing: str = setting("turns", "of lengths: turns, one length an update, or together, all in each")
@@ -104,6 +116,8 @@ def find_origin(source: Path, out: Path) -> Origin:
         return Origin(folder=str(found), step=read_record(found)["step"])
     if (source / "state.json").is_file():
         return Origin(folder=str(source), step=read_record(source)["step"])
+    if not source.exists() and HUB_ID.fullmatch(str(source)):
+        source = local_folder(source)
     if not (source / "config.json").is_file():
         raise UserError(f"from={source} is no run, no saved state and no checkpoint folder; check the path")
     return Origin(folder=str(source), step=-1)

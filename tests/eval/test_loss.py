@@ -111,6 +111,17 @@ def test_the_loss_by_position_adds_up_to_the_whole():
     assert nats_by_position([]) == ()
 
 
+def test_the_loss_within_a_length_is_that_of_the_tokens_before_it():
+    texts = {"one": ["abcde", "f"], "two": ["ccg"]}
+    letters = lambda text: ["abcdefg".index(letter) for letter in text]
+    result = held_out(Remembering(), letters, texts)
+    nats = document_nats(Remembering(), [letters(text) for text in ("abcde", "f", "ccg")])
+    for length in (1, 2, 4, 8, 100):
+        assert result.within(length) == pytest.approx(torch.cat([n[:length] for n in nats]).mean().item(), rel=1e-12)
+    assert result.within(3) == result.within(2)  # the positions 2 and 3 are one span
+    assert math.isnan(result.within(0))
+
+
 def test_no_forward_pass_exceeds_its_bounds(monkeypatch):
     model = Remembering()
     sizes = watched_sizes(monkeypatch, model)

@@ -138,7 +138,7 @@ def test_needles_are_hidden_trained_on_and_looked_for(study, tmp_path):
     path.write_text('measure = "needle"\nneedles = 2\n' + study.read_text().replace("vocab=300", "vocab=274"))
     assert main(["compare", f"study={path}", f"out={out}", "seeds=1", "variants=slower", "jobs=2"]) == 0
     for scores in results(out).values():
-        assert [*scores] == ["bits_per_byte", *(f"found_at_{times}x" for times in (1, 2, 4, 8))]
+        assert [*scores] == ["bits_per_byte", "near", *(f"found_at_{times}x" for times in (1, 2, 4, 8))]
     assert "Needles found at 8 times" in (out / "report.html").read_text()
 
 

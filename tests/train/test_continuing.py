@@ -205,6 +205,17 @@ def test_settings_come_back_from_the_file_as_they_were(ten):
     assert dataclasses.replace(kept, data=asked.data) == asked
 
 
+def test_a_hub_id_is_the_folder_that_its_copy_lies_in(ten, text, pretrain, tmp_path, monkeypatch):
+    copy, asked = ten.folder / "model", []
+    monkeypatch.setattr("nautilus.train.continuing.local_folder", lambda name: asked.append(str(name)) or copy)
+    words = f"data={text}", "steps=1", "rows=4", "length=16", "compute=fp32", "optim.lr=0", "optim.min_lr=0"
+    for out, source in (("hub", "owner/name"), ("folder", copy)):
+        assert pretrain(tmp_path / out, f"from={source}", *words, plain=False) == 0
+    assert set(asked) == {"owner/name"}
+    assert json.loads((tmp_path / "hub" / "origin.json").read_text())["folder"] == str(copy)
+    assert same(state_of(Run(tmp_path / "hub"), 1), state_of(Run(tmp_path / "folder"), 1))
+
+
 @pytest.mark.parametrize("origin", ['{"a": 1}', '{"folder": 3, "step": "x"}', "{}"])
 def test_a_damaged_origin_is_named(ten, pretrain, tmp_path, capsys, origin):
     (tmp_path / "out").mkdir()
