@@ -64,9 +64,7 @@ class Following(Based):
     average: int = setting(0, "of how many snapshots of the last stretch the final weights are made, 0: none")
     average_every: int = setting(50, "updates between those snapshots")
     recipe: str = setting("", "published numbers for what is not given: nano, super, ultra; super_long with from=")
-    from_: Path | None = setting(
-        None, "run, saved state, checkpoint folder or hub id to start from; its settings hold"
-    )
+    from_: Path | None = setting(None, "run, saved state, checkpoint folder or hub id to start from; its settings hold")
     anneal: int = setting(0, "with from: go on there, the rate falling at once over so many updates; 0: a new phase")
     lengths: tuple[str, ...] = setting((), "rows of several lengths, share*tokens each: 0.9*65536,0.1*256")
     mixing: str = setting("turns", "of lengths: turns, one length an update, or together, all in each")
