@@ -43,7 +43,7 @@ from datatrove.pipeline.dedup.minhash import MinhashConfig
 from datatrove.pipeline.filters import C4QualityFilter, GopherQualityFilter, GopherRepetitionFilter
 from datatrove.pipeline.filters.base_filter import get_filter_result
 from datatrove.utils.hashing import HashConfig, create_hash_func
-from datatrove.utils.text import ngrams, simplify_text
+from datatrove.utils.text import TextNormConfig, ngrams, simplify_text
 from datatrove.utils.word_tokenizers import WordTokenizer
 
 from nautilus.data.overlap import Windows
@@ -54,7 +54,8 @@ WORD = re.compile(r"\w+(?:['’]\w+)*|[^\w\s]+")
 SENTENCE = re.compile(r"\S.*?(?:[.!?。？！]+[\"'”’)]*(?=\s|$)|$)", re.DOTALL)
 SHINGLES = 4096  # at a time: their hashes, 112 numbers each, stay small
 HASHES = HashConfig(hash_fc="sha1")  # the other choice, xxhash, takes no text from its version 4 on
-MINHASH = MinhashConfig(hash_config=HASHES)
+# By default all numbers are one word: tables, exercises and code would be copies of each other.
+MINHASH = MinhashConfig(hash_config=HASHES, norm_config=TextNormConfig(norm_numbers=False))
 SECONDS = 10.0  # that the extraction of one page may take
 
 

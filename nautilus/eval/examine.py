@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,7 +65,8 @@ def write_all(
 
 def complete_card(run: Run, scores: HeldOut | None) -> None:
     """To the model's card: every setting of the run but the sizes, which it has, and what was measured."""
-    settings = {name: value for name, value in flat_settings(run.settings) if not name.startswith("model.")}
+    asked = {name: value for name, value in flat_settings(run.settings) if not name.startswith("model.")}
+    settings = {name.rstrip("_"): last_part(value) for name, value in asked.items() if name != "out"}
     add_to_card(run.model, "Training", settings, f"The settings of the run `{run.folder.name}`.")
     rows = {
         score.source: f"{score.bits_per_byte:.4f} (`xz -9e` {score.xz_bits_per_byte:.4f}) on {score.bytes:,} bytes"
@@ -72,6 +74,11 @@ def complete_card(run: Run, scores: HeldOut | None) -> None:
     }
     words = "Bits per byte of held-out text; lower is better." if rows else "Nothing was held out, nothing measured."
     add_to_card(run.model, "Measures", rows, words)
+
+
+def last_part(value: object) -> object:
+    """A card is for others: of a place on this machine it says the name, not the folders on the way."""
+    return re.sub(r"(^|\*)(?:/|~|[A-Za-z]:\\)(?:[^#]*[/\\])?", r"\1", value) if isinstance(value, str) else value
 
 
 def talk(run: Run) -> str:

@@ -25,7 +25,7 @@ from nautilus.eval.comparison import record, summary, write
 from nautilus.eval.needle import retrieval, write_needles
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
-from nautilus.runtime import UserError, continue_or_create
+from nautilus.runtime import Run, UserError, continue_or_create, is_run
 from nautilus.studies.gathered import TIMES, gather
 from nautilus.studies.named import NAMED
 from nautilus.studies.study import Study, open_study, refuse_unequal
@@ -52,6 +52,7 @@ def main(settings: Settings) -> int:
     study = open_study(settings.study, NAMED).narrowed(settings.base, settings.variants)
     trials, console = trials_of(study, settings), Console(soft_wrap=True, highlight=False)
     refuse_unequal(study, {trial.variant: trial.settings for trial in trials})
+    refuse_other(settings.out, study)
     run = continue_or_create(settings.out, {"study": study.name, "base": list(study.base), "measure": study.measure})
     if study.measure == "needle":
         hide(study, trials[0].settings)
@@ -82,6 +83,13 @@ def trials_of(study: Study, settings: Settings) -> list[Trial]:
                 asked = replace(asked, data=(str(settings.out / f"needles-{study.needles}-{asked.length}.jsonl"),))
             trials.append(Trial(variant=name, seed=seed, settings=asked))
     return trials
+
+
+def refuse_other(out: Path, study: Study) -> None:
+    """A folder holds one study: another would take the place of its report."""
+    begun = Run.open(out).settings.get("study", study.name) if is_run(out) else study.name
+    if begun != study.name:
+        raise UserError(f"{out} holds the study {begun!r}, not {study.name!r}; choose another folder with out=")
 
 
 def hide(study: Study, asked: PretrainSettings) -> None:

@@ -15,7 +15,8 @@ from nautilus.config import to_dict
 from nautilus.data.card import curated_card
 from nautilus.data.curate import Plan, curate
 from nautilus.eval.curation import funnel, write_curation
-from nautilus.runtime import continue_or_create, write_atomic
+from nautilus.eval.examine import last_part
+from nautilus.runtime import continue_or_create, flat_settings, write_atomic
 from nautilus.train.optim import setting
 
 
@@ -29,9 +30,16 @@ def main(settings: Settings) -> None:
     del asked["workers"]  # more or fewer give the same text
     run = continue_or_create(settings.out, asked)
     result = curate(run, settings)
-    write_atomic(run.folder / "README.md", curated_card(result, asked))
+    card = {
+        name: last_part(value) for name, value in flat_settings(to_dict(settings)) if name not in ("out", "workers")
+    }
+    write_atomic(run.folder / "README.md", curated_card(result, card))
     write_curation(run, result)
     say = Console(soft_wrap=True, highlight=False).print
     for step, documents, size in funnel(result):
         say(f"{step:<24}{documents:>12,} documents  {size / 1e6:>12,.1f} MB")
-    say(f"report {run.report}\ntrain on it: data={run.folder / 'text'}")
+    say(f"report {run.report}")
+    if result.after.documents:
+        say(f"train on it: data={run.folder / 'text'}")
+    else:
+        say("nothing was kept: the report says what left it out; filters= (none) keeps code and other languages")

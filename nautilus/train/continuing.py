@@ -117,7 +117,7 @@ def find_origin(source: Path, out: Path) -> Origin:
     if not source.exists() and HUB_ID.fullmatch(str(source)):
         source = local_folder(source)
     if not (source / "config.json").is_file():
-        raise UserError(f"from={source} is no run, no saved state and no checkpoint folder; check the path")
+        raise UserError(f"from={source} is no run, no saved state, no checkpoint folder and no hub id (owner/name)")
     return Origin(folder=str(source), step=-1)
 
 

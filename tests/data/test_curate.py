@@ -122,6 +122,16 @@ def test_the_text_does_not_depend_on_how_the_input_is_cut(here, tmp_path):
     assert left == [sorted(texts)] * 2
 
 
+def test_numbers_are_words_like_others_to_the_search_for_copies(here, tmp_path):
+    rng = random.Random(1)
+    texts = [" ".join(str(rng.randrange(100_000, 1_000_000)) for _ in range(200)) for _ in range(5)]
+    write_jsonl(tmp_path / "in.jsonl", [*texts, texts[0] + " 7"])
+    run = Run.create(tmp_path / "out", {})
+    curate(run, Plan(data=(str(tmp_path / "in.jsonl"),), filters=()))
+    left = curated(run)
+    assert len(left) == 5 and set(texts[1:]) <= set(left)
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_every_row_is_in_exactly_one_piece(tmp_path, size):
     texts = ["a", "", "ä" * 30, "longer than most", "\u2028line", "z"]

@@ -13,7 +13,7 @@ import pytest
 import nautilus
 from nautilus.cli import main
 from nautilus.recipes.compare import Settings
-from nautilus.runtime import UserError
+from nautilus.runtime import Run, UserError
 from nautilus.studies.gathered import text_of
 from nautilus.studies.trials import Trial
 
@@ -152,6 +152,14 @@ def test_mistakes_are_told_before_anything_is_trained(study, tmp_path, capsys):
         assert main(["compare", f"study={study}", f"out={tmp_path / 'out'}", *given]) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_holds_one_study(study, tmp_path, capsys):
+    run = Run.create(tmp_path / "out", {"study": "other"})
+    before = (run.folder / "config.json").read_bytes()
+    assert main(words(study, run.folder)) == 2
+    assert "holds the study 'other'" in capsys.readouterr().err
+    assert (run.folder / "config.json").read_bytes() == before
 
 
 def test_seeds_and_jobs_are_checked():

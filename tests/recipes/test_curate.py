@@ -74,3 +74,10 @@ def test_the_recipe_leaves_text_card_report_and_refuses_other_settings(tmp_path,
     assert main([*words, "workers=2"]) == 0  # all is done; more workers are no other settings
     assert main([*words, "workers=1", "near=false"]) == 2
     assert "near" in capsys.readouterr().err
+
+
+def test_what_kept_nothing_is_not_called_text_to_train_on(tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"text": "too short"}\n')
+    assert main(["curate", f"data={tmp_path / 'in.jsonl'}", f"out={tmp_path / 'out'}", "workers=1"]) == 0
+    shown = capsys.readouterr().out
+    assert "nothing was kept" in shown and "train on it" not in shown
