@@ -30,9 +30,7 @@ def main(settings: Settings) -> None:
     del asked["workers"]  # more or fewer give the same text
     run = continue_or_create(settings.out, asked)
     result = curate(run, settings)
-    card = {
-        name: last_part(value) for name, value in flat_settings(to_dict(settings)) if name not in ("out", "workers")
-    }
+    card = {name: last_part(value) for name, value in flat_settings(asked) if name != "out"}
     write_atomic(run.folder / "README.md", curated_card(result, card))
     write_curation(run, result)
     say = Console(soft_wrap=True, highlight=False).print
