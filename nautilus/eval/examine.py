@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from nautilus.eval.material import Sample
 from nautilus.eval.report import gather, write_picture, write_report
 from nautilus.model.card import add_to_card
 from nautilus.model.language import Language
-from nautilus.runtime import Run, flat_settings, program
+from nautilus.runtime import Run, flat_settings, last_part, program
 from nautilus.serve import Engine, Sampling
 
 SAMPLING = Sampling(temperature=0.7, top_p=0.95, max_tokens=96)
@@ -74,11 +73,6 @@ def complete_card(run: Run, scores: HeldOut | None) -> None:
     }
     words = "Bits per byte of held-out text; lower is better." if rows else "Nothing was held out, nothing measured."
     add_to_card(run.model, "Measures", rows, words)
-
-
-def last_part(value: object) -> object:
-    """A card is for others: of a place on this machine it says the name, not the folders on the way."""
-    return re.sub(r"(^|\*)(?:/|~|[A-Za-z]:\\)(?:[^#]*[/\\])?", r"\1", value) if isinstance(value, str) else value
 
 
 def talk(run: Run) -> str:

@@ -15,8 +15,7 @@ from nautilus.config import to_dict
 from nautilus.data.card import curated_card
 from nautilus.data.curate import Plan, curate
 from nautilus.eval.curation import funnel, write_curation
-from nautilus.eval.examine import last_part
-from nautilus.runtime import continue_or_create, flat_settings, write_atomic
+from nautilus.runtime import continue_or_create, flat_settings, last_part, write_atomic
 from nautilus.train.optim import setting
 
 

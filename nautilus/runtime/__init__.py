@@ -6,7 +6,7 @@ from nautilus.runtime.files import atomic_folder, read_json, read_text, repair, 
 from nautilus.runtime.hub import HUB_ID, hub_folder
 from nautilus.runtime.memory import keep_memory
 from nautilus.runtime.progress import Progress, read_metrics
-from nautilus.runtime.run import Run, continue_or_create, flat_settings, is_run, program
+from nautilus.runtime.run import Run, continue_or_create, flat_settings, is_run, last_part, program
 
 __all__ = [
     "DISK_FULL",
@@ -22,6 +22,7 @@ __all__ = [
     "hub_folder",
     "installing",
     "is_run",
+    "last_part",
     "keep_memory",
     "program",
     "quiet",

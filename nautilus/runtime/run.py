@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -142,6 +143,11 @@ def flat_settings(value, name: str = "") -> Iterator[tuple[str, object]]:
         return
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
         yield from flat_settings(inner, f"{name}.{key}" if name else str(key))
+
+
+def last_part(value: object) -> object:
+    """A card is for others: of a place on this machine it says the name, not the folders on the way."""
+    return re.sub(r"(^|\*)(?:/|~|[A-Za-z]:\\)(?:[^#]*[/\\])?", r"\1", value) if isinstance(value, str) else value
 
 
 def is_run(folder: str | Path) -> bool:

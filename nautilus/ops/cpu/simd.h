@@ -517,7 +517,7 @@ inline void unpack_int8(uint16_t* first, uint16_t* second, const uint8_t* codes)
 
 // Into the second cache: what is read once, far behind, would only push other things out of the first.
 __attribute__((always_inline)) inline void prefetch_far(const void* p) { __builtin_prefetch(p, 0, 2); }
-// Past the cache that cores share: gigabytes that go by would push out of it what the next call needs.
+// A hint not to keep it in the cache that cores share: gigabytes that go by would push out what the next call needs.
 __attribute__((always_inline)) inline void prefetch_once(const void* p) { __builtin_prefetch(p, 0, 0); }
 
 // At most the first `count` numbers, zeros after them; stores touch no more than that. Masks were no faster, and this form
