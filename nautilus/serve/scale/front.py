@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -125,13 +126,15 @@ class Replicas:
                 self.states = await states_of(self.handle)
 
     async def drain(self, seconds: float) -> bool:
-        """Takes nothing new, nor do the replicas; they end after so long what has not ended by itself."""
-        self.draining = True
-        asked = self.handle.broadcast("drain", seconds)
+        """Takes nothing new, and waits so long for what is under way; then the replicas end the rest. Whether nothing
+        was left. They learn of it last: what was taken here may not have reached one yet, and it would refuse it."""
+        self.draining, until = True, time.monotonic() + seconds
+        while self.replies and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        done, asked = not self.replies, self.handle.broadcast("drain", 0.0)
         with contextlib.suppress(TimeoutError, RayServeException):
-            ended = await asked.results_async(timeout_s=seconds + PATIENCE, return_exceptions=True)
-            return all(one is True for one in ended)
-        return False
+            await asked.results_async(timeout_s=PATIENCE, return_exceptions=True)
+        return done
 
     async def close(self) -> None:
         self.draining = True

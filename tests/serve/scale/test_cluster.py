@@ -108,7 +108,7 @@ def said(role, content):
 
 
 def begun(client, text, tokens=50_000):
-    """A long answer, of which the first piece has come."""
+    """A long answer of which the stream has begun: it was taken, and a replica may or may not know of it yet."""
     stream = chat(client, [said("user", text)], stream=True, max_tokens=tokens, extra_body={"ignore_eos": True})
     next(iter(stream))
     return stream
@@ -117,8 +117,9 @@ def begun(client, text, tokens=50_000):
 @pytest.mark.slow
 def test_streams_come_piece_by_piece_and_as_a_whole_they_are_the_same(server):
     with server.openai() as client:
-        whole = chat(client, [said("user", "Tell me of rivers")], max_tokens=40)
-        parts = [*chat(client, [said("user", "Tell me of rivers")], max_tokens=40, stream=True)]
+        more = {"max_tokens": 600, "extra_body": {"ignore_eos": True}}  # it takes much longer than a piece is held back
+        whole = chat(client, [said("user", "Tell me of rivers")], **more)
+        parts = [*chat(client, [said("user", "Tell me of rivers")], **more, stream=True)]
     content = "".join(
         (part.choices[0].delta.content or "") + (getattr(part.choices[0].delta, "reasoning_content", None) or "")
         for part in parts

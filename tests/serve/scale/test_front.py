@@ -174,15 +174,30 @@ def test_too_many_are_refused():
     asked(Handle([part(WORD)]), work)
 
 
-def test_it_ends_when_all_have_ended():
+def test_at_the_end_the_replicas_are_told_when_all_that_was_taken_has_ended():
     async def work(service):
-        assert service.ready and await service.drain(5) and not service.ready
+        reply = service.submit(Job(tokens=[1]))  # of which no replica has said anything yet
+        draining = asyncio.ensure_future(service.drain(60))
+        await asyncio.sleep(0.05)
+        assert not service.ready and not draining.done() and "drain" not in [name for name, *_ in service.handle.told]
         with pytest.raises(Draining):
             service.submit(Job(tokens=[1]))
+        assert [pieces async for pieces in reply] == [[WORD], [END]]
+        assert await draining
 
-    handle = Handle()
+    handle = Handle([part(WORD), part(END)])
     asked(handle, work)
-    assert ("drain", 5) in handle.told
+    assert handle.told[-1] == ("drain", 0)
+
+
+def test_at_the_end_the_replicas_end_what_takes_too_long():
+    async def work(service):
+        service.submit(Job(tokens=[1]))
+        assert not await service.drain(0.05)
+
+    handle = Handle([part(WORD)])
+    asked(handle, work)
+    assert handle.told[-1] == ("drain", 0)
 
 
 def test_it_is_ready_while_one_is_up_and_again_when_one_has_come_back(monkeypatch):
