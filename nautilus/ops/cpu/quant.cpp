@@ -300,6 +300,60 @@ void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float*
   UNROLL for (int j = 0; j < M * V * VECTORS; j++) store(y + j * W, acc[j]);
 }
 
+// The same with panels beside each other, where a vector holds a panel: what is loaded of the activations serves all of them.
+// Products of different sums follow each other, for each waits for the one before it in the same sum.
+template <class K, int M, int V>
+void tile_beside(const Row* x, const Panel* panels, const Next& next, int64_t n, float* y) {
+  static_assert(V * VECTORS == V, "a vector holds a panel");
+  constexpr int QUADS = GROUP / 4 / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
+  const Table lookup = table(K::ZERO == 12 ? DOUBLED_E2M1 : ITSELF);
+  F acc[V][M], group[V][M];
+  Ints sum[V][M];
+  UNROLL for (int j = 0; j < V * M; j++) acc[j / M][j % M] = set(0.0f);
+  for (int64_t g = 0; g < n; g++) {
+    fetch_next<K>(next, g);
+    UNROLL for (int s = 0; s < K::SCALES; s++) {
+      UNROLL for (int v = 0; v < V; v++) {
+        UNROLL for (int m = 0; m < M; m++) {
+          sum[v][m] = set_int(x[m].sum[g * K::SCALES + s]);
+          if (K::ZERO == 8 && panels[v].zero)
+            sum[v][m] = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + (g >> panels[v].shift) * QUANT_COLUMNS);
+        }
+      }
+      UNROLL for (int quad = s * QUADS; quad < (s + 1) * QUADS; quad++) {
+        Bytes w[V];
+        UNROLL for (int v = 0; v < V; v++) {
+          const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
+          if (K::BITS == 8) {
+            w[v] = load_bytes(codes + quad * 64);
+          } else {
+            Bytes two = load_bytes(codes + quad / 2 * 64);
+            w[v] = quad % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
+          }
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+          Bytes four = four_bytes(x[m].q + g * GROUP + quad * 4);
+          UNROLL for (int v = 0; v < V; v++)
+            sum[v][m] = K::BITS == 8 ? dot_signed(sum[v][m], w[v], four) : dot(sum[v][m], w[v], four);
+        }
+      }
+      UNROLL for (int v = 0; v < V; v++) {
+        F scale = K::scale(panels[v], g, s, 0);
+        UNROLL for (int m = 0; m < M; m++) {
+          F whole = to_float(sum[v][m]);
+          group[v][m] = s ? fma(whole, scale, group[v][m]) : whole * scale;
+        }
+      }
+    }
+    UNROLL for (int m = 0; m < M; m++) {
+      F scale = set(x[m].scale[g]);
+      UNROLL for (int v = 0; v < V; v++) acc[v][m] = fma(group[v][m], scale, acc[v][m]);
+    }
+  }
+  UNROLL for (int m = 0; m < M; m++)
+    UNROLL for (int v = 0; v < V; v++) store(y + (m * V + v) * W, acc[v][m]);
+}
+
 // Where one item of work stands: some rows of y and at most QUANT_COLUMNS of its columns.
 struct Item {
   const QuantForward* f;
@@ -356,17 +410,28 @@ void rows(const Item& item, int64_t row) {
   }
   F factor = set(item.tensor_scale() * K::FACTOR);
   alignas(64) float y[M * QUANT_COLUMNS];
+  auto put = [&](int first, int count, int v, int panels) {
+    int64_t left = item.columns - v * ROWS, wide = panels * ROWS;
+    for (int m = 0; m < count; m++) item.put(row + first + m, v * ROWS, y + m * wide, left < wide ? left : wide, factor);
+  };
   // Few rows: four panels at once read memory as one stream. Many rows: one panel at a time leaves registers for them.
   constexpr bool STREAM = M * VECTORS <= MOST_STREAMED;
   if (STREAM && item.some == PANELS) {
     tile<K, M, STREAM ? PANELS : 1>(x, item.panel, {}, n, y);
-    for (int m = 0; m < M; m++) item.put(row + m, 0, y + m * QUANT_COLUMNS, item.columns, factor);
-    return;
+    return put(0, M, 0, PANELS);
   }
-  for (int v = 0; v < item.some; v++) {
+  int v = 0;
+  // Eight rows need more activations than a processor loads while it multiplies: half of them with two panels at a time.
+  if constexpr (M == 8) {
+    for (; v + 2 <= item.some; v += 2)
+      for (int half = 0; half < 2; half++) {
+        tile_beside<K, 4, 2>(x + half * 4, item.panel + v, item.next(v + half), n, y);
+        put(half * 4, 4, v, 2);
+      }
+  }
+  for (; v < item.some; v++) {
     tile<K, M, 1>(x, item.panel + v, item.next(v), n, y);
-    int64_t left = item.columns - v * ROWS;
-    for (int m = 0; m < M; m++) item.put(row + m, v * ROWS, y + m * ROWS, left < ROWS ? left : ROWS, factor);
+    put(0, M, v, 1);
   }
 }
 
