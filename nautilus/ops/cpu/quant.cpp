@@ -254,6 +254,19 @@ __attribute__((always_inline)) inline void fetch_next(const Next& next, int64_t 
   prefetch_far(next.scale + g * next.scale_step);
 }
 
+// Quads of inputs: weights of the one and of the next.
+template <class K>
+inline void two_quads(const uint8_t* codes, int quad, Table lookup, Bytes* w) {
+  if (K::BITS == 8) {
+    w[0] = load_bytes(codes + quad * 64);
+    w[1] = load_bytes(codes + (quad + 1) * 64);
+  } else {
+    Bytes two = load_bytes(codes + quad / 2 * 64);
+    w[0] = low_halves(lookup, two);
+    w[1] = high_halves(lookup, two);
+  }
+}
+
 // M rows of activations with V panels of sixteen rows of W: y[m][v][row].
 template <class K, int M, int V>
 void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float* y) {
@@ -269,15 +282,7 @@ void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float*
         F group[M];
         UNROLL for (int s = 0; s < K::SCALES; s++) {
           Bytes w[QUADS];
-          UNROLL for (int j = 0; j < QUADS; j++) {
-            int quad = s * QUADS + j;
-            if (K::BITS == 8) {
-              w[j] = load_bytes(codes + quad * 64 + i * 4 * W);
-            } else {
-              Bytes two = load_bytes(codes + quad / 2 * 64 + i * 4 * W);
-              w[j] = quad % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
-            }
-          }
+          UNROLL for (int j = 0; j < QUADS; j += 2) two_quads<K>(codes + i * 4 * W, s * QUADS + j, lookup, w + j);
           F scale = K::scale(panels[v], g, s, i * W);
           UNROLL for (int m = 0; m < M; m++) {
             Ints sum = set_int(x[m].sum[g * K::SCALES + s]);
@@ -320,21 +325,15 @@ void tile_beside(const Row* x, const Panel* panels, const Next& next, int64_t n,
             sum[v][m] = set_int(x[m].sum[g] / 8) * load_ints(panels[v].zero + (g >> panels[v].shift) * QUANT_COLUMNS);
         }
       }
-      UNROLL for (int quad = s * QUADS; quad < (s + 1) * QUADS; quad++) {
-        Bytes w[V];
-        UNROLL for (int v = 0; v < V; v++) {
-          const uint8_t* codes = panels[v].codes + g * PANELS * BYTES;
-          if (K::BITS == 8) {
-            w[v] = load_bytes(codes + quad * 64);
-          } else {
-            Bytes two = load_bytes(codes + quad / 2 * 64);
-            w[v] = quad % 2 ? high_halves(lookup, two) : low_halves(lookup, two);
-          }
-        }
+      Bytes w[V][2];
+      UNROLL for (int j = 0; j < QUADS; j++) {
+        int quad = s * QUADS + j;
+        if (j % 2 == 0)
+          UNROLL for (int v = 0; v < V; v++) two_quads<K>(panels[v].codes + g * PANELS * BYTES, quad, lookup, w[v]);
         UNROLL for (int m = 0; m < M; m++) {
           Bytes four = four_bytes(x[m].q + g * GROUP + quad * 4);
           UNROLL for (int v = 0; v < V; v++)
-            sum[v][m] = K::BITS == 8 ? dot_signed(sum[v][m], w[v], four) : dot(sum[v][m], w[v], four);
+            sum[v][m] = K::BITS == 8 ? dot_signed(sum[v][m], w[v][j % 2], four) : dot(sum[v][m], w[v][j % 2], four);
         }
       }
       UNROLL for (int v = 0; v < V; v++) {

@@ -294,7 +294,11 @@ inline Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints operator+(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 inline Ints operator*(Ints a, Ints b) { return {_mm512_mullo_epi32(a.v, b.v)}; }
 inline F to_float(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
-inline Bytes load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Bytes load_bytes(const void* p) {
+  __m512i v = _mm512_loadu_si512(p);
+  asm("" : "+v"(v));  // once, not in each of the instructions that use it: a processor's prefetcher follows few loads
+  return {v};
+}
 inline Bytes four_bytes(const int8_t* p) {
   int32_t four;
   memcpy(&four, p, 4);
