@@ -12,6 +12,7 @@ namespace {
 constexpr int TILE_ROWS = W == 16 ? 6 : 4;     // chains held in registers: so many rows
 constexpr int TILE_VECTORS = W == 16 ? 4 : 2;  // by so many vectors of columns
 constexpr int PANEL = TILE_VECTORS * W;        // columns of B packed together
+constexpr int64_t FAR = 16384;                 // bytes of columns that are on their way from memory for a single row
 
 // What one step along k does; B: of columns.
 template <class T, class B = T>
@@ -136,6 +137,9 @@ void gemm_tile(Rows<T> a, const B* b, int64_t step, int64_t k_steps, float* c, b
   F sum[M * V];
   UNROLL for (int j = 0; j < M * V; j++) sum[j] = more ? load(c + j / V * PANEL + j % V * W) : set(0.0f);
   for (int64_t k = 0; k < k_steps; k++, b += step) {
+    if (M == 1)
+      UNROLL for (int at = 0; at < V * W * S::K * static_cast<int>(sizeof(B)); at += 64)
+        prefetch_far(reinterpret_cast<const char*>(b) + FAR + at);
     typename S::Vector columns[V];
     UNROLL for (int v = 0; v < V; v++) columns[v] = S::columns(b + v * W * S::K);
     UNROLL for (int m = 0; m < M; m++) {

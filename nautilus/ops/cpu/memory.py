@@ -21,6 +21,7 @@ from torch import Tensor
 from nautilus.ops.cpu.library import call, pointer
 
 HUGE = 1 << 21
+READ_AHEAD = 1 << 17  # bytes of a file that Linux, as it is usually set, reads for one request
 
 
 class ReadAll(ctypes.Structure):
@@ -61,6 +62,18 @@ def let_go(tensors: Iterable[Tensor]) -> None:
             if files_own(os.pread(pages.fileno(), 8 * count, 8 * first), count):
                 begin, size = (ctypes.c_size_t(number * mmap.PAGESIZE) for number in (first, count))
                 madvise(begin, size, mmap.MADV_DONTNEED)
+
+
+def ask_for(tensor: Tensor) -> None:
+    """Have the system read a tensor that lies in a mapped file, as far as there is room. It may drop it again.
+
+    Without that, rows that are used one at a time would each wait for the disk.
+    """
+    if sys.platform == "linux":
+        madvise, end = ctypes.CDLL(None).madvise, tensor.data_ptr() + tensor.nbytes
+        for begin in range(tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE, end, READ_AHEAD):
+            size = min(READ_AHEAD, end - begin)
+            madvise(ctypes.c_size_t(begin), ctypes.c_size_t(size), mmap.MADV_WILLNEED)
 
 
 def files_own(entries: bytes, count: int) -> bool:

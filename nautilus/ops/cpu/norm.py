@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nautilus.ops.cpu.library import call, pointer, refuses
+from nautilus.ops.cpu.library import call, pointer, recording, refuses
+from nautilus.ops.cpu.memory import ask_for
 from nautilus.ops.formats import Packed
 
 BLOCK = 128  # NORM_BLOCK of kernels.h
@@ -59,6 +60,8 @@ def embed_native(index: Tensor, table_VD: Tensor, dtype: torch.dtype) -> Tensor:
     narrow = (t == torch.bfloat16 for t in (table_VD.dtype, dtype))
     sizes = index.numel(), table_VD.shape[1], len(table_VD), *narrow
     call("nautilus_embed", Embed(*sizes, *map(pointer, (index, table_VD, y))))
+    if recording.get() is not None:  # after the packing of all other weights, which may have pushed it out of memory
+        ask_for(table_VD)
     return y
 
 

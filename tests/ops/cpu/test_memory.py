@@ -1,8 +1,11 @@
 """What leaves memory, and above all what does not: whoever lets go of other memory than a file's loses it."""
 
+import ctypes
 import dataclasses
 import mmap
+import os
 import sys
+import time
 
 import pytest
 import torch
@@ -10,8 +13,10 @@ import torch
 from nautilus.ops.cpu import memory
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.memory import let_go, roomy
+from nautilus.ops.cpu.norm import embed_native
 from nautilus.ops.cpu.packs import packed_once
 from nautilus.ops.cpu.quant import repacked, repacked_form
+from nautilus.ops.cpu.tape import record
 from nautilus.ops.encode import encode
 
 PAGE = mmap.PAGESIZE
@@ -130,6 +135,37 @@ def test_nothing_leaves_where_the_system_does_not_say(tmp_path, monkeypatch):
     monkeypatch.setattr(memory.os, "pread", refuses)
     let_go([tensor])
     assert resident(tensor) == 16
+
+
+# ----- what comes back -----------------------------------------------------------------------------------------------
+
+ROWS = 8192  # of a page each: more than the system reads ahead
+
+
+def cached(tensor) -> int:
+    """Pages of a file's memory that the system has, whether this process does or not."""
+    count = -(-tensor.nbytes // PAGE)
+    held = (ctypes.c_ubyte * count)()
+    assert not ctypes.CDLL(None).mincore(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes), held)
+    return sum(page & 1 for page in held)
+
+
+def test_a_table_that_steps_look_rows_up_in_is_read_back_when_they_are_recorded(tmp_path, built):
+    path, tokens = tmp_path / "table", torch.tensor([3])
+    table = mapped(path, torch.zeros(ROWS * PAGE, dtype=torch.uint8)).view(torch.float32).view(ROWS, -1)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if cached(table) == ROWS:
+        pytest.skip("the file system keeps its files in memory")
+    with torch.inference_mode():
+        embed_native(tokens, table, torch.float32)
+        assert cached(table) < ROWS  # a row, and what the system reads ahead
+        record(lambda: embed_native(tokens, table, torch.float32), [tokens])
+    end = time.monotonic() + 20
+    while cached(table) < ROWS and time.monotonic() < end:
+        time.sleep(0.01)
+    assert cached(table) == ROWS
 
 
 # ----- packed once ---------------------------------------------------------------------------------------------------
