@@ -10,7 +10,7 @@ from nautilus.ops.experts import experts_reference
 from nautilus.ops.formats import unpack
 
 # rows, inputs, outputs: below, at and beside groups of inputs, panels and blocks of outputs, tiles and spans of rows
-SIZES = [(1, 16, 1), (2, 48, 17), (15, 64, 64), (70, 160, 130), (1, 1856, 80)]
+SIZES = [(1, 16, 1), (2, 48, 17), (8, 64, 20), (9, 96, 45), (15, 64, 64), (70, 160, 130), (1, 1856, 80)]
 KINDS = [
     *(("nvfp4", None, None), ("mxfp4", None, None), ("int4", "1x32", None), ("int4", "1x128", "zero_point")),
     *(("int8", "row", None), ("int8", "1x64", None), ("fp8_e4m3", "tensor", None), ("fp8_e4m3", "row", None)),
