@@ -267,7 +267,7 @@ inline void two_quads(const uint8_t* codes, int quad, Table lookup, Bytes* w) {
   }
 }
 
-// M rows of activations with V panels of sixteen rows of W: y[m][v][row].
+// M rows of activations with V panels of sixteen rows of W: y[m][v][row], of which a row is QUANT_COLUMNS long.
 template <class K, int M, int V>
 void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float* y) {
   constexpr int QUADS = GROUP / 4 / K::SCALES, BYTES = GROUP * ROWS * K::BITS / 8;
@@ -302,7 +302,8 @@ void tile(const Row* x, const Panel* panels, const Next& next, int64_t n, float*
       }
     }
   }
-  UNROLL for (int j = 0; j < M * V * VECTORS; j++) store(y + j * W, acc[j]);
+  constexpr int ONE = V * VECTORS;
+  UNROLL for (int j = 0; j < M * ONE; j++) store(y + j / ONE * QUANT_COLUMNS + j % ONE * W, acc[j]);
 }
 
 // The same with panels beside each other, where a vector holds a panel: what is loaded of the activations serves all of them.
@@ -350,7 +351,7 @@ void tile_beside(const Row* x, const Panel* panels, const Next& next, int64_t n,
     }
   }
   UNROLL for (int m = 0; m < M; m++)
-    UNROLL for (int v = 0; v < V; v++) store(y + (m * V + v) * W, acc[v][m]);
+    UNROLL for (int v = 0; v < V; v++) store(y + m * QUANT_COLUMNS + v * W, acc[v][m]);
 }
 
 // Where one item of work stands: some rows of y and at most QUANT_COLUMNS of its columns.
@@ -408,30 +409,21 @@ void rows(const Item& item, int64_t row) {
     x[m] = {f->q + source * n * GROUP, f->q_scale + source * n, f->q_sum + source * n * K::SCALES};
   }
   F factor = set(item.tensor_scale() * K::FACTOR);
-  alignas(64) float y[M * QUANT_COLUMNS];
-  auto put = [&](int first, int count, int v, int panels) {
-    int64_t left = item.columns - v * ROWS, wide = panels * ROWS;
-    for (int m = 0; m < count; m++) item.put(row + first + m, v * ROWS, y + m * wide, left < wide ? left : wide, factor);
-  };
+  alignas(64) float y[M][QUANT_COLUMNS];
   // Few rows: four panels at once read memory as one stream. Many rows: one panel at a time leaves registers for them.
   constexpr bool STREAM = M * VECTORS <= MOST_STREAMED;
-  if (STREAM && item.some == PANELS) {
-    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, {}, n, y);
-    return put(0, M, 0, PANELS);
-  }
   int v = 0;
+  if (STREAM && item.some == PANELS) {
+    tile<K, M, STREAM ? PANELS : 1>(x, item.panel, {}, n, y[0]);
+    v = PANELS;
+  }
   // Eight rows need more activations than a processor loads while it multiplies: half of them with two panels at a time.
-  if constexpr (M == 8) {
+  if constexpr (M == 8)
     for (; v + 2 <= item.some; v += 2)
-      for (int half = 0; half < 2; half++) {
-        tile_beside<K, 4, 2>(x + half * 4, item.panel + v, item.next(v + half), n, y);
-        put(half * 4, 4, v, 2);
-      }
-  }
-  for (; v < item.some; v++) {
-    tile<K, M, 1>(x, item.panel + v, item.next(v), n, y);
-    put(0, M, v, 1);
-  }
+      for (int half = 0; half < 2; half++)
+        tile_beside<K, 4, 2>(x + half * 4, item.panel + v, item.next(v + half), n, y[half * 4] + v * ROWS);
+  for (; v < item.some; v++) tile<K, M, 1>(x, item.panel + v, item.next(v), n, y[0] + v * ROWS);
+  for (int m = 0; m < M; m++) item.put(row + m, 0, y[m], item.columns, factor);
 }
 
 template <class K>

@@ -4,15 +4,29 @@
 
 namespace {
 
+constexpr int64_t PART = 16;  // neighbours of which the largest is known
+
 // Marks the `count` largest of `value`, in which -infinity marks what may not be chosen; the first of equals. NaN is never
-// larger, so that even broken scores leave `count` different marks.
-void mark_largest(const float* value, int64_t size, int64_t count, bool* marked) {
-  memset(marked, 0, static_cast<size_t>(size));
+// larger, so that even broken scores leave `count` different marks. `best` has a place for each part.
+void mark_largest(const float* value, int64_t size, int64_t count, bool* marked, int64_t* best) {
+  auto larger = [&](int64_t i, int64_t than) {
+    return than < 0 || value[i] > value[than] || (value[than] != value[than] && value[i] == value[i]);
+  };
+  auto look = [&](int64_t part) {
+    int64_t end = (part + 1) * PART < size ? (part + 1) * PART : size;
+    best[part] = -1;
+    for (int64_t i = part * PART; i < end; i++)
+      if (!marked[i] && larger(i, best[part])) best[part] = i;
+  };
+  int64_t parts = (size + PART - 1) / PART;
+  for (int64_t i = 0; i < size; i++) marked[i] = false;
+  for (int64_t part = 0; part < parts; part++) look(part);
   for (int64_t k = 0; k < count; k++) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < size; i++)
-      if (!marked[i] && (best < 0 || value[i] > value[best] || (value[best] != value[best] && value[i] == value[i]))) best = i;
-    marked[best] = true;
+    int64_t first = -1;
+    for (int64_t part = 0; part < parts; part++)
+      if (best[part] >= 0 && larger(best[part], first)) first = best[part];
+    marked[first] = true;
+    look(first / PART);
   }
 }
 
@@ -30,27 +44,27 @@ void score(const Route* r, const float* logits, float* to) {
 }
 
 // Closes the groups of experts that a token may not choose from.
-void close_groups(const Route* r, float* choice, float* best, bool* open) {
+void close_groups(const Route* r, float* choice, float* sums, bool* open, int64_t* best) {
   int64_t size = r->experts / r->groups;
   for (int64_t g = 0; g < r->groups; g++) {
     float first = -INFINITY, second = -INFINITY;
     for (int64_t i = g * size; i < (g + 1) * size; i++)
       if (choice[i] > first) second = first, first = choice[i];
       else if (choice[i] > second) second = choice[i];
-    best[g] = size > 1 ? first + second : first;
+    sums[g] = size > 1 ? first + second : first;
   }
-  mark_largest(best, r->groups, r->active_groups, open);
+  mark_largest(sums, r->groups, r->active_groups, open, best);
   for (int64_t i = 0; i < r->experts; i++)
     if (!open[i / size]) choice[i] = -INFINITY;
 }
 
-void one_token(const Route* r, int64_t token, float* choice, float* best, bool* chosen) {
+void one_token(const Route* r, int64_t token, float* choice, float* sums, bool* chosen, int64_t* best) {
   int64_t n = r->experts;
   float* to = r->score + token * n;
   score(r, r->logits + token * n, to);
   for (int64_t i = 0; i < n; i++) choice[i] = to[i] + (r->bias ? r->bias[i] : 0.0f);
-  if (r->active_groups < r->groups) close_groups(r, choice, best, chosen);
-  mark_largest(choice, n, r->active, chosen);
+  if (r->active_groups < r->groups) close_groups(r, choice, sums, chosen, best);
+  mark_largest(choice, n, r->active, chosen, best);
   float sum = 0.0f, *weight = r->weight + token * r->active;
   int64_t* index = r->index + token * r->active;
   for (int64_t i = 0, k = 0; i < n; i++)
@@ -58,13 +72,16 @@ void one_token(const Route* r, int64_t token, float* choice, float* best, bool* 
   for (int64_t k = 0; k < r->active; k++) weight[k] = (r->normalise ? weight[k] / (sum + 1e-20f) : weight[k]) * r->scale;
 }
 
-int64_t route_scratch(const Route* r) { return r->experts * static_cast<int64_t>(2 * sizeof(float) + sizeof(bool)); }
+int64_t route_scratch(const Route* r) {
+  return r->experts * static_cast<int64_t>(sizeof(int64_t) + 2 * sizeof(float) + sizeof(bool));
+}
 
 void route(const Route* r, int64_t block, void* scratch) {
-  float *choice = static_cast<float*>(scratch), *best = choice + r->experts;
-  bool* chosen = reinterpret_cast<bool*>(best + r->experts);
+  auto* best = static_cast<int64_t*>(scratch);
+  float *choice = reinterpret_cast<float*>(best + r->experts), *sums = choice + r->experts;
+  bool* chosen = reinterpret_cast<bool*>(sums + r->experts);
   int64_t end = (block + 1) * ROUTE_BLOCK < r->tokens ? (block + 1) * ROUTE_BLOCK : r->tokens;
-  for (int64_t token = block * ROUTE_BLOCK; token < end; token++) one_token(r, token, choice, best, chosen);
+  for (int64_t token = block * ROUTE_BLOCK; token < end; token++) one_token(r, token, choice, sums, chosen, best);
 }
 
 }  // namespace
