@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <memory>
@@ -9,17 +10,21 @@
 
 namespace {
 
-// Neighbouring items that one thread takes from the front, and others, once they have none of their own, from the back.
+// Neighbouring items that one thread takes from the front, some at a time while many are left, and others, once they have
+// none of their own, one by one from the back.
 struct alignas(64) Share {
   std::atomic<uint64_t> span;  // first item, and the end in the upper half
 
-  bool take(bool front, int64_t& item) {
+  // Items from `item` to before `last`. To take waits for all loads under way, memory then for the next ones.
+  bool take(bool front, int64_t& item, int64_t& last) {
     uint64_t now = span.load(std::memory_order_relaxed);
     for (;;) {
       uint64_t first = now & UINT32_MAX, end = now >> 32;
       if (first >= end) return false;
+      uint64_t some = front ? std::clamp<uint64_t>((end - first) / 16, 1, 4) : 1;
       item = static_cast<int64_t>(front ? first : end - 1);
-      uint64_t left = front ? now + 1 : now - (uint64_t{1} << 32);
+      last = item + static_cast<int64_t>(some);
+      uint64_t left = front ? now + some : now - (uint64_t{1} << 32);
       if (span.compare_exchange_weak(now, left, std::memory_order_relaxed)) return true;
     }
   }
@@ -39,8 +44,9 @@ struct Job {
   }
 
   void work(int thread) {
-    for (int64_t i = 0, item = 0; i < count; i++)
-      while (shares[(thread + i) % count].take(i == 0, item)) piece(context, item, thread);
+    for (int64_t i = 0, item = 0, last = 0; i < count; i++)
+      while (shares[(thread + i) % count].take(i == 0, item, last))
+        for (; item < last; item++) piece(context, item, thread);
   }
 };
 
