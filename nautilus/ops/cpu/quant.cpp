@@ -223,7 +223,7 @@ void quant_rows(const QuantRows* f, int64_t row) {
 const int8_t DOUBLED_E2M1[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};
 const int8_t ITSELF[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-constexpr int64_t AHEAD = 8192;  // bytes of codes that are on their way from memory in a stream
+constexpr int64_t AHEAD = 6144;  // bytes of codes that are on their way from memory in a stream
 constexpr int MOST_STREAMED = W == 16 ? 4 : 2;
 
 struct Row {
