@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from nautilus.config.keys import short
@@ -168,9 +169,28 @@ class Engine:
             self.forget()  # the weights may have changed since the last request, but do not during one
         self.scheduler.add(request)
 
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Other values for weights, by their names in the model's state_dict, between two steps: reinforcement learning
+        does so. UserError, before anything is changed, for a name or a shape that the model does not have."""
+        own = self.model.state_dict()
+        for name, tensor in weights.items():
+            if name not in own or own[name].shape != tensor.shape:
+                has = f"has them of {tuple(own[name].shape)}" if name in own else f"names none so of its {len(own)}"
+                raise UserError(
+                    f"new weights {name} of shape {tuple(tensor.shape)} were given; the model {has}; give those of its"
+                    " state_dict, where matrices in few bits are not"
+                )
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+        self.forget()
+
     def forget(self) -> None:
         """What is known of the weights, because they have changed: packed matrices, recorded steps, saved prefixes.
-        Requests under way go on with the states that they have."""
+        Requests under way go on with the states that they have, from which no other one may."""
+        for request in self.scheduler.active:
+            if request.berth:
+                request.berth.mixed = True
         self.forward.forget()
         self.prefixes.clear()
 

@@ -27,12 +27,14 @@ SHARE = 0.25  # of the machine's memory that keys and values may take
 
 @dataclass(kw_only=True, eq=False)
 class Berth:
-    """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt."""
+    """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt.
+    mixed: the weights have changed since it was taken."""
 
     slot: int
     pages: list[int]
     length: int = 0
     awake: Lanes | None = None
+    mixed: bool = False
 
 
 class Berths:

@@ -44,7 +44,7 @@ class Prefixes:
         self, berths: Berths, scheduler: Scheduler, model: Language, gigabytes: float, folder: Path | None,
         folder_gigabytes: float,
     ):  # fmt: skip
-        self.berths, self.scheduler, self.saved = berths, scheduler, None
+        self.berths, self.scheduler, self.model, self.saved = berths, scheduler, model, None
         stateful = [layer for layer in berths.layers if isinstance(layer, MambaSlots | RestingSlots)]
         self.rounded = any(isinstance(layer, RestingSlots) for layer in stateful)
         if gigabytes:
@@ -94,7 +94,7 @@ class Prefixes:
             return False
         mine = request.tokens
         for other in active:
-            if other.berth is None or not other.reading or other.tenant != request.tenant:
+            if other.berth is None or other.berth.mixed or not other.reading or other.tenant != request.tenant:
                 continue
             ahead = [mark for mark in other.marks if max(other.berth.length, LEAST - 1) < mark < len(mine)]
             if any(mine[:mark] == other.tokens[:mark] for mark in ahead):
@@ -117,9 +117,12 @@ class Prefixes:
         return self.saved is not None and self.saved.make_room(pages)
 
     def keep(self, request: Request) -> None:
-        """What the request has read so far. States that were rounded since are those of no prompt, and are not kept."""
+        """What the request has read so far. States that were rounded since, or that several weights had a part in, are
+        those of no prompt, and are not kept."""
         berth = request.berth
-        if self.saved is None or berth is None or berth.length < LEAST or (self.rounded and berth.awake is None):
+        if self.saved is None or berth is None or berth.mixed or berth.length < LEAST:
+            return
+        if self.rounded and berth.awake is None:
             return
         seconds = berth.length * (self.scheduler.seconds_per_token or UNMEASURED)
         pages, tokens = berth.pages[: -(-berth.length // PAGE)], request.tokens[: berth.length]
@@ -139,8 +142,11 @@ class Prefixes:
         self.saved.tell(events)
 
     def clear(self) -> None:
+        """After a change of the weights."""
         if self.saved is not None:
             self.saved.clear()
+            if self.saved.folder is not None:
+                self.saved.folder.model = fingerprint(self.model)
 
 
 def fingerprint(model: Language) -> str:

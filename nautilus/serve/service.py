@@ -12,8 +12,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+
+from torch import Tensor
 
 from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
@@ -156,10 +159,8 @@ class Service:
         """UserError for a job that cannot be; Busy where too much waits; Draining at the end."""
         if not self.ready:
             raise Draining(f"the {'server is stopping' if self.draining else 'engine has stopped'}; ask another one")
-        names = "tenant", "priority", "marks", "prompt_logprobs", "answer"
-        request = self.engine.request(
-            list(job.tokens), job.sampling, job.rules, **{name: getattr(job, name) for name in names}
-        )
+        more = {name: getattr(job, name) for name in ("tenant", "priority", "marks", "prompt_logprobs", "answer")}
+        request = self.engine.request(list(job.tokens), job.sampling, job.rules, **more)
         self.refuse_too_many(request)
         reply = self.replies[request] = Reply(self, request)
         self.queued[request] = request.prompt
@@ -192,6 +193,21 @@ class Service:
         self.replies.pop(request, None)
         self.queued.pop(request, None)
         self.order(lambda: self.engine.cancel(request))
+
+    async def update(self, weights: Mapping[str, Tensor]) -> None:
+        """As `Engine.update`, when the step under way has ended; answers under way go on. Back when it is done."""
+        if self.closing:
+            raise Draining("new weights were given, but the engine has stopped")
+        done: Future[None] = Future()
+
+        def now() -> None:
+            try:
+                done.set_result(self.engine.update(weights))
+            except Exception as bad:
+                done.set_exception(bad)
+
+        self.order(now)
+        await asyncio.wrap_future(done)
 
     def load(self) -> Load:
         scheduler, berths = self.engine.scheduler, self.engine.berths

@@ -345,6 +345,23 @@ def test_an_unknown_state_format_is_refused_with_a_suggestion():
         Engine(MODEL, TOKENIZER, state="fp16_sr", state_seed=-1)
 
 
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"no.such": torch.zeros(1)}, r"no\.such of shape \(1,\).*names none so"),
+        ({"backbone.embeddings.weight": torch.zeros(2, 3)}, r"embeddings.weight of shape \(2, 3\).*has them of \("),
+    ],
+)
+def test_weights_that_the_model_has_not_change_nothing(weights, message):
+    model = model_of()
+    engine = Engine(model, TOKENIZER)
+    before = engine.generate([[1, 2, 3]], GREEDY)[0]
+    good = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    with pytest.raises(UserError, match=message):
+        engine.update({**good, **weights})
+    assert engine.generate([[1, 2, 3]], GREEDY)[0] == before
+
+
 MESSAGES = [{"role": "user", "content": "a b"}]
 
 

@@ -168,6 +168,35 @@ def test_other_weights_find_nothing(tmp_path):
     assert after.cached == 0 and after.logprobs != before.logprobs
 
 
+def test_what_weights_that_changed_under_way_had_a_part_in_serves_no_other(tmp_path):
+    old, new, model = (Language(MODEL.config).initialise(seed).requires_grad_(False) for seed in (4, 5, 4))
+    prompt = words(random.Random(0), 100)
+    engine = engine_of(model=model, saved_folder=tmp_path / "saved")
+    engine.scheduler.seconds_per_token = 1.0  # so that a file pays
+    under_way = engine.request(prompt, Sampling(max_tokens=20), marks=(64,))
+    engine.submit(under_way)
+    while len(under_way.pieces) < 6:
+        engine.step()
+    engine.update(new.state_dict())
+    read, mixed = run(engine, engine.request(prompt, SHORT, marks=(64,)))[0], under_way.completion()
+    before, after = alone(prompt, Sampling(max_tokens=20), old), alone(prompt, SHORT, new)
+    assert mixed.logprobs[:6] == before.logprobs[:6] and mixed.logprobs[6:] != before.logprobs[6:]
+    assert read.cached == 0 and facts(read) == facts(after)
+    following = [*prompt, *mixed.tokens, 7]
+    followed = engine.generate([following], SHORT)[0]
+    assert facts(followed) == facts(alone(following, SHORT, new))
+    following += [*followed.tokens, 7]
+    while engine.prefixes.saved.spill():
+        pass
+    engine.prefixes.saved.folder.close()
+    for model in (new, old):
+        again = engine_of(model=model, saved_folder=tmp_path / "saved")
+        got = again.generate([following], SHORT)[0]
+        assert facts(got) == facts(alone(following, SHORT, model))
+        assert (got.cached > 0) == (model is new)
+        again.prefixes.saved.folder.close()
+
+
 @pytest.mark.skipif(native().functions is None, reason="torch adds in another order in other chunks")
 def test_states_that_are_rounded_as_they_rest_are_kept_as_they_were_read():
     draw, engine = random.Random(0), engine_of(state="int8")

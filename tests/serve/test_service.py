@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 
+from nautilus.model.language import Language
 from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.service import Busy, Draining, Job, Service
@@ -173,3 +174,23 @@ async def test_a_request_that_goes_on_from_what_is_warmed_waits_for_it():
     await text_of(goes_on)
     assert goes_on.cached_tokens == 200
     await service.close()
+
+
+@inside_a_loop
+async def test_weights_change_between_two_steps_and_answers_under_way_go_on():
+    old, new = Language(MODEL.config).initialise(8), Language(MODEL.config).initialise(9)
+    model = Language(MODEL.config).initialise(8).requires_grad_(False)
+    service = Service(Engine(model, TOKENIZER, max_tokens=96))
+    under_way = service.submit(Job(tokens=[1, 2], sampling=Sampling(max_tokens=90)))
+    told = await anext(under_way)
+    await service.update(new.state_dict())
+    with pytest.raises(UserError, match="names none so"):
+        await service.update({"nothing": torch.zeros(1)})
+    later = await text_of(service.submit(Job(tokens=[3, 4], sampling=SHORT)))
+    told += [piece async for pieces in under_way for piece in pieces]
+    assert len(told) == 90 and told[-1].finish_reason == "length"
+    assert told[0].logprob == Engine(old, TOKENIZER).generate([[1, 2]], SHORT)[0].logprobs[0]
+    assert tuple(later) == Engine(new, TOKENIZER).generate([[3, 4]], SHORT)[0].tokens
+    await service.close()
+    with pytest.raises(Draining, match="has stopped"):
+        await service.update(new.state_dict())
