@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import gc
 import json
 import shlex
 import statistics
@@ -157,6 +158,8 @@ def timed(config: Config, asked: argparse.Namespace, contexts: list[int]) -> dic
         with meter.ready(work, filled=True) as ready:
             turns = [ready.turn().tokens_per_s for _ in range(asked.repeats)]
         found[work.sequences, work.prompt] = work.sequences / statistics.median(turns)
+    del meter, ready
+    gc.collect()  # a model and its engine know each other: they stay until somebody looks, and several are too many
     return found
 
 
