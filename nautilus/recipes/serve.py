@@ -43,6 +43,7 @@ class Settings:
     saved_gb: float = setting(2.0, "10^9 bytes for the states of known prefixes, which are not read again; 0: none")
     saved_folder: Path | None = setting(None, "folder where they outlast the server")
     saved_folder_gb: float = setting(16.0, "most 10^9 bytes of files there")
+    drafts: int = setting(0, "most tokens tried at once of what known text goes on with, where that is faster; 0: none")
     replicas: int = setting(1, "processes that answer, each with such an engine of its own; several run on Ray Serve")
     kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
     kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")
@@ -76,7 +77,7 @@ def engine_of(settings: Settings, rank: int = 0) -> Engine:
     """The engine of one replica. What is not said of its memory is its share of the machine's."""
     model, tokenizer = nautilus.load(settings.model)
     model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
-    names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
+    names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb drafts step_seconds".split()
     how = {name: getattr(settings, name) for name in names}
     if settings.replicas > 1:
         how["cache_gb"] = settings.cache_gb or SHARE * memory_bytes() / settings.replicas / 1e9

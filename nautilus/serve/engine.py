@@ -7,7 +7,6 @@ request whose prompt has been read. See `scheduler.py` for whose turn it is, `fo
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,18 +19,17 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.budget import thinking_rules
-from nautilus.serve.control import StopStrings, opens_thinking
+from nautilus.serve.draft.policy import Speculation
 from nautilus.serve.forward import Forward
+from nautilus.serve.limits import checked_limits, engine_failed
 from nautilus.serve.memory import Berths
 from nautilus.serve.prefixes import Prefixes
-from nautilus.serve.prompt import Prompt, checked_prompt, prompt_tokens
+from nautilus.serve.prompt import Prompt, new_request, prompt_tokens
 from nautilus.serve.request import Completion, Piece, Request
-from nautilus.serve.rules import Rule, rules_of
-from nautilus.serve.sample import draw_one, looked_at
-from nautilus.serve.sampling import Sampling, whole
+from nautilus.serve.rules import Rule
+from nautilus.serve.sample import Logits, draw_one, looked_at
+from nautilus.serve.sampling import Sampling
 from nautilus.serve.scheduler import Scheduler
-from nautilus.serve.scores import PromptScores
 
 log = logging.getLogger("nautilus.serve")
 
@@ -59,30 +57,37 @@ class Engine:
     state: how recurrent states are stored between tokens: "fp32", exact, or a narrower format by its name in
         `nautilus.ops.state_format`, such as "fp16_sr". A state is rounded after the prompt, then after every token.
     state_seed: of the random bits of formats that round stochastically, such as that one; 0 by default.
+    drafts: most tokens that are copied from the request and from earlier answers to the same tenant, and tried in one
+        pass where that is faster than token by token; 0, none, by default. Takes states in fp32.
     step_seconds: how long prompts are read before those that are answered get their next token; for ever by default,
         which is fastest in all.
     saved_gb: memory for the states of known prefixes, in 10^9 bytes, which are then not read again; none by default.
     saved_folder: where states go that memory has no room for, and come back from, also in another process.
     saved_folder_gb: most 10^9 bytes of files there; 16 by default.
 
-    `rows`, `chunk` and `step_seconds` do not change results beyond rounding; on native kernels they change no bit.
+    `rows`, `chunk`, `drafts` and `step_seconds` do not change results beyond rounding; on native kernels they change
+    no bit.
     UserError for a max_tokens, rows, chunk, cache or state that cannot be, and where there is no memory for them.
     """
 
     def __init__(
         self, model: Language, tokenizer: Tokenizer, *, max_tokens: int | None = None, rows: int = 32, chunk: int = 512,
-        cache: str = "", cache_gb: float | None = None, state: str = "fp32", state_seed: int = 0,
+        cache: str = "", cache_gb: float | None = None, state: str = "fp32", state_seed: int = 0, drafts: int = 0,
         step_seconds: float = float("inf"), saved_gb: float = 0, saved_folder: Path | None = None,
         saved_folder_gb: float = 16,
     ):  # fmt: skip
         amounts = {"cache_gb": cache_gb, "saved_gb": saved_gb, "saved_folder_gb": saved_folder_gb}
-        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, step_seconds, amounts)
+        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, drafts, step_seconds, amounts)
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
         most = None if cache_gb is None else cache_gb * 1e9
-        self.berths = Berths(model, rows=rows, max_tokens=self.max_tokens, cache=cache, cache_bytes=most, state=stored)
+        self.berths = Berths(
+            model, rows=rows, max_tokens=self.max_tokens, cache=cache, cache_bytes=most, state=stored,
+            window=1 + drafts if drafts else 0,
+        )  # fmt: skip
         self.forward = Forward(model, self.berths)
         self.scheduler = Scheduler(self.berths, chunk=chunk, step_seconds=step_seconds, grow=stored.lossless)
+        self.speculation = Speculation(drafts) if drafts else None
         self.prefixes = Prefixes(self.berths, self.scheduler, model, saved_gb, saved_folder, saved_folder_gb)
 
     # ----- answers ----------------------------------------------------------------------------------------------------
@@ -135,29 +140,10 @@ class Engine:
             request.raise_error()
         return [request.completion() for request in requests]
 
-    def request(
-        self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), *, prompt_logprobs: int | None = None,
-        **more,
-    ) -> Request:  # fmt: skip
-        """rules: beside those that the sampling implies, grammars for example; prompt_logprobs: tell those of the
-        prompt's tokens too, each with so many alternatives; more: fields of Request."""
-        tokens, config = self.tokens(prompt), self.model.config
-        checked_prompt(tokens, vocab=config.vocab, positions=config.positions, max_tokens=self.max_tokens)
-        ends = sampling.ends((*config.eos, *self.tokenizer.stop))
-        inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, self.tokenizer))
-        implied = rules_of(sampling, tokens, ends, config.vocab)
-        return Request(
-            prompt=len(tokens),
-            tokens=tokens,
-            sampling=sampling,
-            ends=ends,
-            limit=min(len(tokens) + sampling.max_tokens, self.max_tokens),
-            written=self.tokenizer.stream(skip_special=True),
-            stops=StopStrings(sampling.stop),
-            rules=[*implied, *rules, *thinking_rules(sampling, self.tokenizer, inside=inside)],
-            scores=None if prompt_logprobs is None else PromptScores(tokens, prompt_logprobs),
-            **more,
-        )
+    def request(self, prompt: Prompt, sampling: Sampling, rules: Sequence[Rule] = (), **more) -> Request:
+        """See `new_request`."""
+        limits = {"config": self.model.config, "max_tokens": self.max_tokens}
+        return new_request(self.tokens(prompt), sampling, rules, tokenizer=self.tokenizer, **limits, **more)
 
     def tokens(self, prompt: Prompt) -> list[int]:
         return prompt_tokens(prompt, self.tokenizer)
@@ -167,6 +153,8 @@ class Engine:
     def submit(self, request: Request) -> None:
         if self.scheduler.idle and any(parameter.requires_grad for parameter in self.model.parameters()):
             self.forget()  # the weights may have changed since the last request, but do not during one
+        if self.speculation and self.scheduler.idle:
+            self.speculation.measure(self.forward)
         self.scheduler.add(request)
 
     @torch.no_grad()
@@ -213,6 +201,9 @@ class Engine:
                 found += self.fail(request, bad)
         self.make_room()
         running = self.scheduler.running()
+        if self.speculation:
+            rows = len(running)
+            running = [request for request in running if not self.speculate(request, rows, found)]
         alone = [[request] for request in running if request.apart]
         for group in ([request for request in running if not request.apart], *alone):
             found += self.advance(group) if group else []
@@ -257,24 +248,68 @@ class Engine:
 
     def end(self, request: Request, reason: str) -> Piece:
         piece = request.end(reason)
-        self.scheduler.leave(request)
+        self.leave(request)
         return piece
+
+    def leave(self, request: Request) -> None:
+        self.scheduler.leave(request)
+        if self.speculation:
+            self.speculation.finish(request)
 
     def advance(self, requests: list[Request]) -> list[tuple[Request, Piece]]:
         """A token for each. Where that fails they are put off: what is in their memory then is of no use. States that
         are rounded as they rest would not be the same when they are read again, so with these they end."""
-        berths = [request.berth for request in requests if request.berth]
+        berths, begin = [request.berth for request in requests if request.berth], time.perf_counter()
         try:
             logits_BV = self.forward.step(berths, [request.tokens[-1] for request in requests])
         except Exception as bad:
-            if requests[0].apart or not self.scheduler.grow:
-                return [told for request in requests for told in self.fail(request, bad)]
-            log.error("a step of the engine failed; %d requests are read again", len(requests), exc_info=bad)
-            for request in requests:
-                request.apart = True
-                self.scheduler.put_off(request)
-            return []
+            return self.put_apart(requests, bad)
+        if self.speculation:
+            self.speculation.steps.add(len(requests), time.perf_counter() - begin)
         return self.accept(requests, logits_BV)
+
+    def put_apart(self, requests: list[Request], bad: Exception) -> list[tuple[Request, Piece]]:
+        if requests[0].apart or not self.scheduler.grow:
+            return [told for request in requests for told in self.fail(request, bad)]
+        log.error("a step of the engine failed; %d requests are read again", len(requests), exc_info=bad)
+        for request in requests:
+            request.apart = True
+            self.scheduler.put_off(request)
+        return []
+
+    def speculate(self, request: Request, rows: int, found: list[tuple[Request, Piece]]) -> bool:
+        """Whether a draft was tried for it, for which there is room; what came of it is found. None is for a request
+        that failed before."""
+        assert self.speculation and request.berth
+        if request.apart:
+            return False
+        draft = self.speculation.propose(request, rows, request.limit - len(request.tokens) - 1)
+        if not draft or not self.berths.grow(request.berth, len(request.tokens) + len(draft)):
+            return False
+        found += self.verify(request, draft)
+        return True
+
+    def verify(self, request: Request, draft: tuple[int, ...]) -> list[tuple[Request, Piece]]:
+        """Every token is drawn as it would have been without a draft; as long as it is that of the draft, the logits of
+        the next one are there already."""
+        assert self.speculation and request.berth
+        berth, tried, begin = request.berth, 1 + len(draft), time.perf_counter()
+        try:
+            logits_TV = self.forward.attempt(berth, [request.tokens[-1], *draft])
+        except Exception as bad:
+            return self.put_apart([request], bad)
+        self.speculation.costs.add(tried, time.perf_counter() - begin)
+        found, count = [], 0
+        for count, logits in enumerate(looked_at(logits_TV), 1):
+            found += self.take(request, logits)
+            if request.finished or count == tried or request.tokens[-1] != draft[count - 1]:
+                break
+        if request.berth:
+            self.forward.accept(berth, tried, count)
+            wrong = count == tried or request.tokens[-1] != draft[count - 1]
+            self.speculation.learn(request, len(draft), count - wrong)
+        self.settle(request)
+        return found
 
     def fail(self, request: Request, bad: Exception) -> list[tuple[Request, Piece]]:
         log.error("the engine failed at a request", exc_info=bad)
@@ -289,47 +324,28 @@ class Engine:
                     self.scheduler.put_off(self.scheduler.last())
 
     def accept(self, requests: list[Request], logits_BV: Tensor) -> list[tuple[Request, Piece]]:
-        """A token for each; one whose logits or rules allow none ends with the error, alone."""
+        """A token for each."""
         found = []
         for request, logits in zip(requests, looked_at(logits_BV), strict=True):
-            try:
-                piece = request.take(*draw_one(logits, request.sampling, len(request.tokens), request.rules))
-            except UserError as bad:
-                request.error = bad
-                piece = self.end(request, "error")
-            except Exception as bad:
-                found += self.fail(request, bad)
-                continue
-            found.append((request, piece))
-            self.scheduler.served[request.tenant] += 1
-            if piece.finish_reason and request.error is None:  # what led to an error is not to be gone on from
-                if request.scores is None:  # nor would another that is scored go on from it
-                    self.prefixes.keep(request)
-                self.scheduler.leave(request)
+            found += self.take(request, logits)
+            self.settle(request)
         return found
 
+    def take(self, request: Request, logits: Logits) -> list[tuple[Request, Piece]]:
+        """The next token; a request whose logits or rules allow none ends with the error, alone."""
+        try:
+            piece = request.take(*draw_one(logits, request.sampling, len(request.tokens), request.rules))
+        except UserError as bad:
+            request.error = bad
+            piece = self.end(request, "error")
+        except Exception as bad:
+            return self.fail(request, bad)
+        self.scheduler.served[request.tenant] += 1
+        return [(request, piece)]
 
-def engine_failed(bad: Exception) -> RuntimeError:
-    """What a request ends with that is not to blame for what went wrong."""
-    error = RuntimeError("the engine failed at this request; its log has the details")
-    error.__cause__ = bad
-    return error
-
-
-def checked_limits(
-    model: Language, max_tokens: int | None, rows: int, chunk: int, step_seconds: float, amounts: Mapping
-) -> int:
-    """The most tokens of a request. UserError for a limit that cannot be."""
-    positions = model.config.positions
-    max_tokens = positions if max_tokens is None else max_tokens
-    if not whole(max_tokens) or not 1 < max_tokens <= positions:
-        raise UserError(
-            f"an engine of max_tokens={max_tokens} was asked for; the model has positions={positions}: "
-            f"choose from 2 to {positions}"
-        )
-    if not whole(rows) or not whole(chunk) or rows < 1 or chunk < 1:
-        raise UserError(f"an engine of rows={rows} and chunk={chunk} was asked for; both must be whole numbers from 1")
-    for name, amount in (*amounts.items(), ("step_seconds", step_seconds)):
-        if amount is not None and (not amount >= 0 or (name != "step_seconds" and amount == math.inf)):
-            raise UserError(f"an engine of {name}={amount} was asked for; give a number from 0")
-    return max_tokens
+    def settle(self, request: Request) -> None:
+        """A request that has got its last token leaves, and what it has read is kept."""
+        if request.finished and request.berth:  # what led to an error is not to be gone on from, and has left
+            if request.scores is None:  # nor would another that is scored go on from it
+                self.prefixes.keep(request)
+            self.leave(request)

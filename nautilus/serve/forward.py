@@ -16,7 +16,7 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
-from nautilus.serve.memory import Berth, Berths, plain, point, write
+from nautilus.serve.memory import Berth, Berths, accept, plain, point, write
 
 log = logging.getLogger("nautilus.serve")
 
@@ -27,7 +27,7 @@ class Forward:
     def __init__(self, model: Language, berths: Berths):
         self.model, self.berths = model, berths
         self.packs: Packs = {}
-        self.steps: dict[int, Step] = {}
+        self.steps: dict[tuple[int, int], Step] = {}
 
     def forget(self) -> None:
         """What was packed and recorded of the weights."""
@@ -73,41 +73,54 @@ class Forward:
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
-        rows = len(berths)
-        if rows not in self.steps:
-            self.steps[rows] = Step(self, rows)
-        step = self.steps[rows]
-        step.point(berths, tokens)
-        logits_BV = step.run()
+        logits_BV = self.run(berths, tokens, 1)
         for berth in berths:
             berth.length += 1
         return logits_BV
 
+    def attempt(self, berth: Berth, tokens: Sequence[int]) -> Tensor:
+        """The logits (T, V) after each of these tokens; `accept` then says how many of them stay."""
+        return self.run([berth], [tokens], len(tokens))
+
+    def accept(self, berth: Berth, tried: int, count: int) -> None:
+        accept(self.steps[1, tried].lanes, [berth], [count])
+
+    def run(self, berths: list[Berth], tokens: Sequence, time: int) -> Tensor:
+        sizes = len(berths), time
+        if sizes not in self.steps:
+            self.steps[sizes] = Step(self, *sizes)
+        step = self.steps[sizes]
+        step.point(berths, tokens)
+        return step.run()
+
 
 class Step:
-    """One more token for so many rows. The first run computes, the second is recorded, later ones are replays.
+    """So many more tokens for so many rows; where there are several, not all need stay. The first run computes, the
+    second is recorded, later ones are replays.
 
     A replay has just read all weights, so nothing of Python is in the cache any more and every object it touches waits
     for memory: what runs at every step is as little as can be."""
 
-    def __init__(self, forward: Forward, rows: int):
-        self.forward, self.lanes = forward, forward.berths.lanes(rows)
+    def __init__(self, forward: Forward, rows: int, time: int):
+        self.forward, self.time = forward, time
+        self.lanes = forward.berths.lanes(rows, tentative=time > 1)
         self.berths: list[Berth] = []  # that it was told of last, and of how many pages each
         self.pages: list[int] = []
-        self.tokens_BT = torch.zeros(rows, 1, dtype=torch.int64, device=forward.berths.device)
-        self.tokens, self.lengths = plain(self.tokens_BT.view(-1)), plain(self.lanes.rows.length)
+        self.tokens_BT = torch.zeros(rows, time, dtype=torch.int64, device=forward.berths.device)
+        tokens_BT = self.tokens_BT if time > 1 else self.tokens_BT[:, 0]
+        self.tokens, self.lengths = plain(tokens_BT), plain(self.lanes.rows.length)
         self.tape: Tape | None = None
         self.may_record = self.tokens_BT.device.type == "cpu"
         self.warm = False
 
-    def point(self, berths: list[Berth], tokens: Sequence[int]) -> None:
+    def point(self, berths: list[Berth], tokens: Sequence) -> None:
         """Only what changed is written."""
         if berths != self.berths:
             write(self.lanes.slot_B, [berth.slot for berth in berths])
-            point(self.lanes, berths, 1)
+            point(self.lanes, berths, self.time)
             self.berths, self.pages = list(berths), [len(berth.pages) for berth in berths]
         write(self.tokens, tokens)
-        write(self.lengths, [berth.length + 1 for berth in berths])
+        write(self.lengths, [berth.length + self.time for berth in berths])
         for row, berth in enumerate(berths):
             if len(berth.pages) != self.pages[row]:
                 write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
@@ -133,4 +146,4 @@ class Step:
     def compute(self) -> Tensor:
         with self.forward.computing():
             hidden_BTD, _ = self.forward.model.hidden(self.tokens_BT, state=self.lanes)
-            return self.forward.model.head(hidden_BTD)[:, 0]
+            return self.forward.model.head(hidden_BTD).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""A prompt as tokens, and whether a model can read it."""
+"""A prompt as tokens, whether a model can read it, and the request that it becomes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import cast
 
+from nautilus.config import Config
 from nautilus.config.keys import short
 from nautilus.data.chat import chat_tokens
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.runtime import UserError
+from nautilus.serve.budget import thinking_rules
+from nautilus.serve.control import StopStrings, opens_thinking
+from nautilus.serve.request import Request
+from nautilus.serve.rules import Rule, rules_of
+from nautilus.serve.sampling import Sampling
+from nautilus.serve.scores import PromptScores
 
 Prompt = str | Sequence[int] | Sequence[Mapping]
 
@@ -49,3 +56,30 @@ def checked_prompt(tokens: Sequence[int], *, vocab: int, positions: int, max_tok
             f"an answer to a prompt of {len(tokens)} tokens was asked for; prompt and answer together may have "
             f"max_tokens={max_tokens} (the model's positions: {positions}); shorten the prompt"
         )
+
+
+def new_request(
+    tokens: list[int], sampling: Sampling, rules: Sequence[Rule], *, config: Config, tokenizer: Tokenizer,
+    max_tokens: int, prompt_logprobs: int | None = None, **more,
+) -> Request:  # fmt: skip
+    """rules: beside those that the sampling implies, grammars for example; prompt_logprobs: tell those of the prompt's
+    tokens too, each with so many alternatives; more: fields of Request. UserError for a prompt that cannot be read."""
+    checked_prompt(tokens, vocab=config.vocab, positions=config.positions, max_tokens=max_tokens)
+    ends = sampling.ends((*config.eos, *tokenizer.stop))
+    inside = sampling.thinking_budget is not None and bool(opens_thinking(tokens, tokenizer))
+    return Request(
+        prompt=len(tokens),
+        tokens=tokens,
+        sampling=sampling,
+        ends=ends,
+        limit=min(len(tokens) + sampling.max_tokens, max_tokens),
+        written=tokenizer.stream(skip_special=True),
+        stops=StopStrings(sampling.stop),
+        rules=[
+            *rules_of(sampling, tokens, ends, config.vocab),
+            *rules,
+            *thinking_rules(sampling, tokenizer, inside=inside),
+        ],
+        scores=None if prompt_logprobs is None else PromptScores(tokens, prompt_logprobs),
+        **more,
+    )

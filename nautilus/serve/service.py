@@ -20,7 +20,8 @@ from torch import Tensor
 
 from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
-from nautilus.serve.engine import Engine, engine_failed
+from nautilus.serve.engine import Engine
+from nautilus.serve.limits import engine_failed
 from nautilus.serve.request import Piece, Request
 from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling

@@ -6,6 +6,7 @@ import random
 import pytest
 
 from nautilus.serve import Sampling
+from tests.serve.draft.test_policy import Adversary, make_cheap
 from tests.serve.reliability.parts import Oracle, audit, engine_of, hybrid, words
 
 OPERATIONS = 2500  # of each seed
@@ -15,17 +16,24 @@ LIMITS = {"pages": 40, "saved_gb": 6e-5, "saved_folder_gb": 4e-4}  # so little t
 class House:
     """An engine with its folder, the requests that are under way, and what was asked before."""
 
-    def __init__(self, seed, folder):
+    def __init__(self, seed, folder, drafts):
+        self.drafts = drafts
         self.draw, self.folder, self.model = random.Random(seed), folder, hybrid(seed)
         self.live, self.mixed, self.known = [], set(), [[]]
         self.seen = dict.fromkeys(("ended", "cancelled", "failed", "found"), 0)
-        self.put_off = self.restored = self.evicted = 0
+        self.put_off = self.restored = self.evicted = self.copied = 0
         self.start()
 
     def start(self):
         self.oracle = Oracle(self.model)
-        self.engine = engine_of(self.model, saved_folder=self.folder, **LIMITS)
+        self.engine = engine_of(self.model, saved_folder=self.folder, drafts=self.drafts, **LIMITS)
+        if self.engine.speculation:
+            make_cheap(self.engine.speculation)
+            Adversary("half", self.answer).speak(self.engine.speculation)
         self.engine.scheduler.seconds_per_token = 1.0  # so that files pay
+
+    def answer(self, request):
+        return self.oracle.answer(request.tokens[: request.prompt], request.sampling).tokens
 
     # ----- operations -------------------------------------------------------------------------------------------------
 
@@ -52,10 +60,10 @@ class House:
             self.engine.cancel(self.draw.choice(self.live))
 
     def break_a_step(self):
-        compute = self.engine.forward.step
-        self.engine.forward.step = lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
+        compute = self.engine.forward.run
+        self.engine.forward.run = lambda *_: (_ for _ in ()).throw(RuntimeError("broken"))
         self.engine.step()
-        self.engine.forward.step = compute
+        self.engine.forward.run = compute
 
     def break_a_reading(self):
         compute = self.engine.forward.read
@@ -105,6 +113,7 @@ class House:
     def tally(self):
         counts = self.engine.prefixes.saved.counts
         self.put_off += self.engine.scheduler.preempted
+        self.copied += self.engine.speculation.counts.accepted if self.drafts else 0
         self.restored, self.evicted = self.restored + counts.restored, self.evicted + counts.evictions
 
 
@@ -114,10 +123,10 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_thousands_of_operations_change_no_answer_and_lose_nothing(seed, tmp_path, caplog):
+@pytest.mark.parametrize(("seed", "drafts"), [(0, 0), (1, 0), (2, 7)])
+def test_thousands_of_operations_change_no_answer_and_lose_nothing(seed, drafts, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL + 1, "nautilus.serve")
-    house = House(seed, tmp_path / "saved")
+    house = House(seed, tmp_path / "saved", drafts)
     for _ in range(OPERATIONS):
         (operation,) = house.draw.choices([*WEIGHTS], [*WEIGHTS.values()])
         if operation is House.submit and len(house.engine.scheduler.waiting) > 8:
@@ -130,4 +139,5 @@ def test_thousands_of_operations_change_no_answer_and_lose_nothing(seed, tmp_pat
     house.engine.prefixes.saved.folder.close()
     assert not house.live and house.engine.scheduler.idle
     seen = house.seen | {"put off": house.put_off, "restored": house.restored, "evicted": house.evicted}
+    assert not drafts or house.copied > 100
     assert min(seen.values()) > 10, f"all of it has happened often: {seen}"
