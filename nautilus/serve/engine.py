@@ -259,13 +259,13 @@ class Engine:
     def advance(self, requests: list[Request]) -> list[tuple[Request, Piece]]:
         """A token for each. Where that fails they are put off: what is in their memory then is of no use. States that
         are rounded as they rest would not be the same when they are read again, so with these they end."""
-        berths, begin = [request.berth for request in requests if request.berth], time.perf_counter()
+        berths, begin = [request.berth for request in requests if request.berth], time.monotonic()
         try:
             logits_BV = self.forward.step(berths, [request.tokens[-1] for request in requests])
         except Exception as bad:
             return self.put_apart(requests, bad)
         if self.speculation:
-            self.speculation.steps.add(len(requests), time.perf_counter() - begin)
+            self.speculation.steps.add(len(requests), time.monotonic() - begin)
         return self.accept(requests, logits_BV)
 
     def put_apart(self, requests: list[Request], bad: Exception) -> list[tuple[Request, Piece]]:
@@ -293,12 +293,12 @@ class Engine:
         """Every token is drawn as it would have been without a draft; as long as it is that of the draft, the logits of
         the next one are there already."""
         assert self.speculation and request.berth
-        berth, tried, begin = request.berth, 1 + len(draft), time.perf_counter()
+        berth, tried, begin = request.berth, 1 + len(draft), time.monotonic()
         try:
             logits_TV = self.forward.attempt(berth, [request.tokens[-1], *draft])
         except Exception as bad:
             return self.put_apart([request], bad)
-        self.speculation.costs.add(tried, time.perf_counter() - begin)
+        self.speculation.costs.add(tried, time.monotonic() - begin)
         found, count = [], 0
         for count, logits in enumerate(looked_at(logits_TV), 1):
             found += self.take(request, logits)

@@ -17,7 +17,7 @@ class House:
     """An engine with its folder, the requests that are under way, and what was asked before."""
 
     def __init__(self, seed, folder, drafts):
-        self.drafts = drafts
+        self.drafts, self.sizes = drafts, [1, 12, 40, 110] if drafts else [1, 4, 12, 40]  # with them all is over sooner
         self.draw, self.folder, self.model = random.Random(seed), folder, hybrid(seed)
         self.live, self.mixed, self.known = [], set(), [[]]
         self.seen = dict.fromkeys(("ended", "cancelled", "failed", "found"), 0)
@@ -44,7 +44,7 @@ class House:
         prompt = [*before[:kept], *words(draw, draw.randint(1, 30))][-200:]
         marks = sorted(draw.sample(range(1, len(prompt) + 1), min(len(prompt), draw.randint(0, 2))))
         sampling = Sampling(
-            seed=draw.randrange(3), temperature=draw.choice([0.0, 1.0]), max_tokens=draw.choice([1, 4, 12, 40])
+            seed=draw.randrange(3), temperature=draw.choice([0.0, 1.0]), max_tokens=draw.choice(self.sizes)
         )
         fields = {"tenant": draw.choice(["", "a"]), "marks": tuple(marks), "priority": draw.randint(0, 1)}
         self.live.append(self.engine.request(prompt, sampling, warm=draw.random() < 0.05, **fields))
