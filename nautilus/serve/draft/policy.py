@@ -7,8 +7,8 @@ Expected is
     A(L) = sum_{i <= L} p_i q^i
 
 p_i is the share of the places that go on so (`suffix.py`), q how often tokens after matches of about this length have
-come true in this request and before it. One request's drafts are copied from its own tokens, and from those of answers
-before it of the same tenant.
+come true in this request; the fewer there were, the nearer it is to PRIOR. A request's drafts are copied from its own
+tokens, and from answers before it of the same tenant.
 """
 
 from __future__ import annotations
