@@ -113,9 +113,10 @@ class Speculation:
         return draft.tokens[:length]
 
     def step_seconds(self, rows: int) -> float | None:
-        """What it costs to have this request in a plain step of so many; None where that is not known."""
+        """What it costs to have this request in a plain step of so many; None where that is not known. Timings of other
+        moments may say that a row more takes no time: then no draft can pay."""
         whole, others = self.steps.of(rows), self.steps.of(rows - 1) if rows > 1 else 0.0
-        return None if whole is None or others is None else whole - others
+        return None if whole is None or others is None or whole <= others else whole - others
 
     def best(self, request: Request, known: Known, most: int) -> Draft | None:
         own = known.copies

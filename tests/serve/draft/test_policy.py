@@ -173,6 +173,17 @@ def test_a_request_without_use_for_drafts_is_looked_at_as_often_as_it_costs_litt
     assert least <= len(looked) <= most and 1000 // (PATIENCE + 1) == 15
 
 
+@pytest.mark.parametrize("two", [0.5, 1.0])
+def test_where_a_row_more_seems_to_take_no_time_nothing_is_tried(two):
+    speculation = Speculation(most=8)
+    make_cheap(speculation)
+    speculation.best = lambda *_: draft_of([1] * 8)
+    request = engine_of(MODELS["MM"]).request([1, 2, 3], Sampling())
+    assert len(speculation.propose(request, 2, 32)) == 8
+    speculation.steps.seconds[2] = two
+    assert speculation.propose(request, 2, 32) == ()
+
+
 def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
     costs, calls = Costs(), []
     costs.measure([1, 3], calls.append)
