@@ -301,7 +301,7 @@ class Engine:
         self.speculation.costs.add(tried, time.monotonic() - begin)
         found, count = [], 0
         for count, logits in enumerate(looked_at(logits_TV), 1):
-            found += self.take(request, logits)
+            found += self.take(request, logits, draft[count - 1] if count < tried else None)
             if request.finished or count == tried or request.tokens[-1] != draft[count - 1]:
                 break
         if request.berth:
@@ -331,10 +331,11 @@ class Engine:
             self.settle(request)
         return found
 
-    def take(self, request: Request, logits: Logits) -> list[tuple[Request, Piece]]:
+    def take(self, request: Request, logits: Logits, foretold: int | None = None) -> list[tuple[Request, Piece]]:
         """The next token; a request whose logits or rules allow none ends with the error, alone."""
         try:
-            piece = request.take(*draw_one(logits, request.sampling, len(request.tokens), request.rules))
+            drawn = draw_one(logits, request.sampling, len(request.tokens), request.rules)
+            piece = request.take(*drawn, source="cache" if drawn.token == foretold else "plain")
         except UserError as bad:
             request.error = bad
             piece = self.end(request, "error")

@@ -22,7 +22,8 @@ class Piece:
     finish_reason is None until the last piece: "stop" (a stop token, a stop string, or a rule that allows nothing
     more), "length", "cancelled" or "error". `top` has the most probable tokens and their log-probs, where asked for.
     A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text. `prompt`
-    has the log-probs of the prompt's tokens, on the first piece of an answer to which they were asked for.
+    has the log-probs of the prompt's tokens, on the first piece of an answer to which they were asked for. `source`:
+    "plain", or which kind of draft had foretold the token, as `nautilus.serve.draft.policy.SOURCES` names them.
     """
 
     text: str
@@ -32,6 +33,7 @@ class Piece:
     top: tuple[tuple[int, float], ...] = ()
     stop: str | None = None
     prompt: tuple[Drawn, ...] = ()
+    source: str = "plain"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +95,9 @@ class Request:
         """More than one token is unread, or the last one of a prompt is."""
         return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
 
-    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = ()) -> Piece:
+    def take(
+        self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), source: str = "plain"
+    ) -> Piece:
         """Add a token; what it means for the text and for the end of the request."""
         self.tokens.append(token)
         for rule in self.rules:
@@ -107,7 +111,8 @@ class Request:
             text += self.stops.add(self.written.close()) + self.stops.finish()
         reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
         stop = self.stops.hit
-        return self.add(Piece(text=text, token=token, logprob=logprob, finish_reason=reason, top=top, stop=stop))
+        told = {"finish_reason": reason, "top": top, "stop": stop, "source": source}
+        return self.add(Piece(text=text, token=token, logprob=logprob, **told))
 
     def end(self, reason: str) -> Piece:
         """Without a further token; what was held back is written, but not after an error, which may be of the text."""

@@ -28,6 +28,7 @@ LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts
 GAIN = 1.03  # more than a plain step by so much, or it is not tried
 LOSS = 0.01  # of the time of plain steps that may be lost with looking for what is not there
 PATIENCE = 64  # tokens after which a request that had no use for drafts is looked at again at the latest
+SOURCES = ("plain", "cache", "mtp", "eagle", "grammar")  # of tokens
 TENANTS, SHARED = 32, 1 << 15  # whose answers are known, the latest tokens of each: at most 18 MB
 PRIOR, TRUST = (
     (0.5, 0.7, 0.85, 0.9, 0.95),
