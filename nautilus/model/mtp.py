@@ -10,13 +10,17 @@ One block serves every depth (arXiv 2512.20856, 2604.12374).
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from nautilus.config import Config, Layer
 from nautilus.model.linear import Linear
 from nautilus.model.norm import RmsNorm
 from nautilus.model.state import Span
+from nautilus.ops.norm import joined_norms
+from nautilus.ops.pages import Pool
+from nautilus.ops.residual import add
 
 
 class MtpBlock(nn.Module):
@@ -29,11 +33,14 @@ class MtpBlock(nn.Module):
             for i, layer in enumerate(config.mtp)
         )
 
-    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span) -> Tensor:
-        """One depth: h' from h and the embedding of the token ahead."""
+    def forward(
+        self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, memory: Sequence[Pool | None] = ()
+    ) -> Tensor:
+        """One depth: h' from h and the embedding of the token ahead. memory: of each layer, where the call has Lanes,
+        in which keys and values go on from those of earlier calls."""
         f = hidden_BTD
-        for layer in self.layers:
-            f = layer(f, ahead_BTD, span)
+        for index, layer in enumerate(self.layers):
+            f = layer(f, ahead_BTD, span, memory[index] if memory else None)
         return f
 
 
@@ -53,9 +60,9 @@ class MtpLayer(nn.Module):
         self.mixer = build_mixer(layer, config, **place)
         self.final_layernorm = RmsNorm(width, eps, **place) if closes else None
 
-    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, past: Pool | None = None) -> Tensor:
         f = hidden_BTD
         if self.eh_proj is not None and self.enorm is not None and self.hnorm is not None:
-            f = self.eh_proj(torch.cat([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], dim=-1))
-        f = f + self.mixer(self.norm(f), span, None)[0]
+            f = self.eh_proj(joined_norms(ahead_BTD, self.enorm.weight, f, self.hnorm.weight, self.hnorm.eps))
+        f = add(f, self.mixer(self.norm(f), span, past)[0])
         return f if self.final_layernorm is None else self.final_layernorm(f)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nautilus.ops.cpu.norm import rms_norm_native, rms_norm_refuses
+from nautilus.ops.cpu.norm import joined_norms_native, joined_norms_refuse, rms_norm_native, rms_norm_refuses
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.ssd import wide
 from nautilus.ops.tiles import tiles
@@ -49,6 +49,15 @@ class RmsNorm(torch.autograd.Function):
         dunit = dy * weight_D
         dot = torch.linalg.vecdot(dunit, unit).unsqueeze_(-1).div_(-unit.shape[-1])
         return dunit.addcmul_(unit, dot).mul_(scale).to(hidden.dtype), dweight, None
+
+
+def joined_norms(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor, eps: float) -> Tensor:
+    """[rms_norm(a) ; rms_norm(b)] over the last axis, of two tensors of one shape."""
+    return choose("joined_norms", JOINED_IMPLS, a, weight_a, b, weight_b, eps)(a, weight_a, b, weight_b, eps)
+
+
+def joined_norms_torch(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor, eps: float) -> Tensor:
+    return torch.cat([rms_norm(a, weight_a, eps), rms_norm(b, weight_b, eps)], dim=-1)
 
 
 def gated_group_norm(y: Tensor, z: Tensor, weight_D: Tensor, groups: int, eps: float) -> Tensor:
@@ -105,5 +114,10 @@ RMS_NORM_IMPLS = (
     Impl("native", rms_norm_native, rms_norm_refuses),
     Impl("torch", rms_norm_fused),
     Impl("reference", rms_norm_reference),
+)
+JOINED_IMPLS = (
+    Impl("native", joined_norms_native, joined_norms_refuse),
+    Impl("torch", joined_norms_torch),
+    Impl("reference", joined_norms_torch),
 )
 GATED_NORM_IMPLS = (Impl("torch", gated_group_norm_fused), Impl("reference", gated_group_norm_reference))

@@ -177,10 +177,10 @@ struct QuantExperts {
 
 // RMSNorm of rows: y = x / sqrt(mean(x^2) + eps) weight, in float32, rounded once.
 struct NormForward {
-  int64_t rows, width, bf16;
+  int64_t rows, width, pitch, bf16;
   const void* x;        // (rows, width)
   const float* weight;  // (width)
-  void* y;
+  void* y;              // its rows begin `pitch` numbers apart
   float* scale;         // (rows), 1 / root mean square; may be null
   float eps;
 };

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 log = logging.getLogger("nautilus.ops")
-INTERFACE = 21
+INTERFACE = 22
 HARD = 2  # omp_pause_hard of OpenMP 5.0
 UNDECIDED = "tokens of an earlier tentative call wait; before the next call say how many of them stay, 0 or more"
 FILE = Path(__file__).with_name("libnautilus.so")

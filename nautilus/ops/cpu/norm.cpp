@@ -14,7 +14,7 @@ template <class T>
 void forward(const NormForward& f, int64_t block) {
   for (int64_t row = block * NORM_ROWS; row < last_row(f, block, NORM_ROWS); row++) {
     const T* x = static_cast<const T*>(f.x) + row * f.width;
-    T* y = static_cast<T*>(f.y) + row * f.width;
+    T* y = static_cast<T*>(f.y) + row * f.pitch;
     F square = set(0.0f);
     for (int64_t i = 0; i < f.width; i += W) {
       F v = load(x + i, f.width - i);

@@ -17,7 +17,7 @@ BLOCK = 128  # NORM_BLOCK of kernels.h
 
 class Forward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "width", "bf16")),
+        *((name, ctypes.c_int64) for name in ("rows", "width", "pitch", "bf16")),
         *((name, ctypes.c_void_p) for name in ("x", "weight", "y", "scale")),
         ("eps", ctypes.c_float),
     ]
@@ -96,14 +96,33 @@ def prepared(hidden: Tensor, weight_D: Tensor) -> tuple[Tensor, Tensor]:
 
 def record(x: Tensor, weight_D: Tensor, y: Tensor | None, scale: Tensor | None, eps: float) -> Forward:
     width = len(weight_D)
-    return Forward(x.numel() // width, width, x.dtype == torch.bfloat16, *map(pointer, (x, weight_D, y, scale)), eps)
+    sizes = x.numel() // width, width, width if y is None else y.stride(-2) if y.dim() > 1 else width
+    return Forward(*sizes, x.dtype == torch.bfloat16, *map(pointer, (x, weight_D, y, scale)), eps)
 
 
-def run(x: Tensor, weight_D: Tensor, eps: float, *, keep: bool) -> tuple[Tensor, Tensor | None]:
-    y = torch.empty_like(x)
+def run(
+    x: Tensor, weight_D: Tensor, eps: float, *, keep: bool, out: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    y = torch.empty_like(x) if out is None else out
     scale = weight_D.new_empty(x.numel() // len(weight_D)) if keep else None
     call("nautilus_norm_forward", record(x, weight_D, y, scale, eps))
     return y, scale
+
+
+def joined_norms_native(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor, eps: float) -> Tensor:
+    width = a.shape[-1]
+    y = a.new_empty(*a.shape[:-1], 2 * width)
+    run(*prepared(a, weight_a), eps, keep=False, out=y[..., :width])
+    run(*prepared(b, weight_b), eps, keep=False, out=y[..., width:])
+    return y
+
+
+def joined_norms_refuse(a: Tensor, weight_a: Tensor, b: Tensor, weight_b: Tensor, eps: float) -> str | None:
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (a, weight_a, b, weight_b)):
+        return "a gradient is asked for"
+    if a.shape != b.shape or a.dtype != b.dtype or a.dim() < 2:
+        return "the two differ in shape or type, or are single rows"
+    return rms_norm_refuses(a, weight_a, eps) or rms_norm_refuses(b, weight_b, eps)
 
 
 class Native(torch.autograd.Function):

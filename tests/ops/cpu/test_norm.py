@@ -1,8 +1,16 @@
 import pytest
 import torch
 
-from nautilus.ops.cpu.norm import BLOCK, add_native, embed_native, rms_norm_native, rms_norm_refuses
-from nautilus.ops.norm import rms_norm_reference
+from nautilus.ops.cpu.norm import (
+    BLOCK,
+    add_native,
+    embed_native,
+    joined_norms_native,
+    joined_norms_refuse,
+    rms_norm_native,
+    rms_norm_refuses,
+)
+from nautilus.ops.norm import joined_norms, rms_norm_reference
 
 EPS = 1e-5
 
@@ -35,6 +43,15 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows,width", [(1, 3), (3, 17), (BLOCK, 33)])
+def test_two_norms_stand_beside_each_other(level, rows, width, dtype):
+    one, two = inputs(rows, width, dtype), {name: t.flip(-1) for name, t in inputs(rows, width, dtype).items()}
+    joined = joined_norms_native(*one.values(), *two.values(), EPS)
+    assert torch.equal(joined, torch.cat([rms_norm_native(*one.values(), EPS), rms_norm_native(*two.values(), EPS)], -1))
+    assert torch.equal(joined_norms(*one.values(), *two.values(), EPS), joined)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_sums_and_embeddings_are_those_of_torch(level, dtype):
     draw = torch.Generator().manual_seed(0)
     a, b = (torch.randn(3, 7013, generator=draw).to(dtype) for _ in range(2))
@@ -53,3 +70,6 @@ def test_what_native_refuses(built):
     assert "float64" in rms_norm_refuses(x.double(), weight, EPS)
     assert "meta" in rms_norm_refuses(x, weight.to("meta"), EPS)
     assert "12" in rms_norm_refuses(x, torch.ones(12), EPS)
+    assert joined_norms_refuse(x, weight, x, weight, EPS) is None
+    assert "differ" in joined_norms_refuse(x, weight, x[:2], weight, EPS)
+    assert "gradient" in joined_norms_refuse(x, weight.clone().requires_grad_(), x, weight, EPS)
