@@ -6,19 +6,30 @@ What a step of so many requests does is recorded the first time and replayed fro
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from nautilus.model.language import Language
-from nautilus.ops.cpu.tape import CannotRecord, Tape, record
+from nautilus.model.lanes import Lanes
+from nautilus.model.language import Language, Tap
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.serve.memory import Berth, Berths, accept, plain, point, write
+from nautilus.serve.recorded import Recorded
 
-log = logging.getLogger("nautilus.serve")
+
+class Watcher(Protocol):
+    """Wants to see what the model makes of every token that stays: what left the layers `taps`, or, where it names
+    none, the final hidden states."""
+
+    taps: tuple[int, ...]
+
+    def see(self, berth: Berth, seen_ND: Tensor) -> None: ...
+
+    def read(self, berth: Berth, tokens_1N: Tensor, seen_ND: Tensor) -> None:
+        """The same of a part of a prompt, at once after the call, within `computing`."""
 
 
 class Forward:
@@ -26,8 +37,10 @@ class Forward:
 
     def __init__(self, model: Language, berths: Berths):
         self.model, self.berths = model, berths
+        self.watcher: Watcher | None = None
         self.packs: Packs = {}
         self.steps: dict[tuple[int, int], Step] = {}
+        self.seen: list[Tensor] = []  # by the watcher, of the latest step
 
     def forget(self) -> None:
         """What was packed and recorded of the weights."""
@@ -59,7 +72,9 @@ class Forward:
         part_BT = torch.tensor([tokens], device=self.berths.device)
         with self.computing():
             point(berth.awake, [berth], len(tokens))
-            hidden_BTD, _ = self.model.hidden(part_BT, state=berth.awake)
+            hidden_BTD, seen = self.hidden(part_BT, berth.awake)
+            if self.watcher is not None:
+                self.watcher.read(berth, part_BT, side_by_side(seen))
             at, berth.length = berth.length, berth.length + len(tokens)
             if watch is not None:
                 for part_BTD in hidden_BTD.split(rows_for(ELEMENTS, self.model.config.vocab), dim=1):
@@ -71,12 +86,31 @@ class Forward:
             berth.awake = None
             return self.model.head(hidden_BTD[:, -1:])[:, 0]
 
+    def hidden(self, tokens_BT: Tensor, lanes: Lanes) -> tuple[Tensor, list[Tensor]]:
+        """The final hidden states, and what the watcher wants to see, of all tokens in a row: (N, D) for each tap."""
+        seen: list[Tensor] = []
+        layers = self.watcher.taps if self.watcher is not None else ()
+        tap: Tap = lambda layer, x_BTD: seen.append(x_BTD) if layer in layers else None  # noqa: E731
+        hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes, taps=[tap] if layers else ())
+        return hidden_BTD, [x_BTD.flatten(0, 1) for x_BTD in seen or [hidden_BTD]]
+
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
         logits_BV = self.run(berths, tokens, 1)
+        self.told(berths, [1] * len(berths), [1] * len(berths))
         for berth in berths:
             berth.length += 1
         return logits_BV
+
+    def told(self, berths: Sequence[Berth], tried: Sequence[int], counts: Sequence[int]) -> None:
+        """The watcher sees what came of the first so many of the tokens that were tried in each berth."""
+        if self.watcher is None:
+            return
+        at, seen_ND = 0, side_by_side(self.seen)
+        for berth, size, count in zip(berths, tried, counts, strict=True):
+            if count:
+                self.watcher.see(berth, seen_ND[at : at + count])
+            at += size
 
     def attempt(self, berth: Berth, tokens: Sequence[int]) -> Tensor:
         """The logits (T, V) after each of these tokens; `accept` then says how many of them stay."""
@@ -84,6 +118,7 @@ class Forward:
 
     def accept(self, berth: Berth, tried: int, count: int) -> None:
         accept(self.steps[1, tried].lanes, [berth], [count])
+        self.told([berth], [tried], [count])
 
     def run(self, berths: list[Berth], tokens: Sequence, time: int) -> Tensor:
         sizes = len(berths), time
@@ -91,15 +126,12 @@ class Forward:
             self.steps[sizes] = Step(self, *sizes)
         step = self.steps[sizes]
         step.point(berths, tokens)
-        return step.run()
+        logits_BV, self.seen = step.recorded.run()
+        return logits_BV
 
 
 class Step:
-    """So many more tokens for so many rows; where there are several, not all need stay. The first run computes, the
-    second is recorded, later ones are replays.
-
-    A replay has just read all weights, so nothing of Python is in the cache any more and every object it touches waits
-    for memory: what runs at every step is as little as can be."""
+    """So many more tokens for so many rows; where there are several, not all need stay."""
 
     def __init__(self, forward: Forward, rows: int, time: int):
         self.forward, self.time = forward, time
@@ -109,9 +141,9 @@ class Step:
         self.tokens_BT = torch.zeros(rows, time, dtype=torch.int64, device=forward.berths.device)
         tokens_BT = self.tokens_BT if time > 1 else self.tokens_BT[:, 0]
         self.tokens, self.lengths = plain(tokens_BT), plain(self.lanes.rows.length)
-        self.tape: Tape | None = None
-        self.may_record = self.tokens_BT.device.type == "cpu"
-        self.warm = False
+        rows_in = self.lanes.rows
+        inputs = [self.tokens_BT, self.lanes.slot_B, rows_in.begin, rows_in.length, rows_in.table_BL]
+        self.recorded = Recorded(self.compute, inputs)
 
     def point(self, berths: list[Berth], tokens: Sequence) -> None:
         """Only what changed is written."""
@@ -126,24 +158,12 @@ class Step:
                 write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
                 self.pages[row] = len(berth.pages)
 
-    def run(self) -> Tensor:
-        if self.tape is not None:
-            return self.tape.replay()
-        if not (self.warm and self.may_record):
-            self.warm = True
-            return self.compute()
-        rows = self.lanes.rows
-        try:
-            inputs = [self.tokens_BT, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
-            self.tape = record(self.compute, inputs)
-            return self.tape.result
-        except CannotRecord as reason:
-            log.info("steps are not replayed, because %s", reason)
-            self.may_record = False
-            return self.compute()
-
     @torch.inference_mode()
-    def compute(self) -> Tensor:
+    def compute(self) -> tuple[Tensor, list[Tensor]]:
         with self.forward.computing():
-            hidden_BTD, _ = self.forward.model.hidden(self.tokens_BT, state=self.lanes)
-            return self.forward.model.head(hidden_BTD).flatten(0, 1)
+            hidden_BTD, seen = self.forward.hidden(self.tokens_BT, self.lanes)
+            return self.forward.model.head(hidden_BTD).flatten(0, 1), seen
+
+
+def side_by_side(seen: list[Tensor]) -> Tensor:
+    return seen[0] if len(seen) == 1 else torch.cat(seen, -1)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from nautilus.config import Layer
 from nautilus.config.keys import short
 from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory
 from nautilus.model.language import Language
@@ -28,24 +29,26 @@ SHARE = 0.25  # of the machine's memory that keys and values may take
 @dataclass(kw_only=True, eq=False)
 class Berth:
     """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt.
-    mixed: the weights have changed since it was taken."""
+    mixed: the weights have changed since it was taken. behind: what was seen of its latest tokens that a drafter has not
+    read yet."""
 
     slot: int
     pages: list[int]
     length: int = 0
     awake: Lanes | None = None
     mixed: bool = False
+    behind: list[Tensor] = field(default_factory=list)
 
 
 class Berths:
     """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each, at most `window` of a call that
-    may be taken back."""
+    may be taken back. beside: layers of a drafter, whose keys and values stand behind those of the model."""
 
     def __init__(
         self, model: Language, *, rows: int, max_tokens: int, cache: str = "", cache_bytes: float | None = None,
-        state: StateFormat = EXACT, window: int = 0,
+        state: StateFormat = EXACT, window: int = 0, beside: Sequence[Layer] = (),
     ):  # fmt: skip
-        config, device = model.config, model.head_weight.device
+        config, device = replace(model.config, layers=(*model.config.layers, *beside)), model.head_weight.device
         pages = pages_for(max_tokens)
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
         most = SHARE * memory_bytes() if cache_bytes is None else cache_bytes

@@ -64,7 +64,7 @@ def test_a_layer_that_breaks_once_ends_at_most_the_request_that_was_read(monkeyp
     def refuse(*_):
         raise CannotRecord("every step is to go through the layers")
 
-    monkeypatch.setattr("nautilus.serve.forward.record", refuse)
+    monkeypatch.setattr("nautilus.serve.recorded.record", refuse)
     engine = engine_of(MODEL)
     requests = some_requests(engine, 7, seed=call)
     failures = fail_at(monkeypatch, MODEL.backbone.layers[layer], "remembering", lambda count, _: count == call)
