@@ -42,6 +42,9 @@ class ThinkingBudget(Rule):
     def forced(self) -> int | None:
         return self.end_ids[self.begun()] if self.closing and not self.closed else None
 
+    def coming(self) -> Sequence[int]:
+        return self.end_ids[self.begun() :] if self.closing and not self.closed else ()
+
     def begun(self) -> int:
         """How many of end_ids the answer ends with; less than all while the block is open."""
         sizes = range(min(len(self.recent), len(self.end_ids)), 0, -1)

@@ -136,6 +136,10 @@ class Grammar:
             return self.words.eos
         return int(allowed_V.argmax()) if count == 1 else None
 
+    def coming(self) -> Sequence[int]:
+        """What the grammar leaves no choice of, in the tokens that the tokenizer would write it in."""
+        return () if self.free or self.newlines else self.matcher.compute_ff_tokens()
+
     def change(self, logits_V: Tensor) -> Tensor:
         """-inf for what may not come. UserError if other rules have left nothing that may."""
         if self.free:

@@ -34,6 +34,10 @@ class Rule(Protocol):
         """The token that must come next, if only one may; it is not drawn."""
         return None
 
+    def coming(self) -> Sequence[int]:
+        """Tokens that are all but certain to come next, in their order, as far as this rule knows: for drafts."""
+        return ()
+
     def change(self, logits_V: Tensor) -> Tensor:
         """Logits (float64) in, the changed ones out, -inf where a token may not come; never in place."""
         return logits_V
