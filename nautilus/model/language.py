@@ -152,8 +152,9 @@ class Language(nn.Module):
 
     @overload
     def hidden(
-        self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: Lanes
-    ) -> tuple[Tensor, Lanes]: ...
+        self, tokens_BT: Tensor | None = None, *, embeds_BTD: Tensor | None = None, state: Lanes,
+        taps: Sequence[Tap] = (),
+    ) -> tuple[Tensor, Lanes]: ...  # fmt: skip
 
     @overload
     def hidden(

@@ -33,9 +33,7 @@ class MtpBlock(nn.Module):
             for i, layer in enumerate(config.mtp)
         )
 
-    def forward(
-        self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, memory: Sequence[Pool | None] = ()
-    ) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, memory: Sequence[Pool | None] = ()) -> Tensor:
         """One depth: h' from h and the embedding of the token ahead. memory: of each layer, where the call has Lanes,
         in which keys and values go on from those of earlier calls."""
         f = hidden_BTD

@@ -43,7 +43,7 @@ class Settings:
     saved_gb: float = setting(2.0, "10^9 bytes for the states of known prefixes, which are not read again; 0: none")
     saved_folder: Path | None = setting(None, "folder where they outlast the server")
     saved_folder_gb: float = setting(16.0, "most 10^9 bytes of files there")
-    drafts: int = setting(0, "most tokens tried at once of what known text goes on with, where that is faster; 0: none")
+    drafts: int = setting(0, "most tokens tried at once of what may come next, where that is faster; 0: none")
     replicas: int = setting(1, "processes that answer, each with such an engine of its own; several run on Ray Serve")
     kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
     kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")

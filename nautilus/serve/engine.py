@@ -19,9 +19,10 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.draft.policy import Speculation
+from nautilus.serve.draft.chain import MtpHead
+from nautilus.serve.draft.policy import PLAIN, Proposal, speculating
 from nautilus.serve.forward import Forward
-from nautilus.serve.limits import checked_limits, engine_failed
+from nautilus.serve.limits import checked_limits, checked_weights, engine_failed
 from nautilus.serve.memory import Berths
 from nautilus.serve.prefixes import Prefixes
 from nautilus.serve.prompt import Prompt, new_request, prompt_tokens
@@ -57,8 +58,9 @@ class Engine:
     state: how recurrent states are stored between tokens: "fp32", exact, or a narrower format by its name in
         `nautilus.ops.state_format`, such as "fp16_sr". A state is rounded after the prompt, then after every token.
     state_seed: of the random bits of formats that round stochastically, such as that one; 0 by default.
-    drafts: most tokens that are copied from the request and from earlier answers to the same tenant, and tried in one
-        pass where that is faster than token by token; 0, none, by default. Takes states in fp32.
+    drafts: most tokens that are tried at once, where that is faster than token by token; 0, none, by default. They are
+        copied from the request and from earlier answers to the same tenant, foretold by the model's own block for
+        multi-token prediction, or by a grammar. Takes states in fp32, and seconds to measure what passes cost.
     step_seconds: how long prompts are read before those that are answered get their next token; for ever by default,
         which is fastest in all.
     saved_gb: memory for the states of known prefixes, in 10^9 bytes, which are then not read again; none by default.
@@ -81,13 +83,14 @@ class Engine:
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
         most = None if cache_gb is None else cache_gb * 1e9
+        head = MtpHead(model) if drafts and model.config.mtp else None
         self.berths = Berths(
             model, rows=rows, max_tokens=self.max_tokens, cache=cache, cache_bytes=most, state=stored,
-            window=1 + drafts if drafts else 0,
+            window=1 + drafts if drafts else 0, beside=head.layers if head else (),
         )  # fmt: skip
         self.forward = Forward(model, self.berths)
         self.scheduler = Scheduler(self.berths, chunk=chunk, step_seconds=step_seconds, grow=stored.lossless)
-        self.speculation = Speculation(drafts) if drafts else None
+        self.speculation = speculating(self.forward, drafts, head) if drafts else None
         self.prefixes = Prefixes(self.berths, self.scheduler, model, saved_gb, saved_folder, saved_folder_gb)
 
     # ----- answers ----------------------------------------------------------------------------------------------------
@@ -153,8 +156,6 @@ class Engine:
     def submit(self, request: Request) -> None:
         if self.scheduler.idle and any(parameter.requires_grad for parameter in self.model.parameters()):
             self.forget()  # the weights may have changed since the last request, but do not during one
-        if self.speculation and self.scheduler.idle:
-            self.speculation.measure(self.forward)
         self.scheduler.add(request)
 
     @torch.no_grad()
@@ -162,13 +163,7 @@ class Engine:
         """Other values for weights, by their names in the model's state_dict, between two steps: reinforcement learning
         does so. UserError, before anything is changed, for a name or a shape that the model does not have."""
         own = self.model.state_dict()
-        for name, tensor in weights.items():
-            if name not in own or own[name].shape != tensor.shape:
-                has = f"has them of {tuple(own[name].shape)}" if name in own else f"names none so of its {len(own)}"
-                raise UserError(
-                    f"new weights {name} of shape {tuple(tensor.shape)} were given; the model {has}; give those of its"
-                    " state_dict, where matrices in few bits are not"
-                )
+        checked_weights(own, weights)
         for name, tensor in weights.items():
             own[name].copy_(tensor)
         self.forget()
@@ -180,6 +175,8 @@ class Engine:
             if request.berth:
                 request.berth.mixed = True
         self.forward.forget()
+        if self.speculation:
+            self.speculation.forget()
         self.prefixes.clear()
 
     def cancel(self, request: Request) -> None:
@@ -201,9 +198,6 @@ class Engine:
                 found += self.fail(request, bad)
         self.make_room()
         running = self.scheduler.running()
-        if self.speculation:
-            rows = len(running)
-            running = [request for request in running if not self.speculate(request, rows, found)]
         alone = [[request] for request in running if request.apart]
         for group in ([request for request in running if not request.apart], *alone):
             found += self.advance(group) if group else []
@@ -257,16 +251,52 @@ class Engine:
             self.speculation.finish(request)
 
     def advance(self, requests: list[Request]) -> list[tuple[Request, Piece]]:
-        """A token for each. Where that fails they are put off: what is in their memory then is of no use. States that
-        are rounded as they rest would not be the same when they are read again, so with these they end."""
+        """A token for each, and those of its draft that come true. Where that fails they are put off: what is in their
+        memory then is of no use. States that are rounded as they rest would not be the same when they are read again,
+        so with these they end."""
+        proposals = self.speculation.propose(requests) if self.speculation else {}
         berths, begin = [request.berth for request in requests if request.berth], time.monotonic()
         try:
-            logits_BV = self.forward.step(berths, [request.tokens[-1] for request in requests])
+            if proposals:
+                tried = [[one.tokens[-1], *proposals.get(one, PLAIN).tokens] for one in requests]
+                logits_NV = self.forward.attempt(berths, tried)
+            else:
+                logits_NV = self.forward.step(berths, [request.tokens[-1] for request in requests])
         except Exception as bad:
             return self.put_apart(requests, bad)
         if self.speculation:
-            self.speculation.steps.add(len(requests), time.monotonic() - begin)
-        return self.accept(requests, logits_BV)
+            self.speculation.costs.add(len(logits_NV), time.monotonic() - begin)
+        return self.verify(requests, proposals, logits_NV) if proposals else self.accept(requests, logits_NV)
+
+    def verify(
+        self, requests: list[Request], proposals: Mapping[Request, Proposal], logits_NV: Tensor
+    ) -> list[tuple[Request, Piece]]:
+        """Every token is drawn as it would have been without a draft; as long as it is that of the draft, the logits of
+        the next one are there already."""
+        assert self.speculation
+        rows, found = iter(looked_at(logits_NV)), dict[Request, list[tuple[Request, Piece]]]()
+        berths = [request.berth for request in requests if request.berth]
+        for request in requests:
+            proposal = proposals.get(request, PLAIN)
+            mine = [(next(rows), foretold) for foretold in (*proposal.tokens, None)]
+            found[request] = self.take_along(request, mine, proposal.source)
+            if proposal.tokens:
+                self.speculation.learn(request, proposal, sum(piece.source != "plain" for _, piece in found[request]))
+        self.forward.accept(berths, [len(pieces) for pieces in found.values()])
+        for request in requests:
+            self.settle(request)
+        return [told for pieces in found.values() for told in pieces]
+
+    def take_along(
+        self, request: Request, rows: list[tuple[Logits, int | None]], source: str
+    ) -> list[tuple[Request, Piece]]:
+        """Tokens up to the first that is not the foretold one."""
+        found: list[tuple[Request, Piece]] = []
+        for logits, foretold in rows:
+            found += self.take(request, logits, foretold, source)
+            if request.finished or request.tokens[-1] != foretold:
+                break
+        return found
 
     def put_apart(self, requests: list[Request], bad: Exception) -> list[tuple[Request, Piece]]:
         if requests[0].apart or not self.scheduler.grow:
@@ -276,40 +306,6 @@ class Engine:
             request.apart = True
             self.scheduler.put_off(request)
         return []
-
-    def speculate(self, request: Request, rows: int, found: list[tuple[Request, Piece]]) -> bool:
-        """Whether a draft was tried for it, for which there is room; what came of it is found. None is for a request
-        that failed before."""
-        assert self.speculation and request.berth
-        if request.apart:
-            return False
-        draft = self.speculation.propose(request, rows, request.limit - len(request.tokens) - 1)
-        if not draft or not self.berths.grow(request.berth, len(request.tokens) + len(draft)):
-            return False
-        found += self.verify(request, draft)
-        return True
-
-    def verify(self, request: Request, draft: tuple[int, ...]) -> list[tuple[Request, Piece]]:
-        """Every token is drawn as it would have been without a draft; as long as it is that of the draft, the logits of
-        the next one are there already."""
-        assert self.speculation and request.berth
-        berth, tried, begin = request.berth, 1 + len(draft), time.monotonic()
-        try:
-            logits_TV = self.forward.attempt(berth, [request.tokens[-1], *draft])
-        except Exception as bad:
-            return self.put_apart([request], bad)
-        self.speculation.costs.add(tried, time.monotonic() - begin)
-        found, count = [], 0
-        for count, logits in enumerate(looked_at(logits_TV), 1):
-            found += self.take(request, logits, draft[count - 1] if count < tried else None)
-            if request.finished or count == tried or request.tokens[-1] != draft[count - 1]:
-                break
-        if request.berth:
-            self.forward.accept(berth, tried, count)
-            wrong = count == tried or request.tokens[-1] != draft[count - 1]
-            self.speculation.learn(request, len(draft), count - wrong)
-        self.settle(request)
-        return found
 
     def fail(self, request: Request, bad: Exception) -> list[tuple[Request, Piece]]:
         log.error("the engine failed at a request", exc_info=bad)
@@ -331,11 +327,13 @@ class Engine:
             self.settle(request)
         return found
 
-    def take(self, request: Request, logits: Logits, foretold: int | None = None) -> list[tuple[Request, Piece]]:
+    def take(
+        self, request: Request, logits: Logits, foretold: int | None = None, source: str = "plain"
+    ) -> list[tuple[Request, Piece]]:
         """The next token; a request whose logits or rules allow none ends with the error, alone."""
         try:
             drawn = draw_one(logits, request.sampling, len(request.tokens), request.rules)
-            piece = request.take(*drawn, source="cache" if drawn.token == foretold else "plain")
+            piece = request.take(*drawn, source=source if drawn.token == foretold else "plain")
         except UserError as bad:
             request.error = bad
             piece = self.end(request, "error")
@@ -347,6 +345,8 @@ class Engine:
     def settle(self, request: Request) -> None:
         """A request that has got its last token leaves, and what it has read is kept."""
         if request.finished and request.berth:  # what led to an error is not to be gone on from, and has left
+            if self.speculation:
+                self.speculation.leave(request)
             if request.scores is None:  # nor would another that is scored go on from it
                 self.prefixes.keep(request)
             self.leave(request)

@@ -16,6 +16,7 @@ import json
 import math
 import threading
 import weakref
+from collections.abc import Sequence
 from typing import Any, Self, TypedDict
 
 import numpy as np

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from torch import Tensor
+
 from nautilus.model.language import Language
 from nautilus.ops.cpu.mamba import CHUNK
 from nautilus.runtime import UserError
@@ -16,6 +18,17 @@ def engine_failed(bad: Exception) -> RuntimeError:
     error = RuntimeError("the engine failed at this request; its log has the details")
     error.__cause__ = bad
     return error
+
+
+def checked_weights(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """UserError for other names or shapes than a model's own."""
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            has = f"has them of {tuple(own[name].shape)}" if name in own else f"names none so of its {len(own)}"
+            raise UserError(
+                f"new weights {name} of shape {tuple(tensor.shape)} were given; the model {has}; give those of its"
+                " state_dict, where matrices in few bits are not"
+            )
 
 
 def checked_limits(

@@ -29,8 +29,8 @@ SHARE = 0.25  # of the machine's memory that keys and values may take
 @dataclass(kw_only=True, eq=False)
 class Berth:
     """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt.
-    mixed: the weights have changed since it was taken. behind: what was seen of its latest tokens that a drafter has not
-    read yet."""
+    mixed: the weights have changed since it was taken. behind: what was seen of its latest tokens that a
+    drafter has not read yet."""
 
     slot: int
     pages: list[int]

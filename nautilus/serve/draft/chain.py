@@ -28,6 +28,7 @@ from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
 from nautilus.ops.peak import peak
+from nautilus.serve.draft.costs import Costs
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berth, write
 from nautilus.serve.recorded import Recorded
@@ -106,6 +107,19 @@ class Chain:
         """What was recorded of the weights."""
         self.calls.clear()
         self.tops.clear()
+
+    @torch.inference_mode()
+    def measure(self, costs: Costs, berth: Berth, most: int) -> None:
+        """Of drafts of one to so many tokens, from the beginning of a text."""
+        like_RD = torch.zeros(1, self.forward.model.config.width, dtype=self.forward.model.compute)
+
+        def run(size: int) -> None:
+            hidden_RD = like_RD.to(self.berths.device)
+            for at in range(size):
+                hidden_RD = self.call([berth], [1], [1 + at], [0], hidden_RD)
+                self.top(hidden_RD)
+
+        costs.measure(range(1, most + 1), run)
 
     def see(self, berth: Berth, seen_ND: Tensor) -> None:
         """What the model made of the next tokens of a berth."""

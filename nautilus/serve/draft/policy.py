@@ -1,39 +1,44 @@
-"""How many tokens of a draft are tried, so that more tokens come in a second: never more than that pays.
+"""Drafts for the requests of an engine: where they come from, how many tokens are tried, what became of them.
 
-A pass over 1 + L tokens costs C(1 + L), on a sparse model far more than C(1), and gives 1 + A tokens, A of the draft
-that come true. Tried are those L that make (1 + A) / C(1 + L) largest, if that is more than a plain step gives.
-Expected is
+| source | drafts |
+|---|---|
+| cache | copied from the request itself and from answers before it of the same tenant (`copies.py`) |
+| mtp, eagle | of a small block beside the model (`chain.py`) |
+| grammar | what a rule of the request leaves no choice of |
 
-    A(L) = sum_{i <= L} p_i q^i
-
-p_i is the share of the places that go on so (`suffix.py`), q how often tokens after matches of about this length have
-come true in this request; the fewer there were, the nearer it is to PRIOR. A request's drafts are copied from its own
-tokens, and from answers before it of the same tenant.
+What is tried is what gives most tokens in a second, by the costs measured here and by how much of a draft will come
+true (`choice.py`). Requests that run together have one pass, and share its tokens out. No draft changes what is
+answered: every token is drawn as it would have been without. Where nothing pays, the search for drafts pauses for so
+long that it takes a hundredth of the time, and so does a request that has lost by them.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
-from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from nautilus.serve.draft.chain import Chain, Foretold, Head
+from nautilus.serve.draft.choice import Offer, choose, share_out
+from nautilus.serve.draft.copies import Copied, Copies
 from nautilus.serve.draft.costs import Costs
-from nautilus.serve.draft.suffix import MATCH, Draft, SuffixCache
+from nautilus.serve.draft.history import Depths, History
+from nautilus.serve.draft.trust import Belief, MatchTrust
 from nautilus.serve.forward import Forward
 from nautilus.serve.request import Request
 
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts
-GAIN = 1.03  # more than a plain step by so much, or it is not tried
+log = logging.getLogger("nautilus.serve")
+SOURCES = ("plain", "cache", "mtp", "eagle", "grammar")  # of tokens
+SIZES = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33)  # tokens of passes that are measured
 LOSS = 0.01  # of the time of plain steps that may be lost with looking for what is not there
 PATIENCE = 64  # tokens after which a request that had no use for drafts is looked at again at the latest
-SOURCES = ("plain", "cache", "mtp", "eagle", "grammar")  # of tokens
-TENANTS, SHARED = 32, 1 << 15  # whose answers are known, the latest tokens of each: at most 18 MB
-PRIOR, TRUST = (
-    (0.5, 0.7, 0.85, 0.9, 0.95),
-    8.0,
-)  # of matches of 3, 6, 12 .. tokens, and after how many tokens it is half
+CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
+DEEPEST = 8  # tokens of a chain at most
+FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
+PROBE = 256  # tokens after which a block that has not been asked for so long drafts one
 
 
 @dataclass
@@ -45,127 +50,261 @@ class Counts:
     accepted: int = 0
 
 
-@dataclass
-class Known:
-    """Of one request: its tokens as text to copy from, what came true after matches of each class, when to look."""
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """Tokens to try. copied, foretold: where they come from; whole: tokens that the draft had before it was cut."""
 
-    copies: SuffixCache = field(default_factory=SuffixCache)
-    tried: list[float] = field(default_factory=lambda: [0.0] * len(PRIOR))
-    true: list[float] = field(default_factory=lambda: [0.0] * len(PRIOR))
+    source: str
+    tokens: tuple[int, ...]
+    whole: int
+    copied: Copied | None = None
+    foretold: Foretold | None = None
+
+
+PLAIN = Proposal(source="plain", tokens=(), whole=0)
+
+
+@dataclass(kw_only=True)
+class Candidate:
+    """What a source offers for the next tokens of a request; tokens are not there yet where a block drafts them."""
+
+    source: str
+    survival: Sequence[float]
+    tokens: tuple[int, ...] = ()
+    copied: Copied | None = None
+
+    def offer(self, drafting: Costs) -> Offer:
+        if self.tokens:
+            return Offer(arm=self.source, survival=self.survival)
+        return Offer(arm=self.source, survival=self.survival, lengths=range(1, DEEPEST + 1), seconds=drafting.of)
+
+
+@dataclass(kw_only=True)
+class Known:
+    """Of one request: what became of its drafts, and when to look for one again. at: its tokens at the cycle before;
+    asked: those when a block last drafted; gained, spent: seconds of plain steps that its cycles took the place of, and
+    their own, as of late."""
+
+    depths: Depths
+    at: int
+    asked: int
+    history: History = field(default_factory=History)
+    trust: MatchTrust = field(default_factory=MatchTrust)
+    arm: str = "plain"
     pause: int = 0
     wait: int = 0
+    cycles: int = 0
+    gained: float = 0.0
+    spent: float = 0.0
+
+
+def speculating(forward: Forward, most: int, head: Head | None) -> Speculation:
+    """Ready for the first request: the costs are measured."""
+    chain = forward.watcher = None if head is None else Chain(forward, head)
+    made = Speculation(forward, most, chain)
+    made.measure()
+    return made
 
 
 class Speculation:
-    """For one engine. `costs` are those of passes over 1 + L tokens of one request, `steps` those of plain steps by
-    their number of requests."""
+    """For one engine. costs: of passes by their tokens, plain steps included; drafting: of a block by its tokens."""
 
-    def __init__(self, most: int):
-        self.most = most
-        self.costs, self.steps, self.counts = Costs(), Costs(), Counts()
+    def __init__(self, forward: Forward, most: int, chain: Chain | None = None):
+        self.forward, self.most, self.chain = forward, most, chain
+        self.costs, self.drafting = Costs(), Costs()
+        self.copies, self.depths, self.belief = Copies(), Depths(DEEPEST), Belief()
+        self.counts = {source: Counts() for source in SOURCES[1:]}
         self.known: dict[Request, Known] = {}
-        self.shared: OrderedDict[str, SuffixCache] = OrderedDict()
-        self.asked: dict[Request, Draft] = {}
+        self.began, self.alone = 0.0, False  # when the cycle under way did, and whether it is of one request
 
-    def measure(self, forward: Forward) -> None:
-        """Once, before the first request: what passes cost, over random tokens at the beginning of a text."""
-        sizes = [1, *(1 + length for length in LENGTHS if length <= self.most)]
-        berth = None if self.costs.seconds else forward.berths.take(sizes[-1])
-        if berth is None:
-            return
-        draw, vocab = random.Random(0), forward.model.config.vocab
+    # ----- what to try ------------------------------------------------------------------------------------------------
 
-        def run(size: int) -> None:
-            tokens = [draw.randrange(vocab) for _ in range(size)]
-            if size == 1:
-                forward.step([berth], tokens)
-            else:
-                forward.attempt(berth, tokens)
-                forward.accept(berth, size, 0)
-            berth.length = 0
+    def propose(self, requests: Sequence[Request]) -> dict[Request, Proposal]:
+        """What to try in the next pass over these requests, which have room for it; none for those that go plainly."""
+        step = self.costs.of(len(requests))
+        if not step:
+            return {}
+        self.began, self.alone = time.perf_counter(), len(requests) == 1
+        found = {request: offers for request in requests if (offers := [*self.candidates(request)])}
+        chosen = self.choose(requests, found, step) if found else {}
+        proposals = {request: made for request, made in self.made(chosen, step).items() if made.tokens}
+        looked = (time.perf_counter() - self.began) / max(1, len(found))
+        for request in found:
+            if request not in proposals:
+                self.rest(self.known[request], looked, step)
+        return proposals
 
-        try:
-            self.costs.measure(sizes, run)
-        finally:
-            forward.berths.give_back(berth)
-        self.steps.add(1, self.costs.seconds[1])
+    def rest(self, known: Known, looked: float, step: float) -> None:
+        """A look that found nothing to try took so long: the next one is later the longer that was."""
+        known.pause = min(2 * known.pause + 1, PATIENCE, math.ceil(looked / (LOSS * step)))
+        known.wait, known.arm = known.pause, "plain"
 
-    def propose(self, request: Request, rows: int, room: int) -> tuple[int, ...]:
-        """What to try for a request among `rows` that get a token; at most `room` tokens. () for a plain step."""
-        known = self.known.get(request)
-        if known is None:
-            known = self.known[request] = Known()
+    def candidates(self, request: Request) -> Iterator[Candidate]:
+        """What could be tried for a request. Nothing for one that failed before, or that waits."""
+        room, known = min(self.most, request.limit - len(request.tokens) - 1), self.of(request)
         if known.wait > 0:
             known.wait -= 1
-            return ()
-        saved = self.step_seconds(rows)
-        if saved is None or room < 1:
-            return ()
-        begin = time.perf_counter()
-        draft = self.best(request, known, min(room, self.most))
-        length = self.length(known, draft, saved) if draft else 0
-        if not length:
-            looked = time.perf_counter() - begin
-            known.pause = min(2 * known.pause + 1, PATIENCE, math.ceil(looked / (LOSS * saved)))
-            known.wait = known.pause
-            return ()
-        assert draft is not None
-        self.asked[request] = draft
-        return draft.tokens[:length]
+            return
+        if room < 1 or request.apart:
+            return
+        if certain := next((tuple(run) for rule in reversed(request.rules) if (run := rule.coming())), ())[:room]:
+            survival = [CERTAIN ** (at + 1) for at in range(len(certain))]
+            yield Candidate(source="grammar", survival=survival, tokens=certain)
+            return
+        if copied := self.copies.draft(request, request.tenant, request.tokens, room):
+            survival = known.trust.survival(copied.draft)
+            yield Candidate(source="cache", survival=survival, tokens=copied.draft.tokens, copied=copied)
+        if self.chain is not None:
+            survival = known.depths.survival()[:room]
+            if len(request.tokens) - known.asked >= PROBE:
+                survival = [1.0]
+            yield Candidate(source=self.chain.head.source, survival=survival)
 
-    def step_seconds(self, rows: int) -> float | None:
-        """What it costs to have this request in a plain step of so many; None where that is not known. Timings of other
-        moments may say that a row more takes no time: then no draft can pay."""
-        whole, others = self.steps.of(rows), self.steps.of(rows - 1) if rows > 1 else 0.0
-        return None if whole is None or others is None or whole <= others else whole - others
+    def of(self, request: Request) -> Known:
+        known = self.known.get(request)
+        if known is None:
+            at = len(request.tokens)
+            known = self.known[request] = Known(depths=Depths(DEEPEST, self.depths), at=at, asked=at)
+        return known
 
-    def best(self, request: Request, known: Known, most: int) -> Draft | None:
-        own = known.copies
-        own.extend(request.tokens[len(own.tokens) :])
-        drafts = [own.draft(own.tokens, most)]
-        if request.tenant in self.shared:
-            drafts.append(self.shared[request.tenant].draft(request.tokens[-MATCH:], most))
-        return max((draft for draft in drafts if draft), key=lambda draft: draft.score, default=None)
+    def choose(
+        self, requests: Sequence[Request], found: dict[Request, list[Candidate]], step: float
+    ) -> dict[Request, tuple[Candidate, int]]:
+        """How many tokens of which candidate."""
+        if len(requests) == 1:
+            (request, candidates), *_ = found.items()
+            offers = [one.offer(self.drafting) for one in candidates]
+            choice = choose(offers, self.costs.of, before=self.known[request].arm)
+            taken = next((one for one in candidates if one.source == choice.arm), None)
+            return {request: (taken, choice.tokens)} if taken else {}
+        best = {request: self.worthiest(candidates, len(requests), step) for request, candidates in found.items()}
+        survivals = [one.survival if (one := best.get(request)) else () for request in requests]
+        shares = share_out(survivals, self.costs.of)
+        pairs = zip(requests, shares.tokens, strict=True)
+        return {request: (one, size) for request, size in pairs if size and (one := best.get(request))}
 
-    def length(self, known: Known, draft: Draft, saved: float) -> int:
-        """How many tokens of it pay most; 0 for none."""
-        rate, expected, best, length = self.truth(known, draft.match), 0.0, GAIN / saved, 0
-        for at, prob in enumerate(draft.probs, 1):
-            expected += prob * rate**at
-            if at in LENGTHS and (seconds := self.costs.of(1 + at)) and (1 + expected) / seconds > best:
-                best, length = (1 + expected) / seconds, at
-        return length
+    def worthiest(self, candidates: Sequence[Candidate], rows: int, step: float) -> Candidate | None:
+        """By tokens that are expected, less those that could be had in the time that drafting takes."""
 
-    def truth(self, known: Known, match: int) -> float:
-        """How often one more token comes true after such a match."""
-        kind = kind_of(match)
-        return (known.true[kind] + TRUST * PRIOR[kind]) / (known.tried[kind] + TRUST)
+        def worth(one: Candidate) -> float:
+            size = min(len(one.survival), DEEPEST)
+            drafting = 0.0 if one.tokens else self.drafting.of(size) or math.inf
+            return sum(one.survival[:size]) - drafting / step
 
-    def learn(self, request: Request, tried: int, accepted: int) -> None:
+        return max((one for one in candidates if worth(one) > 0), key=worth, default=None)
+
+    def made(self, chosen: dict[Request, tuple[Candidate, int]], step: float) -> dict[Request, Proposal]:
+        """The drafts themselves; requests for whose tokens there are no pages go plainly."""
+        berths, found, asked = self.forward.berths, dict[Request, Proposal](), dict[Request, int]()
+        for request, (one, size) in chosen.items():
+            if not size or request.berth is None or not berths.grow(request.berth, len(request.tokens) + size):
+                continue
+            if one.tokens:
+                tokens = one.tokens[:size]
+                found[request] = Proposal(source=one.source, tokens=tokens, whole=len(one.tokens), copied=one.copied)
+            else:
+                asked[request] = size
+        return found | self.drafted(asked, step)
+
+    def drafted(self, asked: dict[Request, int], step: float) -> dict[Request, Proposal]:
+        """By the block. One that fails is not asked again: answers do not depend on it."""
+        if self.chain is None or not asked:
+            return {}
+        begin, rows = time.perf_counter(), len(asked)
+
+        def goes_on(request: Request, probs: Sequence[float]) -> bool:
+            """One more token is worth the time that it takes."""
+            size = rows + len(probs)
+            more, less = self.costs.of(size + 1), self.costs.of(size)
+            survival = self.belief.survival((*probs, sum(probs) / len(probs)))[-1]
+            return more is not None and less is not None and survival * step > more - less
+
+        try:
+            found = self.chain.draft(asked, goes_on)
+        except Exception as bad:
+            log.error("drafts of a block failed; there will be no more of them", exc_info=bad)
+            self.chain = self.forward.watcher = None
+            return {}
+        if rows == 1:
+            (size,) = (len(one.tokens) for one in found.values())
+            self.drafting.add(size, time.perf_counter() - begin)
+        for request in asked:
+            self.known[request].asked = len(request.tokens)
+        return {
+            request: Proposal(
+                source=self.chain.head.source, tokens=one.tokens, whole=len(one.tokens), foretold=one
+            )
+            for request, one in found.items()
+        }  # fmt: skip
+
+    # ----- what became of it ------------------------------------------------------------------------------------------
+
+    def learn(self, request: Request, proposal: Proposal, accepted: int) -> None:
         """So many of the tokens that were proposed came true."""
-        known, draft = self.known[request], self.asked.pop(request)
-        kind = kind_of(draft.match)
-        known.tried[kind] += min(accepted + 1, tried)  # what stands behind the first wrong one says nothing
-        known.true[kind] += accepted
-        known.pause = known.wait = 0
-        self.counts.drafts += 1
-        self.counts.drafted += tried
-        self.counts.accepted += accepted
+        known, tried = self.known.get(request), len(proposal.tokens)
+        if known is None:  # it has ended with an error
+            return
+        for _ in range(min(64, len(request.tokens) - known.at - accepted - 1)):
+            known.history.add("plain", 0, 0)
+        known.history.add(proposal.source, tried, accepted, trimmed=proposal.whole > tried)
+        known.at, known.arm, known.pause, known.wait = len(request.tokens), proposal.source, 0, 0
+        if proposal.copied is not None:
+            known.trust.add(proposal.copied.draft.match, tried, accepted)
+        if proposal.foretold is not None:
+            known.depths.add(tried, accepted)
+            self.belief.add(proposal.foretold.probs, accepted)
+        count = self.counts[proposal.source]
+        count.drafts, count.drafted, count.accepted = count.drafts + 1, count.drafted + tried, count.accepted + accepted
+        if self.alone:
+            self.settle(known, accepted + 1, time.perf_counter() - self.began)
+
+    def settle(self, known: Known, tokens: int, seconds: float) -> None:
+        """A request whose drafts have cost more than they brought goes plainly for a while."""
+        step = self.costs.of(1) or 0.0
+        known.cycles += 1
+        known.gained += FORGET * (tokens * step - known.gained)
+        known.spent += FORGET * (seconds - known.spent)
+        if known.cycles >= LEAST and known.gained < WORST * known.spent:
+            known.cycles, known.gained, known.spent, known.wait = 0, 0.0, 0.0, PATIENCE
 
     def finish(self, request: Request) -> None:
         """It has ended: what it says is known to those of the same tenant that come later."""
         self.known.pop(request, None)
-        self.asked.pop(request, None)
-        if len(request.tokens) == request.prompt:
+        self.copies.finish(request, request.tenant, request.tokens[request.prompt :])
+
+    def leave(self, request: Request) -> None:
+        """What a block keeps of a request is to end where the model's own does: others may go on from there."""
+        if self.chain is not None and request.berth is not None and request.berth.behind:
+            self.chain.catch_up([request], leaving=True)
+
+    def forget(self) -> None:
+        """The weights have changed."""
+        if self.chain is not None:
+            self.chain.forget()
+
+    # ----- before the first request -----------------------------------------------------------------------------------
+
+    def measure(self) -> None:
+        """What passes cost, over random tokens at the beginning of a text; of a block, also each more token of it."""
+        berths = self.forward.berths
+        sizes = [size for size in SIZES if size <= 1 + self.most]
+        berth = berths.take(sizes[-1] + DEEPEST)
+        if berth is None:
             return
-        shared = self.shared.setdefault(request.tenant, SuffixCache(most=SHARED))
-        self.shared.move_to_end(request.tenant)
-        if len(self.shared) > TENANTS:
-            self.shared.popitem(last=False)
-        shared.begin()
-        shared.extend(request.tokens[request.prompt :])
+        draw, vocab = random.Random(0), self.forward.model.config.vocab
 
+        def run(size: int) -> None:
+            tokens = [draw.randrange(vocab) for _ in range(size)]
+            if size == 1:
+                self.forward.step([berth], tokens)
+            else:
+                self.forward.attempt([berth], [tokens])
+                self.forward.accept([berth], [0])
+            berth.length, berth.behind = 0, []
 
-def kind_of(match: int) -> int:
-    """Matches of 3 to 5, 6 to 11, 12 to 23 tokens, and so on."""
-    return min(len(PRIOR) - 1, max(0, (match // 3).bit_length() - 1))
+        try:
+            self.costs.measure(sizes, run)
+            if self.chain is not None:
+                self.chain.measure(self.drafting, berth, min(self.most, DEEPEST))
+        finally:
+            berths.give_back(berth)

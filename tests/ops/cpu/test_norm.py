@@ -47,7 +47,9 @@ def test_a_row_has_the_same_bits_in_any_company(level, dtype):
 def test_two_norms_stand_beside_each_other(level, rows, width, dtype):
     one, two = inputs(rows, width, dtype), {name: t.flip(-1) for name, t in inputs(rows, width, dtype).items()}
     joined = joined_norms_native(*one.values(), *two.values(), EPS)
-    assert torch.equal(joined, torch.cat([rms_norm_native(*one.values(), EPS), rms_norm_native(*two.values(), EPS)], -1))
+    assert torch.equal(
+        joined, torch.cat([rms_norm_native(*one.values(), EPS), rms_norm_native(*two.values(), EPS)], -1)
+    )
     assert torch.equal(joined_norms(*one.values(), *two.values(), EPS), joined)
 
 
