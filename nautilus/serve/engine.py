@@ -295,7 +295,7 @@ class Engine:
         assert self.speculation and request.berth
         berth, tried, begin = request.berth, 1 + len(draft), time.monotonic()
         try:
-            logits_TV = self.forward.attempt(berth, [request.tokens[-1], *draft])
+            logits_TV = self.forward.attempt([berth], [[request.tokens[-1], *draft]])
         except Exception as bad:
             return self.put_apart([request], bad)
         self.speculation.costs.add(tried, time.monotonic() - begin)
@@ -305,7 +305,7 @@ class Engine:
             if request.finished or count == tried or request.tokens[-1] != draft[count - 1]:
                 break
         if request.berth:
-            self.forward.accept(berth, tried, count)
+            self.forward.accept([berth], [count])
             wrong = count == tried or request.tokens[-1] != draft[count - 1]
             self.speculation.learn(request, len(draft), count - wrong)
         self.settle(request)

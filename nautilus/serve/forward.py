@@ -6,7 +6,9 @@ What a step of so many requests does is recorded the first time and replayed fro
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -16,23 +18,30 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.tape import CannotRecord, Tape, record
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
-from nautilus.serve.memory import Berth, Berths, accept, plain, point, write
+from nautilus.serve.memory import Berth, Berths, accept, plain, point, share_out, write
 
 log = logging.getLogger("nautilus.serve")
+TRIED = 512  # tokens of all attempts that stay recorded: what is computed of each has its own memory
 
 
 class Forward:
-    """A model and the memory that its calls work on. V: vocabulary."""
+    """A model and the memory that its calls work on. B rows, N tokens of all of them, V vocabulary.
+
+    steps: plain ones by their number of rows. attempts: by rows and tokens, those of late; however the tokens are dealt
+    out to the rows, it is the same one. tried: that of which nobody has said yet what stays."""
 
     def __init__(self, model: Language, berths: Berths):
         self.model, self.berths = model, berths
         self.packs: Packs = {}
-        self.steps: dict[tuple[int, int], Step] = {}
+        self.steps: dict[int, Step] = {}
+        self.attempts: OrderedDict[tuple[int, int], Step] = OrderedDict()
+        self.tried: Step | None = None
 
     def forget(self) -> None:
         """What was packed and recorded of the weights."""
         self.packs.clear()
         self.steps.clear()
+        self.attempts.clear()
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -58,7 +67,7 @@ class Forward:
             berth.awake = self.berths.waking(berth)
         part_BT = torch.tensor([tokens], device=self.berths.device)
         with self.computing():
-            point(berth.awake, [berth], len(tokens))
+            point(berth.awake, [berth], [len(tokens)])
             hidden_BTD, _ = self.model.hidden(part_BT, state=berth.awake)
             at, berth.length = berth.length, berth.length + len(tokens)
             if watch is not None:
@@ -73,54 +82,75 @@ class Forward:
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
-        logits_BV = self.run(berths, tokens, 1)
+        rows = len(berths)
+        if rows not in self.steps:
+            self.steps[rows] = Step(self, rows, rows)
+        logits_BV = self.run(self.steps[rows], berths, tokens, [1] * rows)
         for berth in berths:
             berth.length += 1
         return logits_BV
 
-    def attempt(self, berth: Berth, tokens: Sequence[int]) -> Tensor:
-        """The logits (T, V) after each of these tokens; `accept` then says how many of them stay."""
-        return self.run([berth], [tokens], len(tokens))
+    def attempt(self, berths: list[Berth], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (N, V) after each of these tokens, of one or more in each berth, those of one berth after those of
+        another; `accept` then says how many stay. ValueError for more tokens of a berth than there is a window for."""
+        counts, self.tried = [len(some) for some in tokens], None
+        sizes = len(berths), sum(counts)
+        if sizes not in self.attempts:
+            while self.attempts and sum(known for _, known in self.attempts) + sizes[1] > TRIED:
+                self.attempts.popitem(last=False)
+            self.attempts[sizes] = Step(self, *sizes, tentative=True)
+        self.attempts.move_to_end(sizes)
+        step = self.attempts[sizes]
+        logits_NV = self.run(step, berths, [*itertools.chain.from_iterable(tokens)], counts)
+        self.tried = step
+        return logits_NV
 
-    def accept(self, berth: Berth, tried: int, count: int) -> None:
-        accept(self.steps[1, tried].lanes, [berth], [count])
+    def accept(self, berths: list[Berth], counts: Sequence[int]) -> None:
+        """Of what was tried in these berths so many tokens stay in each, from none to all. ValueError for other numbers,
+        and for other berths than those of the last attempt."""
+        if self.tried is None or self.tried.berths != berths:
+            raise ValueError(
+                f"tokens were accepted in {len(berths)} berths, but these were not tried last; after each attempt accept"
+                " once, in the same berths"
+            )
+        accept(self.tried.lanes, berths, counts)
+        self.tried = None
 
-    def run(self, berths: list[Berth], tokens: Sequence, time: int) -> Tensor:
-        sizes = len(berths), time
-        if sizes not in self.steps:
-            self.steps[sizes] = Step(self, *sizes)
-        step = self.steps[sizes]
-        step.point(berths, tokens)
+    def run(self, step: Step, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> Tensor:
+        step.point(berths, tokens, counts)
         return step.run()
 
 
 class Step:
-    """So many more tokens for so many rows; where there are several, not all need stay. The first run computes, the
-    second is recorded, later ones are replays.
+    """So many more tokens for so many rows, which may be `tentative`. The first run computes, the second is recorded,
+    later ones are replays.
 
     A replay has just read all weights, so nothing of Python is in the cache any more and every object it touches waits
     for memory: what runs at every step is as little as can be."""
 
-    def __init__(self, forward: Forward, rows: int, time: int):
-        self.forward, self.time = forward, time
-        self.lanes = forward.berths.lanes(rows, tentative=time > 1)
-        self.berths: list[Berth] = []  # that it was told of last, and of how many pages each
+    def __init__(self, forward: Forward, rows: int, tokens: int, *, tentative: bool = False):
+        self.forward = forward
+        self.lanes = forward.berths.lanes(rows, tentative=tentative)
+        self.berths: list[Berth] = []  # that it was told of last, of how many pages and new tokens each
         self.pages: list[int] = []
-        self.tokens_BT = torch.zeros(rows, time, dtype=torch.int64, device=forward.berths.device)
-        tokens_BT = self.tokens_BT if time > 1 else self.tokens_BT[:, 0]
-        self.tokens, self.lengths = plain(tokens_BT), plain(self.lanes.rows.length)
+        self.counts: list[int] = []
+        self.tokens_1N = torch.zeros(1, tokens, dtype=torch.int64, device=forward.berths.device)
+        self.tokens, self.lengths = plain(self.tokens_1N[0]), plain(self.lanes.rows.length)
         self.tape: Tape | None = None
-        self.may_record = self.tokens_BT.device.type == "cpu"
+        self.may_record = self.tokens_1N.device.type == "cpu"
         self.warm = False
 
-    def point(self, berths: list[Berth], tokens: Sequence) -> None:
+    def point(self, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> None:
         """Only what changed is written."""
         if berths != self.berths:
             write(self.lanes.slot_B, [berth.slot for berth in berths])
-            point(self.lanes, berths, self.time)
+            point(self.lanes, berths, counts)
             self.berths, self.pages = list(berths), [len(berth.pages) for berth in berths]
+        elif counts != self.counts:
+            share_out(self.lanes, counts)
+        self.counts = counts
         write(self.tokens, tokens)
-        write(self.lengths, [berth.length + self.time for berth in berths])
+        write(self.lengths, [berth.length + count for berth, count in zip(berths, counts, strict=True)])
         for row, berth in enumerate(berths):
             if len(berth.pages) != self.pages[row]:
                 write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
@@ -134,7 +164,7 @@ class Step:
             return self.compute()
         rows = self.lanes.rows
         try:
-            inputs = [self.tokens_BT, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
+            inputs = [self.tokens_1N, self.lanes.slot_B, rows.begin, rows.length, rows.table_BL]
             self.tape = record(self.compute, inputs)
             return self.tape.result
         except CannotRecord as reason:
@@ -145,5 +175,5 @@ class Step:
     @torch.inference_mode()
     def compute(self) -> Tensor:
         with self.forward.computing():
-            hidden_BTD, _ = self.forward.model.hidden(self.tokens_BT, state=self.lanes)
-            return self.forward.model.head(hidden_BTD).flatten(0, 1)
+            hidden_1ND, _ = self.forward.model.hidden(self.tokens_1N, state=self.lanes)
+            return self.forward.model.head(hidden_1ND)[0]

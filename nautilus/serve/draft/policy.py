@@ -80,8 +80,8 @@ class Speculation:
             if size == 1:
                 forward.step([berth], tokens)
             else:
-                forward.attempt(berth, tokens)
-                forward.accept(berth, size, 0)
+                forward.attempt([berth], [tokens])
+                forward.accept([berth], [0])
             berth.length = 0
 
         try:
