@@ -49,7 +49,7 @@ def fill(engine, berth, tokens: int, draw: torch.Generator) -> None:
     lanes = engine.berths.lanes(1)
     for berth.length in range(0, tokens, PIECE):
         count = min(PIECE, tokens - berth.length)
-        point(lanes, [berth], count)
+        point(lanes, [berth], [count])
         for pool in engine.berths.pools():
             k_NGP, v_NGP = torch.randn(2, count, pool.keys.shape[1], pool.width, generator=draw).bfloat16()
             write_pages(pool, lanes.rows, k_NGP, v_NGP)

@@ -90,19 +90,24 @@ def new_lanes(model, rows):
     return Lanes(layers=memory, slot_B=torch.arange(rows).flip(0).int(), rows=where)
 
 
-def point(lanes, begin, end):
-    lanes.rows.begin.copy_(torch.arange(len(lanes.rows.begin)) * (end - begin))
-    lanes.rows.length.fill_(end)
+def point(lanes, spans):
+    """Row by row, from which of its tokens to which one."""
+    lanes.rows.begin.copy_(torch.tensor([0, *itertools.accumulate(end - begin for begin, end in spans)]))
+    lanes.rows.length.copy_(torch.tensor([end for _, end in spans]))
 
 
 @torch.no_grad()
-def in_lanes(model, tokens_BT, cuts):
-    """The same with memory that is changed where it lies."""
-    lanes, parts = new_lanes(model, len(tokens_BT)), []
-    for begin, end in spans(cuts):
-        point(lanes, begin, end)
-        parts.append(model.head(model.hidden(tokens_BT[:, begin:end], state=lanes)[0]))
-    return torch.cat(parts, 1)
+def in_lanes(model, tokens_BT, *cuts):
+    """The same with memory that is changed where it lies; each row has its own cuts, or all the same."""
+    lanes, parts = new_lanes(model, len(tokens_BT)), [[] for _ in tokens_BT]
+    each = [[*spans(some)] for some in (cuts if len(cuts) > 1 else cuts * len(tokens_BT))]
+    for now in itertools.zip_longest(*each, fillvalue=(TIME, TIME)):
+        point(lanes, now)
+        pieces = [row_T[begin:end] for row_T, (begin, end) in zip(tokens_BT, now, strict=True)]
+        logits_NV = model.head(model.hidden(torch.cat(pieces)[None], state=lanes)[0])[0]
+        for part, piece in zip(parts, logits_NV.split([len(piece) for piece in pieces]), strict=True):
+            part.append(piece)
+    return torch.stack([torch.cat(part) for part in parts])
 
 
 @settings(max_examples=10, **FIXTURES)
@@ -114,6 +119,7 @@ def test_any_cut_and_any_company_give_the_same_bits(level, model, cuts, seed, pa
     assert torch.equal(in_state(model, tokens_BT[1:2], cuts, alone)[0], whole[1])
     if not packed:
         assert torch.equal(in_lanes(model, tokens_BT[1:], cuts), whole[1:])
+        assert torch.equal(in_lanes(model, tokens_BT, cuts, {1, TIME - 1 - seed // 2}, ()), whole)
 
 
 def test_a_text_read_token_by_token_gives_the_same_bits(level, model):
@@ -136,18 +142,18 @@ def test_training_and_inference_give_the_same_bits(level, model):
 def test_a_step_of_all_kinds_of_layers_is_recorded_and_its_replay_gives_the_same_bits(level, model):
     """So nothing in it is computed by PyTorch."""
     tokens_BT, packs = tokens(2, rows=2), {}
-    whole, lanes, token_B1 = model.head(model.hidden(tokens_BT)[0]), new_lanes(model, 2), tokens_BT[:, :1].clone()
+    whole, lanes, token_1B = model.head(model.hidden(tokens_BT)[0]), new_lanes(model, 2), tokens_BT[:, :1].T.clone()
 
     def step():
         with packed_once(packs):
-            return model.head(model.hidden(token_B1, state=lanes)[0])[:, 0]
+            return model.head(model.hidden(token_1B, state=lanes)[0])[0]
 
     rows, tape = lanes.rows, None
     for t in range(TIME):
-        point(lanes, t, t + 1)
-        token_B1.copy_(tokens_BT[:, t : t + 1])
+        point(lanes, [(t, t + 1)] * 2)
+        token_1B.copy_(tokens_BT[:, t : t + 1].T)
         if t == 1:  # matrices are packed in the first step
-            tape = record(step, [token_B1, lanes.slot_B, rows.begin, rows.length, rows.table_BL])
+            tape = record(step, [token_1B, lanes.slot_B, rows.begin, rows.length, rows.table_BL])
         got = step() if tape is None else tape.result if t == 1 else tape.replay()
         assert torch.equal(got, whole[:, t])
 

@@ -134,7 +134,7 @@ class Ready:
 
     @property
     def step(self) -> Step:
-        return self.engine.forward.steps[len(self.berths), 1]
+        return self.engine.forward.steps[len(self.berths)]
 
     def turn(self) -> Turn:
         work, bandwidth = self.work, self.meter.bandwidth() if self.work.steps else None

@@ -1,5 +1,5 @@
-"""Many requests' memory in one place, changed where it lies. Letters: S slots, B rows of a call, L pages of a row, and
-those of `state.py`.
+"""Many requests' memory in one place, changed where it lies. Letters: S slots, B rows of a call, N new tokens of all of
+them, L pages of a row, and those of `state.py`.
 
 A `State` is handed back anew by every call and never changes. An engine instead has one pool of Mamba states and one of
 pages of keys and values for each layer, and tells with every call which slot and which pages belong to each row: Lanes,
@@ -55,10 +55,11 @@ Memory = tuple[
 class Lanes:
     """Row b of a call has its states in slot_B[b] (int32), its keys and values in the pages of `rows`.
 
-    All rows of a call have as many new tokens. Each row is one document.
+    A call takes the new tokens of all rows after one another, as one row (1, N); `rows.begin` says whose they are, and a
+    row may have any number of them. What comes of a row is what a call of that row alone gives. Each row is one document.
 
     A `tentative` call may be taken back in part: after it `accept` says how many of its tokens stay in each row, and
-    `rows.length` grows from call to call by as many. Its memory needs a window; see `new_memory`.
+    `rows.length` grows from call to call by as many. Its memory needs a window for each row's tokens; see `new_memory`.
     """
 
     layers: Memory
@@ -66,21 +67,21 @@ class Lanes:
     rows: Rows
     tentative: bool = False
 
-    def position_BT(self, time: int) -> Tensor:
-        """Where the new tokens stand."""
-        return positions(self.rows, time * len(self.slot_B)).unflatten(0, (-1, time))
+    def position_1N(self, tokens: int) -> Tensor:
+        """Where each of so many new tokens stands in its row."""
+        return positions(self.rows, tokens)[None]
 
     def accept(self, count_B: Tensor) -> None:
         """Of the tokens of the tentative call before, the first so many of each row stay; the others never were.
 
-        ValueError for more than there were, and where none wait. Keys and values need nothing but `rows.length`: those
+        ValueError for more than the row had, and where none wait. Keys and values need nothing but `rows.length`: those
         of the others are written over.
         """
         slot_B, count_B = self.slot_B.long(), count_B.to(self.slot_B)
         slots = [layer for layer in self.layers if isinstance(layer, MambaSlots)]
         pending = [layer.pending_S for layer in slots if layer.pending_S is not None]
-        waiting_B = -pending[0][slot_B] if pending else torch.zeros_like(count_B)
-        if slots and not ((waiting_B > 0) & (count_B >= 0) & (count_B <= waiting_B)).all():
+        waiting_B = -pending[0][slot_B] if pending else self.rows.begin.diff()
+        if not ((waiting_B > 0) & (count_B >= 0) & (count_B <= waiting_B)).all():
             raise ValueError(
                 f"{count_B.tolist()} tokens were accepted where {waiting_B.clamp_min(0).tolist()} wait; after each "
                 "tentative call accept once, 0 to that many of each row"

@@ -178,7 +178,7 @@ class Language(nn.Module):
         too; a change of number starts afresh. Left padding is a document of its own before the text's. Each tap is
         called as tap(layer index, residual_BTD) after each layer. A State passed in stays valid, whatever format it
         was stored in; `state_format` is how the recurrent part of the one handed back is stored, once, after the last
-        token. Lanes change in place, in the format that their memory has.
+        token. Lanes change in place, in the format that their memory has; they take all rows' tokens as one row.
         """
         x = self.entering(tokens_BT, embeds_BTD)
         span, remembered = place(state, document_BT, x.shape[0], x.shape[1], x.device), []

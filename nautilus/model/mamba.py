@@ -43,9 +43,10 @@ class MambaMixer(nn.Module):
         )
         groups, eps = self.layer.groups, self.eps
         if isinstance(state, MambaSlots):
-            assert span.lanes is not None
-            lanes = {"slot_B": span.lanes.slot_B, "tentative": span.lanes.tentative}
-            return self.out_proj(mamba_in_slots(*tensors, slots=state, groups=groups, eps=eps, **lanes)), state
+            lanes = span.lanes
+            assert lanes is not None
+            where = {"slots": state, "slot_B": lanes.slot_B, "begin": lanes.rows.begin, "tentative": lanes.tentative}
+            return self.out_proj(mamba_in_slots(*tensors, **where, groups=groups, eps=eps)), state
         before = {} if state is None else {"tail_BRC": state.tail_BRC, "state_BHPN": state.ssm_BHPN}
         out, tail, ssm = mamba(*tensors, groups=groups, eps=eps, **before, reach_BT=span.reach_BT)
         return self.out_proj(out), MambaState(tail, ssm)

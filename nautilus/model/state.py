@@ -41,7 +41,7 @@ class Span:
     def rotary_BT(self) -> Tensor:
         """Position inside the document; looked up once for all layers."""
         if self.lanes is not None:
-            return self.lanes.position_BT(len(self.position_T))
+            return self.lanes.position_1N(len(self.position_T))
         return self.position_T[None] if self.first_BT is None else self.position_T - self.first_BT
 
 
@@ -133,10 +133,10 @@ class State:
 def place(state: State | Lanes | None, document_BT: Tensor | None, batch: int, time: int, device) -> Span:
     """The Span of `time` new tokens. Neighbours with equal document numbers belong together, across calls too."""
     if isinstance(state, Lanes):
-        if document_BT is not None or state.slot_B.shape != (batch,):
+        if document_BT is not None or batch != 1:
             raise ValueError(
-                f"lanes of {len(state.slot_B)} rows were given for {batch} rows"
-                f"{' with document_BT' if document_BT is not None else ''}; each row has a lane and is one document"
+                f"lanes were given for tokens of shape {(batch, time)}{' with document_BT' * (document_BT is not None)}"
+                "; give the tokens of all rows after one another, as (1, N); each row is one document"
             )
         return Span(0, torch.arange(time, device=device), lanes=state)
     before = 0 if state is None else state.length

@@ -7,6 +7,8 @@ G groups, N state width, C channels of the convolution (I + 2 G N), W its taps, 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
@@ -58,21 +60,26 @@ def mamba(
 
 
 def mamba_in_slots(
-    *tensors: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative: bool = False
+    *tensors: Tensor, slots: MambaSlots, slot_B: Tensor, begin: Tensor, groups: int, eps: float, tentative: bool = False
 ) -> Tensor:
-    """out_BTI of `mamba` for rows whose tails and states lie in slots and are replaced there.
+    """out_1NI of `mamba` for rows whose tails and states lie in slots and are replaced there.
 
-    The tensors are the first seven of `mamba`; slot_B is int32: each row has a slot of its own. What an earlier call
-    left to fold is folded first. A tentative call then leaves tails and states as they are, and keeps what is needed to
-    go on from after any of its tokens; MambaSlots says how. ValueError where slots have no room for that; RuntimeError
-    where tokens of an earlier call wait for a verdict.
+    The tensors are the first seven of `mamba`, of the input all rows' tokens after one another: those of row b are
+    begin[b] .. begin[b + 1] - 1, however many. begin and slot_B are int32; each row has a slot of its own. What an
+    earlier call left to fold is folded first. A tentative call then leaves tails and states as they are, and keeps what
+    is needed to go on from after any of its tokens; MambaSlots says how. ValueError where slots have no room for that,
+    or rows do not share out the tokens; RuntimeError where tokens of an earlier call wait for a verdict.
     """
-    if tentative and tensors[0].shape[1] > slots.window:
+    ends, tokens = begin.tolist(), tensors[0].shape[1]
+    if ends[0] != 0 or ends[-1] != tokens or ends != sorted(ends):
+        raise ValueError(f"rows begin at {ends} in {tokens} tokens; let it rise from 0 to their number")
+    most = max(end - first for first, end in itertools.pairwise(ends))
+    if tentative and most > slots.window:
         raise ValueError(
-            f"a tentative call of {tensors[0].shape[1]} tokens was made on slots that can keep {slots.window}; draft "
-            "fewer, or make slots with a larger window"
+            f"a tentative call of {most} tokens was made on slots that can keep {slots.window}; draft fewer, or make "
+            "slots with a larger window"
         )
-    named = {"slots": slots, "slot_B": slot_B, "groups": groups, "eps": eps, "tentative": tentative}
+    named = {"slots": slots, "slot_B": slot_B, "begin": begin, "groups": groups, "eps": eps, "tentative": tentative}
     return choose("mamba_in_slots", SLOTS_IMPLS, *tensors, **named)(*tensors, **named)
 
 
@@ -82,13 +89,22 @@ def fold_in_slots(slots: MambaSlots, slot_B: Tensor) -> None:
 
 
 def mamba_taken_out(
-    *tensors: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative: bool = False
-) -> Tensor:
-    """Taken out of the slots, and put back; tentative tokens one by one, row after row."""
+    input_1NE: Tensor, *parameters: Tensor, slots: MambaSlots, slot_B: Tensor, begin: Tensor, groups: int, eps: float,
+    tentative: bool = False,
+) -> Tensor:  # fmt: skip
+    """Taken out of the slots, and put back: neighbours with as many tokens together, tentative tokens one by one."""
     fold_taken_out(slots, slot_B)
-    if tentative:
-        rows = [one_by_one(tensors, slots, row, slot, groups, eps) for row, slot in enumerate(slot_B.tolist())]
-        return torch.cat(rows)
+    run, ends, out = one_by_one if tentative else together, begin.tolist(), []
+    for count, same in itertools.groupby(range(len(slot_B)), lambda row: ends[row + 1] - ends[row]):
+        rows = [*same]
+        if count:
+            input_BTE = input_1NE[0, ends[rows[0]] : ends[rows[-1] + 1]].unflatten(0, (-1, count))
+            out_BTI = run(input_BTE, *parameters, slots=slots, slot_B=slot_B[rows], groups=groups, eps=eps)
+            out.append(out_BTI.flatten(0, 1))
+    return torch.cat(out)[None]
+
+
+def together(*tensors: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float) -> Tensor:
     old, tail_SRC, state_SHNP = slots.taps - 1, slots.tail_SRC, slots.ssm_SHNP
     before = {"tail_BRC": tail_SRC[slot_B, :old], "state_BHPN": state_SHNP[slot_B].mT}
     out, tail, state = mamba(*tensors, groups=groups, eps=eps, **before)
@@ -96,21 +112,24 @@ def mamba_taken_out(
     return out
 
 
-def one_by_one(tensors: tuple[Tensor, ...], slots: MambaSlots, row: int, slot: int, groups: int, eps: float) -> Tensor:
-    """out_1TI of a row's tokens, of which the slot keeps what a fold needs."""
+def one_by_one(
+    input_BTE: Tensor, *parameters: Tensor, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float
+) -> Tensor:
+    """Row after row. The slots keep of each token what a fold needs."""
     assert slots.kept_SMK is not None and slots.pending_S is not None
-    (input_BTE, *parameters), out, old = tensors, [], slots.taps - 1
-    tail_1RC, state_1HPN = slots.tail_SRC[slot, None, :old], slots.ssm_SHNP[slot, None].mT
-    for t in range(input_BTE.shape[1]):
-        token_11E = input_BTE[row : row + 1, t : t + 1]
-        slots.kept_SMK[slot, t] = kept_numbers(token_11E, *parameters, groups=groups, tail_BRC=tail_1RC)
-        y, tail_1RC, state_1HPN = mamba_composed(
-            token_11E, *parameters, groups=groups, eps=eps, tail_BRC=tail_1RC, state_BHPN=state_1HPN
-        )
-        slots.tail_SRC[slot, old + t] = tail_1RC[0, -1]
-        out.append(y)
-    slots.pending_S[slot] = -len(out)
-    return torch.cat(out, 1)
+    out, old = [], slots.taps - 1
+    for row_TE, slot in zip(input_BTE, slot_B.tolist(), strict=True):
+        tail_1RC, state_1HPN = slots.tail_SRC[slot, None, :old], slots.ssm_SHNP[slot, None].mT
+        for t, token_E in enumerate(row_TE):
+            token_11E = token_E[None, None]
+            slots.kept_SMK[slot, t] = kept_numbers(token_11E, *parameters, groups=groups, tail_BRC=tail_1RC)
+            y, tail_1RC, state_1HPN = mamba_composed(
+                token_11E, *parameters, groups=groups, eps=eps, tail_BRC=tail_1RC, state_BHPN=state_1HPN
+            )
+            slots.tail_SRC[slot, old + t] = tail_1RC[0, -1]
+            out.append(y[0, 0])
+        slots.pending_S[slot] = -len(row_TE)
+    return torch.stack(out).unflatten(0, input_BTE.shape[:2])
 
 
 def kept_numbers(token_11E, weight_CW, bias_C, dt_bias_H, a_H, skip_H, norm_I, *, groups: int, tail_BRC) -> Tensor:

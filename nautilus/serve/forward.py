@@ -6,6 +6,8 @@ What a step of so many requests does is recorded the first time and replayed fro
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -16,8 +18,10 @@ from nautilus.model.lanes import Lanes
 from nautilus.model.language import Language, Tap
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
-from nautilus.serve.memory import Berth, Berths, accept, plain, point, write
+from nautilus.serve.memory import Berth, Berths, accept, plain, point, share_out, write
 from nautilus.serve.recorded import Recorded
+
+TRIED = 512  # tokens of all attempts that stay recorded: what is computed of each has its own memory
 
 
 class Watcher(Protocol):
@@ -33,19 +37,24 @@ class Watcher(Protocol):
 
 
 class Forward:
-    """A model and the memory that its calls work on. V: vocabulary."""
+    """A model and the memory that its calls work on. B rows, N tokens of all of them, V vocabulary.
+
+    steps: plain ones by their number of rows. attempts: by rows and tokens, those of late; however the tokens are dealt
+    out to the rows, it is the same one. tried: that of which nobody has said yet what stays."""
 
     def __init__(self, model: Language, berths: Berths):
         self.model, self.berths = model, berths
         self.watcher: Watcher | None = None
         self.packs: Packs = {}
-        self.steps: dict[tuple[int, int], Step] = {}
-        self.seen: list[Tensor] = []  # by the watcher, of the latest step
+        self.steps: dict[int, Step] = {}
+        self.attempts: OrderedDict[tuple[int, int], Step] = OrderedDict()
+        self.tried: Step | None = None
 
     def forget(self) -> None:
         """What was packed and recorded of the weights."""
         self.packs.clear()
         self.steps.clear()
+        self.attempts.clear()
 
     @contextlib.contextmanager
     def computing(self) -> Iterator[None]:
@@ -71,7 +80,7 @@ class Forward:
             berth.awake = self.berths.waking(berth)
         part_BT = torch.tensor([tokens], device=self.berths.device)
         with self.computing():
-            point(berth.awake, [berth], len(tokens))
+            point(berth.awake, [berth], [len(tokens)])
             hidden_BTD, seen = self.hidden(part_BT, berth.awake)
             if self.watcher is not None:
                 self.watcher.read(berth, part_BT, side_by_side(seen))
@@ -96,63 +105,85 @@ class Forward:
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
-        logits_BV = self.run(berths, tokens, 1)
-        self.told(berths, [1] * len(berths), [1] * len(berths))
+        rows = len(berths)
+        if rows not in self.steps:
+            self.steps[rows] = Step(self, rows, rows)
+        step = self.steps[rows]
+        logits_BV = self.run(step, berths, tokens, [1] * rows)
+        self.tell(step, step.counts)
         for berth in berths:
             berth.length += 1
         return logits_BV
 
-    def told(self, berths: Sequence[Berth], tried: Sequence[int], counts: Sequence[int]) -> None:
-        """The watcher sees what came of the first so many of the tokens that were tried in each berth."""
+    def attempt(self, berths: list[Berth], tokens: Sequence[Sequence[int]]) -> Tensor:
+        """The logits (N, V) after each of these tokens, of one or more in each berth, those of one berth after those of
+        another; `accept` then says how many stay. ValueError for more tokens of a berth than there is a window for."""
+        counts, self.tried = [len(some) for some in tokens], None
+        sizes = len(berths), sum(counts)
+        if sizes not in self.attempts:
+            while self.attempts and sum(known for _, known in self.attempts) + sizes[1] > TRIED:
+                self.attempts.popitem(last=False)
+            self.attempts[sizes] = Step(self, *sizes, tentative=True)
+        self.attempts.move_to_end(sizes)
+        step = self.attempts[sizes]
+        logits_NV = self.run(step, berths, [*itertools.chain.from_iterable(tokens)], counts)
+        self.tried = step
+        return logits_NV
+
+    def accept(self, berths: list[Berth], counts: Sequence[int]) -> None:
+        """Of what was tried in these berths so many tokens stay in each, from none to all. ValueError for other numbers,
+        and for other berths than those of the last attempt."""
+        if self.tried is None or self.tried.berths != berths:
+            raise ValueError(
+                f"tokens were accepted in {len(berths)} berths, but these were not tried last; after each attempt accept"
+                " once, in the same berths"
+            )
+        accept(self.tried.lanes, berths, counts)
+        self.tell(self.tried, counts)
+        self.tried = None
+
+    def run(self, step: Step, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> Tensor:
+        step.point(berths, tokens, counts)
+        logits_NV, step.seen = step.recorded.run()
+        return logits_NV
+
+    def tell(self, step: Step, counts: Sequence[int]) -> None:
+        """The watcher sees what came of the first so many of each berth's tokens."""
         if self.watcher is None:
             return
-        at, seen_ND = 0, side_by_side(self.seen)
-        for berth, size, count in zip(berths, tried, counts, strict=True):
+        at, seen_ND = 0, side_by_side(step.seen)
+        for berth, size, count in zip(step.berths, step.counts, counts, strict=True):
             if count:
                 self.watcher.see(berth, seen_ND[at : at + count])
             at += size
 
-    def attempt(self, berth: Berth, tokens: Sequence[int]) -> Tensor:
-        """The logits (T, V) after each of these tokens; `accept` then says how many of them stay."""
-        return self.run([berth], [tokens], len(tokens))
-
-    def accept(self, berth: Berth, tried: int, count: int) -> None:
-        accept(self.steps[1, tried].lanes, [berth], [count])
-        self.told([berth], [tried], [count])
-
-    def run(self, berths: list[Berth], tokens: Sequence, time: int) -> Tensor:
-        sizes = len(berths), time
-        if sizes not in self.steps:
-            self.steps[sizes] = Step(self, *sizes)
-        step = self.steps[sizes]
-        step.point(berths, tokens)
-        logits_BV, self.seen = step.recorded.run()
-        return logits_BV
-
 
 class Step:
-    """So many more tokens for so many rows; where there are several, not all need stay."""
+    """So many more tokens for so many rows, which may be `tentative`. seen: by the watcher, of the latest run."""
 
-    def __init__(self, forward: Forward, rows: int, time: int):
-        self.forward, self.time = forward, time
-        self.lanes = forward.berths.lanes(rows, tentative=time > 1)
-        self.berths: list[Berth] = []  # that it was told of last, and of how many pages each
+    def __init__(self, forward: Forward, rows: int, tokens: int, *, tentative: bool = False):
+        self.forward = forward
+        self.lanes = forward.berths.lanes(rows, tentative=tentative)
+        self.berths: list[Berth] = []  # that it was told of last, of how many pages and new tokens each
         self.pages: list[int] = []
-        self.tokens_BT = torch.zeros(rows, time, dtype=torch.int64, device=forward.berths.device)
-        tokens_BT = self.tokens_BT if time > 1 else self.tokens_BT[:, 0]
-        self.tokens, self.lengths = plain(tokens_BT), plain(self.lanes.rows.length)
+        self.counts: list[int] = []
+        self.tokens_1N = torch.zeros(1, tokens, dtype=torch.int64, device=forward.berths.device)
+        self.tokens, self.lengths = plain(self.tokens_1N[0]), plain(self.lanes.rows.length)
         rows_in = self.lanes.rows
-        inputs = [self.tokens_BT, self.lanes.slot_B, rows_in.begin, rows_in.length, rows_in.table_BL]
-        self.recorded = Recorded(self.compute, inputs)
+        inputs = [self.tokens_1N, self.lanes.slot_B, rows_in.begin, rows_in.length, rows_in.table_BL]
+        self.recorded, self.seen = Recorded(self.compute, inputs), list[Tensor]()
 
-    def point(self, berths: list[Berth], tokens: Sequence) -> None:
+    def point(self, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> None:
         """Only what changed is written."""
         if berths != self.berths:
             write(self.lanes.slot_B, [berth.slot for berth in berths])
-            point(self.lanes, berths, self.time)
+            point(self.lanes, berths, counts)
             self.berths, self.pages = list(berths), [len(berth.pages) for berth in berths]
+        elif counts != self.counts:
+            share_out(self.lanes, counts)
+        self.counts = counts
         write(self.tokens, tokens)
-        write(self.lengths, [berth.length + self.time for berth in berths])
+        write(self.lengths, [berth.length + count for berth, count in zip(berths, counts, strict=True)])
         for row, berth in enumerate(berths):
             if len(berth.pages) != self.pages[row]:
                 write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
@@ -161,8 +192,8 @@ class Step:
     @torch.inference_mode()
     def compute(self) -> tuple[Tensor, list[Tensor]]:
         with self.forward.computing():
-            hidden_BTD, seen = self.forward.hidden(self.tokens_BT, self.lanes)
-            return self.forward.model.head(hidden_BTD).flatten(0, 1), seen
+            hidden_1ND, seen = self.forward.hidden(self.tokens_1N, self.lanes)
+            return self.forward.model.head(hidden_1ND)[0], seen
 
 
 def side_by_side(seen: list[Tensor]) -> Tensor:

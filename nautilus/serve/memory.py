@@ -7,6 +7,7 @@ the middle of a page gets a copy of that page.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -41,8 +42,8 @@ class Berth:
 
 
 class Berths:
-    """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each, at most `window` of a call that
-    may be taken back. beside: layers of a drafter, whose keys and values stand behind those of the model."""
+    """All berths of a model: at most `rows` requests, at most `max_tokens` tokens each, at most `window` of them in a
+    call that may be taken back. beside: layers of a drafter, whose keys and values stand behind those of the model."""
 
     def __init__(
         self, model: Language, *, rows: int, max_tokens: int, cache: str = "", cache_bytes: float | None = None,
@@ -192,12 +193,17 @@ def states(lanes: Lanes) -> list[Tensor]:
     return [part[slot] for layer in mambas for part in (layer.tail_SRC[:, : layer.taps - 1], layer.ssm_SHNP)]
 
 
-def point(lanes: Lanes, berths: Sequence[Berth], time: int) -> None:
-    """Let a call of `time` new tokens for each row work on these berths; which slots it uses has been said."""
-    write(lanes.rows.begin, range(0, time * len(berths) + 1, time))
-    write(lanes.rows.length, [berth.length + time for berth in berths])
+def point(lanes: Lanes, berths: Sequence[Berth], counts: Sequence[int]) -> None:
+    """Let a call of so many new tokens of each row work on these berths; which slots it uses has been said."""
+    share_out(lanes, counts)
+    write(lanes.rows.length, [berth.length + count for berth, count in zip(berths, counts, strict=True)])
     for row, berth in enumerate(berths):
         write(lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
+
+
+def share_out(lanes: Lanes, counts: Sequence[int]) -> None:
+    """The first so many new tokens of a call are the first row's, and so on."""
+    write(lanes.rows.begin, [*itertools.accumulate(counts, initial=0)])
 
 
 def plain(tensor: Tensor) -> Tensor | np.ndarray:

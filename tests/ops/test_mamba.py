@@ -1,5 +1,6 @@
 """The whole mixer, composed of ops: fast forms against references, and any cut of the tokens."""
 
+import itertools
 from functools import partial
 
 import pytest
@@ -80,13 +81,14 @@ def test_the_reference_keeps_tentative_tokens_and_folds_those_that_stay(dtype, m
     for cycle in range(9):
         input_BTE, *parameters = list(inputs(5, cycle).values())[:1] + list(inputs(5).values())[1:-2]
         input_BTE, parameters = input_BTE.to(dtype), [p.to(wide) for p in parameters]
-        out_BTI = mamba_in_slots(input_BTE, *parameters, **named, slot_B=slot_B, tentative=True)
+        begin, all_1NE = torch.tensor([0, 5, 10]).int(), input_BTE.flatten(0, 1)[None]
+        out_1NI = mamba_in_slots(all_1NE, *parameters, **named, slot_B=slot_B, begin=begin, tentative=True)
         slots.pending_S[slot_B] = torch.tensor([cycle % 6, (cycle + 3) % 6], dtype=torch.int32)
         for row, slot in enumerate(slot_B):
             for t in range(int(slots.pending_S[slot])):
-                one = {**SIZE, "slots": serial, "slot_B": slot[None]}
+                one = {**SIZE, "slots": serial, "slot_B": slot[None], "begin": torch.tensor([0, 1]).int()}
                 out = mamba_in_slots(input_BTE[row : row + 1, t : t + 1], *parameters, **one)
-                assert torch.equal(out[0, 0], out_BTI[row, t])
+                assert torch.equal(out[0, 0], out_1NI[0, 5 * row + t])
     fold_in_slots(slots, slot_B)
     assert torch.equal(slots.ssm_SHNP, serial.ssm_SHNP) and torch.equal(slots.tail_SRC[:, :3], serial.tail_SRC)
     assert serial.ssm_SHNP[slot_B].any() and not slots.pending_S.any()
@@ -95,6 +97,26 @@ def test_the_reference_keeps_tentative_tokens_and_folds_those_that_stay(dtype, m
 def test_more_tentative_tokens_than_slots_can_keep_are_an_error():
     sizes = {"heads": 4, "head_width": 3, "groups": 2, "state": 5, "taps": 4}
     slots = new_slots(2, **sizes, window=4, dtype=torch.float32, wide=torch.float32)
-    tensors = [t.float() for t in list(inputs(5).values())[:-2]]
+    tensors = [t[:1].float() if n == "input_BTE" else t.float() for n, t in inputs(7).items()][:-2]
+    where = {"slots": slots, "slot_B": torch.tensor([0, 1]).int(), "begin": torch.tensor([0, 2, 7]).int()}
     with pytest.raises(ValueError, match="5 tokens was made on slots that can keep 4"):
-        mamba_in_slots(*tensors, **SIZE, slots=slots, slot_B=torch.tensor([0, 1]).int(), tentative=True)
+        mamba_in_slots(*tensors, **SIZE, **where, tentative=True)
+
+
+@pytest.mark.parametrize("force", ["reference", "torch"])
+def test_rows_of_any_lengths_are_rows_alone(force, monkeypatch):
+    """Plain calls, to the rounding of float64."""
+    monkeypatch.setenv("NAUTILUS_OPS", force)
+    sizes = {"heads": 4, "head_width": 3, "groups": 2, "state": 5, "taps": 4}
+    shared, alone = (new_slots(5, **sizes, dtype=torch.float64, wide=torch.float64) for _ in range(2))
+    slot_B = torch.tensor([3, 0, 4, 1]).int()
+    for begin in ([0, 2, 4, 5, 9], [0, 0, 1, 1, 9], [0, 2, 4, 6, 8]):
+        tensors = [t[:1] if n == "input_BTE" else t for n, t in inputs(begin[-1]).items()][:-2]
+        out_1NI = mamba_in_slots(*tensors, **SIZE, slots=shared, slot_B=slot_B, begin=torch.tensor(begin).int())
+        for row, (first, end) in enumerate(itertools.pairwise(begin)):
+            if first < end:
+                one = {"slots": alone, "slot_B": slot_B[row : row + 1], "begin": torch.tensor([0, end - first]).int()}
+                out = mamba_in_slots(tensors[0][:, first:end], *tensors[1:], **SIZE, **one)
+                torch.testing.assert_close(out_1NI[:, first:end], out)
+        torch.testing.assert_close(shared.ssm_SHNP, alone.ssm_SHNP)
+        assert torch.equal(shared.tail_SRC, alone.tail_SRC) and shared.ssm_SHNP[slot_B].any()

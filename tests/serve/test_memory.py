@@ -34,12 +34,12 @@ def replays_what_it_computes(model):
     prompts = [[1, 2, 3], [4] * 20, [5, 6]]
     engine, computing = (Engine(model, TOKENIZER, max_tokens=40, rows=3) for _ in range(2))
     for rows in (1, 2, 3):
-        computing.forward.steps[rows, 1] = Step(computing.forward, rows, 1)
-        computing.forward.steps[rows, 1].recorded.may_record = False
+        computing.forward.steps[rows] = Step(computing.forward, rows, rows)
+        computing.forward.steps[rows].recorded.may_record = False
     for some in (prompts, prompts[1:2]):
         assert facts(engine.generate(some, GREEDY)) == facts(computing.generate(some, GREEDY))
     assert all(step.recorded.tape is None for step in computing.forward.steps.values())
-    return engine.forward.steps[1, 1].recorded.tape is not None and engine.forward.steps[3, 1].recorded.tape is not None
+    return engine.forward.steps[1].recorded.tape is not None and engine.forward.steps[3].recorded.tape is not None
 
 
 @NATIVE

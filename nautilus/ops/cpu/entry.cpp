@@ -171,13 +171,15 @@ EXPORT int nautilus_choose(int index) {
 
 EXPORT void nautilus_borrow_team(void* parallel, void* thread_number) { borrow_team(parallel, thread_number); }
 
-// 0, 1 when there is no memory for scratch, 2 for a slot that does not exist or that keeps more than it can, or 3 where
-// tokens wait for a verdict.
+// 0, 1 when there is no memory for scratch, 2 for a slot that does not exist or that keeps more than it can or where rows
+// do not share out the tokens, 3 where tokens wait for a verdict, or 4 for more tentative ones than a slot can keep.
 EXPORT int nautilus_mamba_forward(const MambaForward* f, int threads) {
+  if (f->begin && (f->begin[0] != 0 || f->begin[f->sizes.rows] != f->sizes.time)) return 2;
   for (int64_t row = 0; f->slot && row < f->sizes.rows; row++) {
-    if (f->slot[row] < 0 || f->slot[row] >= f->slots) return 2;
+    if (f->slot[row] < 0 || f->slot[row] >= f->slots || f->tokens(row) < 0) return 2;
     if (f->pending && f->pending[f->slot[row]] < 0) return 3;
     if (f->pending && f->pending[f->slot[row]] > f->sizes.window) return 2;
+    if (f->tentative && f->tokens(row) > f->sizes.window) return 4;
   }
   int failed = share_out(
       [](void* context, int64_t item, int thread) {
@@ -187,7 +189,7 @@ EXPORT int nautilus_mamba_forward(const MambaForward* f, int threads) {
       },
       f, kernels.mamba_scratch(&f->sizes, 0), f->sizes.rows * f->sizes.groups, threads);
   for (int64_t row = 0; f->pending && !failed && row < f->sizes.rows; row++)
-    f->pending[f->slot[row]] = f->tentative ? static_cast<int32_t>(-f->sizes.time) : 0;
+    f->pending[f->slot[row]] = f->tentative ? static_cast<int32_t>(-f->tokens(row)) : 0;
   return failed;
 }
 

@@ -3,17 +3,19 @@
 
 #include <stdint.h>
 
-// Sizes of one Mamba-2 mixer call. B rows, T time, H heads, P head width, G groups, N state width, taps of the
-// convolution, I = H P, C = I + 2 G N channels of the convolution. A token of the input is I + C + H numbers: z, xBC, dt.
+// Sizes of one Mamba-2 mixer call. B rows, T time (where the rows begin at places that the call says: the tokens of all of
+// them), H heads, P head width, G groups, N state width, taps of the convolution, I = H P, C = I + 2 G N channels of the
+// convolution. A token of the input is I + C + H numbers: z, xBC, dt.
 // `window`: how many tokens a slot can keep beside its state; 0 where there is nothing beside it.
 struct MambaSizes {
   int64_t rows, time, heads, head_width, groups, state, taps, window, bf16;
   float eps;
 };
 
-// Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), slot, last_tail, y,
-// borders, kept, pending. With `slot` tail, state, last_tail and last_state hold one entry per slot, and row b uses
-// slot[b]; what is read and what is written may then be the same memory.
+// Parameters are float. Null where a call has none: tail, state (zeros), reach (all earlier tokens), slot, begin, last_tail,
+// y, borders, kept, pending. With `slot` tail, state, last_tail and last_state hold one entry per slot, and row b uses
+// slot[b]; what is read and what is written may then be the same memory. With `begin` the tokens of row b are begin[b] ..
+// begin[b + 1] - 1 of T, however many, and there are no `reach` and `borders`.
 //
 // Deferred fold. Tokens that may be taken back are run without a change of the state: a `tentative` call keeps of each
 // what the state will need, its input of the convolution behind the tail's, the rest in `kept`, and leaves minus their
@@ -32,6 +34,7 @@ struct MambaForward {
   const float* state;          // (B, H, N, P)
   const int32_t* reach;        // (B, T): how many earlier tokens belong to the token's document
   const int32_t* slot;         // (B)
+  const int32_t* begin;        // (B + 1)
   void* output;                // (B, T, I)
   void* last_tail;             // as tail, up to the last token
   float* last_state;           // (B, H, N, P)
@@ -40,7 +43,10 @@ struct MambaForward {
   int64_t slots;               // how many there are
   float* kept;                 // (slots, window, I + G N + H): dt x, b, and exp(dt a)
   int32_t* pending;            // (slots)
-  int64_t tentative;           // T is at most `window`, and that at most MAMBA_CHUNK
+  int64_t tentative;           // a row has at most `window` tokens, and that is at most MAMBA_CHUNK
+
+  int64_t first(int64_t row) const { return begin ? begin[row] : row * sizes.time; }  // of its tokens
+  int64_t tokens(int64_t row) const { return first(row + 1) - first(row); }
 };
 
 // What the backward reads beside the forward's record, and the gradients it writes. Those of parameters are apart for

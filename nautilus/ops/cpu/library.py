@@ -21,6 +21,7 @@ import torch
 log = logging.getLogger("nautilus.ops")
 INTERFACE = 22
 HARD = 2  # omp_pause_hard of OpenMP 5.0
+CROWDED = "a tentative call has more tokens of a row than slots can keep; draft fewer, or make slots with a larger window"
 UNDECIDED = "tokens of an earlier tentative call wait; before the next call say how many of them stay, 0 or more"
 FILE = Path(__file__).with_name("libnautilus.so")
 
@@ -153,5 +154,7 @@ def check(name: str, failure: int) -> None:
         raise MemoryError(f"{name}: no memory for its scratch; use fewer rows at a time")
     if failure == 3:
         raise RuntimeError(f"{name}: {UNDECIDED}")
+    if failure == 4:
+        raise ValueError(f"{name}: {CROWDED}")
     if failure:
         raise IndexError(f"{name}: an index lies outside the matrix it chooses from")

@@ -227,15 +227,17 @@ struct Group {
   const MambaForward& f;
   Shape s;
   int64_t row, group, head;  // head: the group's first
+  int64_t start;             // the row's first token in the call; s.time: how many it has
   int64_t past;              // tokens to be folded before the first
   Work w;
   int64_t from[3], count[3];  // the group's channels of the convolution: x, B, C
 
   Group(const MambaForward& forward, int64_t item, void* scratch, bool backward)
       : f(forward), s(forward.sizes), row(item / s.groups), group(item % s.groups), head(group * s.share),
-        past(f.pending ? f.pending[slot()] : 0), w(s, scratch, backward),
+        start(f.first(row)), past(f.pending ? f.pending[slot()] : 0), w(s, scratch, backward),
         from{head * s.width, s.inner + group * s.state, s.inner + (s.groups + group) * s.state},
         count{s.share * s.width, s.state, s.state} {
+    s.time = f.tokens(row);
     if (s.time == 0) return;
     read_channels(w.bias, f.conv_bias);
     for (int64_t tap = 0; tap < s.taps; tap++)
@@ -248,7 +250,7 @@ struct Group {
     for (int part = 0; part < 3; part++)
       for (int64_t i = 0; i < count[part]; i++) each(mine++, from[part] + i);
   }
-  const T* token(int64_t t) const { return static_cast<const T*>(f.input) + (row * s.time + t) * s.token; }
+  const T* token(int64_t t) const { return static_cast<const T*>(f.input) + (start + t) * s.token; }
   float* raw(int64_t t) const { return w.raw + (s.taps - 1 + t) * s.stride; }
   float* act(int64_t t) const { return w.act + (s.window + t) * s.stride; }
   float* b(int64_t t) const { return act(t) + count[0]; }
@@ -256,7 +258,7 @@ struct Group {
   float* per_head(float* rows, int64_t t, int64_t h) const { return rows + (t * s.share + h) * s.pad; }
   float* u(int64_t t, int64_t h) const { return per_head(w.u, s.window + t, h); }
   float* keep(int64_t h) const { return w.keep + h * (s.window + Q) + s.window; }
-  const int32_t* reach(int64_t t) const { return f.reach ? f.reach + row * s.time + t : nullptr; }
+  const int32_t* reach(int64_t t) const { return f.reach ? f.reach + start + t : nullptr; }
   // How many taps reach back from token t inside its document.
   int64_t back(int64_t t) const { return f.reach && *reach(t) < s.taps - 1 ? *reach(t) : s.taps - 1; }
   int64_t slot() const { return f.slot ? f.slot[row] : row; }
@@ -427,7 +429,7 @@ struct Group {
   }
 
   void finish(int64_t begin, int64_t t) {
-    int64_t at = (row * s.time + begin + t) * s.inner + from[0];
+    int64_t at = (start + begin + t) * s.inner + from[0];
     T* output = static_cast<T*>(f.output) + at;
     if (f.y)
       for (int64_t h = 0; h < s.share; h++)
@@ -469,11 +471,11 @@ struct Group {
     write_gradients(g);
   }
 
-  T* dtoken(const MambaBackward& g, int64_t t) const { return static_cast<T*>(g.dinput) + (row * s.time + t) * s.token; }
+  T* dtoken(const MambaBackward& g, int64_t t) const { return static_cast<T*>(g.dinput) + (start + t) * s.token; }
 
   // Through norm, gate and skip of one token: fills dy, writes dz, adds to the gradients of D and the norm's weight.
   void finish_back(const MambaBackward& g, int64_t begin, int64_t t) {
-    int64_t at = (row * s.time + begin + t) * s.inner + from[0], inner = count[0];
+    int64_t at = (start + begin + t) * s.inner + from[0], inner = count[0];
     for (int64_t h = 0; h < s.share; h++) copy(per_head(w.y, t, h), f.y + at + h * s.width, s.width);
     F scale = set(gated(begin, t)), dot = set(0.0f);
     const T *dout = static_cast<const T*>(g.doutput) + at, *z_row = token(begin + t) + from[0];

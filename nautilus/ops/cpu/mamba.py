@@ -21,7 +21,7 @@ from nautilus.ops.cpu.memory import roomy
 CHUNK = 64  # MAMBA_CHUNK of kernels.h
 COUNTS = ("rows", "time", "heads", "head_width", "groups", "state", "taps", "window", "bf16")
 FORWARD = (
-    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot"),
+    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot", "begin"),
     *("output", "last_tail", "last_state", "y", "borders"),
 )
 SLOTS = {"slots": ctypes.c_int64, "kept": ctypes.c_void_p, "pending": ctypes.c_void_p, "tentative": ctypes.c_int64}
@@ -128,10 +128,12 @@ def mamba_native(
     return run(sizes, inputs, tail, last)[0], tail, last.mT
 
 
-def slots_native(*tensors, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative=False) -> Tensor:
+def slots_native(
+    *tensors, slots: MambaSlots, slot_B: Tensor, begin: Tensor, groups: int, eps: float, tentative=False
+) -> Tensor:
     sizes, inputs = prepared((*tensors, slots.tail_SRC, slots.ssm_SHNP), None, groups, eps)
-    sizes.window = slots.window
-    inputs[-1] = slot_B
+    sizes.rows, sizes.window = len(slot_B), slots.window
+    inputs[-2:] = slot_B, begin
     return run(sizes, inputs, slots.tail_SRC, slots.ssm_SHNP, slots=slots, tentative=tentative)[0]
 
 
@@ -140,17 +142,19 @@ def fold_native(slots: MambaSlots, slot_B: Tensor) -> None:
     _, heads, state, head_width = slots.ssm_SHNP.shape
     bf16 = slots.tail_SRC.dtype == torch.bfloat16
     sizes = Sizes(len(slot_B), 0, heads, head_width, slots.groups, state, slots.taps, slots.window, bf16)
-    inputs = [*[None] * 7, slots.tail_SRC, slots.ssm_SHNP, None, slot_B]
+    inputs = [*[None] * 7, slots.tail_SRC, slots.ssm_SHNP, None, slot_B, None]
     run(sizes, inputs, slots.tail_SRC, slots.ssm_SHNP, slots=slots)
 
 
-def slots_refuse(*tensors, slots: MambaSlots, slot_B: Tensor, groups: int, eps: float, tentative=False) -> str | None:
-    rows, (tail_SRC, state_SHNP) = tensors[0].shape[0], (slots.tail_SRC, slots.ssm_SHNP)
-    if slot_B.shape != (rows,) or tail_SRC.dtype != tensors[0].dtype:
-        return f"{tuple(slot_B.shape)} slots, tails in {tail_SRC.dtype} do not fit {rows} rows in {tensors[0].dtype}"
-    one = {"tail_BRC": tail_SRC[:1, : slots.taps - 1], "state_BHPN": state_SHNP.mT[:1]}
-    each = {name: tensor.expand(rows, *tensor.shape[1:]) for name, tensor in one.items()}
-    return mamba_refuses(*tensors, groups=groups, eps=eps, **each) or fold_refuses(slots, slot_B)
+def slots_refuse(
+    *tensors, slots: MambaSlots, slot_B: Tensor, begin: Tensor, groups: int, eps: float, tentative=False
+) -> str | None:
+    if begin.shape != (len(slot_B) + 1,) or begin.dtype != torch.int32 or not begin.is_contiguous():
+        return f"the rows begin at {begin.dtype} of shape {tuple(begin.shape)}, not contiguous int32, for {len(slot_B)}"
+    if slots.tail_SRC.dtype != tensors[0].dtype:
+        return f"tails in {slots.tail_SRC.dtype} do not fit tokens in {tensors[0].dtype}"
+    one = {"tail_BRC": slots.tail_SRC[:1, : slots.taps - 1], "state_BHPN": slots.ssm_SHNP.mT[:1]}
+    return mamba_refuses(*tensors, groups=groups, eps=eps, **one) or fold_refuses(slots, slot_B)
 
 
 def fold_refuses(slots: MambaSlots, slot_B: Tensor) -> str | None:
@@ -184,7 +188,7 @@ def mamba_refuses(
 
 def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple[Sizes, list[Tensor | None]]:
     """Sizes, and the inputs in the order of FORWARD as the library wants them: contiguous, what is not activations
-    in float32."""
+    in float32. There are no slots yet."""
     input_BTE, *parameters, tail_BRC, state_BHNP = tensors
     weight_CW, bias_C, _, a_H, _, norm_I = parameters
     rows, time, _ = input_BTE.shape
@@ -202,7 +206,7 @@ def prepared(tensors, reach_BT: Tensor | None, groups: int, eps: float) -> tuple
         (state_BHNP, torch.float32),
         (None if reach_BT is None else reach_BT.expand(rows, time), torch.int32),
     ]
-    return sizes, [*(None if t is None else t.to(as_dtype).contiguous() for t, as_dtype in wanted), None]  # no slots
+    return sizes, [*(None if t is None else t.to(as_dtype).contiguous() for t, as_dtype in wanted), None, None]
 
 
 def run(
@@ -212,7 +216,8 @@ def run(
     """Writes tail and last state, gives the output; and, if `keep`, what the backward reads: the scan's output, the
     states before chunks."""
     s, dtype = sizes, torch.bfloat16 if sizes.bf16 else torch.float32
-    output = last.new_empty(s.rows, s.time, s.heads * s.head_width, dtype=dtype)
+    tokens = (0,) if inputs[0] is None else inputs[0].shape[:2]
+    output = last.new_empty(*tokens, s.heads * s.head_width, dtype=dtype)
     y = torch.empty_like(output, dtype=torch.float32) if keep else None
     borders = last.new_empty(s.rows, -(-s.time // CHUNK), *last.shape[1:]) if keep else None
     kept = (None, None) if slots is None else (slots.kept_SMK, slots.pending_S)
@@ -237,7 +242,7 @@ class Mixer(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, doutput, dlast):  # type: ignore[override]
         *inputs, y, borders = ctx.saved_tensors
-        input_BTE, *parameters, tail, state, _, _ = inputs
+        input_BTE, *parameters, tail, state, _, _, _ = inputs
         dinput, doutput, dlast = torch.empty_like(input_BTE), doutput.contiguous(), dlast.contiguous()
         apart = [t.new_empty(ctx.sizes.rows, *t.shape) for t in parameters]  # one gradient per row, then their sum
         dtail = None if tail is None else torch.empty_like(tail, dtype=torch.float32)

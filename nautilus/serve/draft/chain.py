@@ -30,7 +30,7 @@ from nautilus.ops.pages import Pool
 from nautilus.ops.peak import peak
 from nautilus.serve.draft.costs import Costs
 from nautilus.serve.forward import Forward
-from nautilus.serve.memory import Berth, write
+from nautilus.serve.memory import Berth, share_out, write
 from nautilus.serve.recorded import Recorded
 from nautilus.serve.request import Request
 
@@ -216,8 +216,8 @@ class BlockCall:
         self.recorded = Recorded(self.compute, inputs)
 
     def run(self, berths, counts, lengths, tokens, feature_ND: Tensor) -> Tensor:
-        rows, at = self.lanes.rows, 0
-        write(rows.begin, [at, *(at := at + count for count in counts)])
+        rows = self.lanes.rows
+        share_out(self.lanes, counts)
         write(rows.length, lengths)
         for row, berth in enumerate(berths):
             write(rows.table_BL[row, : len(berth.pages)], berth.pages)

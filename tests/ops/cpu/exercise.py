@@ -73,12 +73,28 @@ def mixer(dtype, rows, time, heads, width, groups, state, taps):
 def trial(dtype, tensors, heads, width, groups, state, taps):
     (rows, time), sizes = tensors[0].shape[:2], {"heads": heads, "head_width": width, "groups": groups, "state": state}
     slots = new_slots(rows + 2, **sizes, taps=taps, window=time, dtype=dtype, wide=torch.float32)
+    tensors = [t.flatten(0, 1)[None] if t is tensors[0] else t for t in tensors]
     at = {"slots": slots, "slot_B": torch.arange(rows + 1, 1, -1).int()}
+    named = {**at, "begin": torch.arange(rows + 1).int() * time, "groups": groups, "eps": 1e-5}
     for cycle in range(3):
-        finite(slots_native(*tensors, **at, groups=groups, eps=1e-5, tentative=True))
+        finite(slots_native(*tensors, **named, tentative=True))
         slots.pending_S.copy_((torch.arange(rows + 2) + cycle) % (time + 1))
     fold_native(**at)
-    finite(slots.ssm_SHNP, slots.tail_SRC, slots.kept_SMK, slots_native(*tensors, **at, groups=groups, eps=1e-5))
+    finite(slots.ssm_SHNP, slots.tail_SRC, slots.kept_SMK, slots_native(*tensors, **named))
+    ragged(tensors, named | {"slot_B": torch.arange(rows + 2).int()}, rows * time, time)
+
+
+def ragged(tensors, named, tokens, window):
+    """Tentative tokens of all rows but the first, then those of one row alone."""
+    slots, rows = named["slots"], len(named["slot_B"])
+    begin = torch.arange(rows + 1).sub(1).clamp_min(0) * (tokens // (rows - 1))
+    for tentative in (True, False):
+        begin[2:] = begin[2:] if tentative else tokens
+        some = [t[:, : begin[-1]] if t is tensors[0] else t for t in tensors]
+        finite(slots_native(*some, **named | {"begin": begin.int()}, tentative=tentative))
+        assert begin.diff().max() <= window or not tentative
+        slots.pending_S.neg_()
+    finite(slots.ssm_SHNP, slots.tail_SRC, slots.kept_SMK)
 
 
 def experts(dtype, tokens, width, hidden, count, active):

@@ -1,5 +1,6 @@
 """The mixer as one native call against the same mixer composed of ops in float64, and the laws that only it keeps."""
 
+import itertools
 from functools import partial
 
 import hypothesis.strategies as st
@@ -17,7 +18,7 @@ from nautilus.ops.cpu.mamba import (
     slots_native,
     slots_refuse,
 )
-from nautilus.ops.mamba import mamba, mamba_composed, mamba_taken_out
+from nautilus.ops.mamba import mamba, mamba_composed, mamba_in_slots, mamba_taken_out
 
 EPS = 1e-5
 WIDE = ("weight_CW", "bias_C", "dt_bias_H", "a_H", "skip_H", "norm_I", "state_BHPN")
@@ -252,14 +253,18 @@ def test_states_in_slots_change_where_they_lie_and_no_others(level, dtype, width
         slots.tail_SRC.fill_(3), slots.ssm_SHNP.fill_(5)
         for mixer in (slots_native, mamba_taken_out):
             slots.tail_SRC[slot_B], slots.ssm_SHNP[slot_B] = t["tail_BRC"], t["state_BHPN"].mT
-            out = mixer(*list(t.values())[:-2], slots=slots, slot_B=slot_B, groups=size[4], eps=EPS)
+            out = step(mixer, list(t.values())[:-2], t["input_BTE"], slots, slot_B)
             assert torch.equal(out, want[0])
             assert torch.equal(slots.tail_SRC[slot_B], want[1]) and torch.equal(slots.ssm_SHNP[slot_B].mT, want[2])
             assert (slots.tail_SRC[[1, 3, 5]] == 3).all() and (slots.ssm_SHNP[[1, 3, 5]] == 5).all()
 
 
 def step(mixer, tensors, input_BTE, slots, slot_B, **named):
-    return mixer(input_BTE, *tensors[1:], slots=slots, slot_B=slot_B, groups=slots.groups, eps=EPS, **named)
+    rows, time = input_BTE.shape[:2]
+    where = {"slots": slots, "slot_B": slot_B, "begin": torch.arange(rows + 1).int() * time}
+    return mixer(input_BTE.flatten(0, 1)[None], *tensors[1:], **where, groups=slots.groups, eps=EPS, **named).view(
+        rows, time, -1
+    )
 
 
 # Widths of heads that are whole vectors of every level, of some, of none; one tap; as many tokens as one call may have.
@@ -305,6 +310,81 @@ def test_tokens_that_stay_leave_the_bits_of_tokens_read_one_by_one(level, size, 
     assert torch.equal(slots.tail_SRC[:, : slots.taps - 1], serial.tail_SRC) and not slots.pending_S.any()
 
 
+def states(slots):
+    """What is read again: kept tokens that nobody waits for, and their inputs of the convolution, may be whatever."""
+    yield from (slots.ssm_SHNP, slots.tail_SRC[:, : slots.taps - 1], slots.pending_S)
+    for slot, count in enumerate(slots.pending_S.abs().tolist()):
+        yield from (slots.kept_SMK[slot, :count], slots.tail_SRC[slot, : slots.taps - 1 + count])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), dtype=st.sampled_from([torch.float32, torch.bfloat16]), seed=st.integers(0, 99))
+def test_rows_of_any_lengths_leave_the_bits_that_they_leave_alone(level, data, dtype, seed):
+    """Plain calls and tentative ones, rows without tokens among them, verdicts, and folds in between."""
+    (_, _, *sizes), window = data.draw(st.sampled_from(WINDOWS))
+    rows, draw = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(seed)
+    slot_B, number = torch.randperm(9, generator=draw)[:rows].int(), partial(torch.randint, size=(rows,), generator=draw)
+    tensors = list(inputs((1, 1, *sizes)).values())[:-2]
+    shared, alone = (slots_for((1, 1, *sizes), count=9, window=window, dtype=dtype) for _ in range(2))
+    where = {"groups": shared.groups, "eps": EPS}
+    for cycle in range(5):
+        tentative = data.draw(st.booleans())
+        count_B = number(0, (window if tentative else CHUNK + 9) + 1)
+        count_B[cycle % rows] = max(1, count_B[cycle % rows])
+        begin = torch.cat([torch.zeros(1), count_B.cumsum(0)]).int()
+        input_1NE = torch.randn(1, int(begin[-1]), tensors[0].shape[-1], generator=draw).to(dtype)
+        here = {**where, "slot_B": slot_B, "begin": begin, "tentative": tentative}
+        out_1NI = mamba_in_slots(input_1NE, *tensors[1:], **here, slots=shared)
+        for row, (first, end) in enumerate(itertools.pairwise(begin.tolist())):
+            one = {**here, "slot_B": slot_B[row : row + 1], "begin": torch.tensor([0, end - first]).int()}
+            assert torch.equal(
+                slots_native(input_1NE[:, first:end], *tensors[1:], **one, slots=alone)[0], out_1NI[0, first:end]
+            )
+        assert torch.equal(shared.pending_S[slot_B], -count_B.int() * tentative)
+        assert all(torch.equal(*pair) for pair in zip(states(shared), states(alone), strict=True))
+        for slots in (shared, alone):
+            slots.pending_S[slot_B] = (3 * cycle + slot_B) % (1 - slots.pending_S[slot_B])  # from none to all
+        if cycle % 2:
+            fold_native(shared, slot_B), [fold_native(alone, slot_B[row : row + 1]) for row in range(rows)]
+            assert all(torch.equal(*pair) for pair in zip(states(shared), states(alone), strict=True))
+
+
+@pytest.mark.parametrize("tentative", [False, True])
+def test_native_and_torch_agree_on_rows_of_any_lengths(level, tentative):
+    size, slot_B, begin = (1, 22, 4, 12, 2, 6, 4), torch.tensor([4, 0, 2, 5]).int(), torch.tensor([0, 9, 13, 17, 22]).int()
+    tensors = list(inputs(size).values())[:-2]
+    both = [slots_for(size, window=9) for _ in range(2)]
+    for cycle in range(4):
+        where = {"slot_B": slot_B, "begin": begin, "groups": 2, "eps": EPS, "tentative": tentative}
+        got, want = (mixer(*tensors, slots=slots, **where) for mixer, slots in zip((slots_native, mamba_taken_out), both))
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[0].ssm_SHNP, both[1].ssm_SHNP, rtol=1e-4, atol=1e-5)
+        assert torch.equal(both[0].pending_S, both[1].pending_S)
+        for slots in both:
+            slots.pending_S[slot_B] = -slots.pending_S[slot_B] // (cycle + 1)
+
+
+def test_rows_that_do_not_share_out_the_tokens_are_errors(built):
+    size, slot_B = (1, 5, 4, 8, 2, 6, 4), torch.tensor([1, 3]).int()
+    tensors, slots = list(inputs(size).values())[:-2], slots_for(size, window=3)
+    before = [tensor.clone() for tensor in vars(slots).values()]
+    run = lambda mixer, *begin, **named: mixer(
+        *tensors, slots=slots, slot_B=slot_B, begin=torch.tensor(begin).int(), groups=2, eps=EPS, **named
+    )
+    for begin in ((1, 3, 5), (0, 3, 4), (0, 3, 6), (0, 6, 5), (0, -1, 5)):
+        with pytest.raises(IndexError):
+            run(slots_native, *begin)
+        with pytest.raises(ValueError, match="let it rise from 0 to their number"):
+            run(mamba_in_slots, *begin)
+    with pytest.raises(ValueError, match="more tokens of a row than slots can keep"):  # as a replay says it
+        run(slots_native, 0, 1, 5, tentative=True)
+    with pytest.raises(ValueError, match="4 tokens was made on slots that can keep 3"):
+        run(mamba_in_slots, 0, 1, 5, tentative=True)
+    assert all(torch.equal(*pair) for pair in zip(before, vars(slots).values(), strict=True))
+    run(slots_native, 0, 2, 5, tentative=True)
+    assert slots.pending_S.tolist() == [0, -2, 0, -3, 0, 0]
+
+
 def test_tokens_without_a_verdict_hold_up_the_next_call(built):
     size = (2, 3, 4, 8, 2, 6, 4)
     tensors, slots, slot_B = list(inputs(size).values())[:-2], slots_for(size, window=3), torch.tensor([1, 3]).int()
@@ -338,19 +418,21 @@ def test_slots_that_do_not_fit_together_cannot_be_made():
 
 
 def test_slots_that_do_not_fit_are_refused(built):
-    size = (2, 3, 4, 8, 2, 6, 4)
+    size = (1, 6, 4, 8, 2, 6, 4)
     tensors, slots, slot_B = list(inputs(size).values())[:-2], slots_for(size, window=2), torch.zeros(2).int()
-    named = {"slots": slots, "slot_B": slot_B, "groups": 2, "eps": EPS}
+    named = {"slots": slots, "slot_B": slot_B, "begin": torch.tensor([0, 2, 6]).int(), "groups": 2, "eps": EPS}
     refuses = lambda **changed: slots_refuse(*tensors, **named | changed)
     assert refuses() is None
     for strange in (6, -1):
         with pytest.raises(IndexError):
             slots_native(*tensors, **named | {"slot_B": torch.tensor([0, strange], dtype=torch.int32)})
-    assert "do not fit 2 rows" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
+    for strange in (named["begin"][1:], named["begin"].long(), named["begin"].repeat_interleave(2)[::2]):
+        assert "not contiguous int32" in refuses(begin=strange)
+    assert "for 3" in refuses(slot_B=torch.zeros(3, dtype=torch.int32))
     assert "int64" in refuses(slot_B=torch.zeros(2, dtype=torch.int64))
     assert "tails" in refuses(slots=slots_for(size, dtype=torch.bfloat16))
-    assert "fit together" in refuses(slots=slots_for((2, 3, 4, 9, 2, 6, 4)))
-    assert "fit together" in refuses(slots=slots_for((2, 3, 4, 8, 2, 6, 3)))
+    assert "fit together" in refuses(slots=slots_for((1, 6, 4, 9, 2, 6, 4)))
+    assert "fit together" in refuses(slots=slots_for((1, 6, 4, 8, 2, 6, 3)))
     kept = vars(slots_for(size, window=2))
     assert "int64" in refuses(slots=MambaSlots(**kept | {"pending_S": kept["pending_S"].long()}))
     wide = {name: tensor.double() for name, tensor in vars(slots_for(size)).items() if tensor is not None}

@@ -56,8 +56,8 @@ class Played:
     def verify(self, request, tried, count):
         """count of 1 + len(tried) tokens stay, whatever the model thinks of them."""
         tokens = [request.tokens[-1], *tried]
-        self.forward.attempt(request.berth, tokens)
-        self.forward.accept(request.berth, len(tokens), count)
+        self.forward.attempt([request.berth], [tokens])
+        self.forward.accept([request.berth], [count])
         request.tokens += [*tried[: count - 1], 5]
 
 
