@@ -95,7 +95,9 @@ def test_blocks_of_code_open_and_close_however_their_ticks_are_cut():
     situation.read([*single[:2], TOKEN[b"a"], *single[:1]])
     assert situation.fenced, "these are no three in a row"
     situation.read(single)
-    assert situation.fenced, "of four in a row the first is one of three before"
+    assert not situation.fenced, "four in a row are one mark, as three are"
+    situation.read([TOKEN[b"a"], *single])
+    assert situation.fenced
     situation.read([TOKENIZER.eos])
     assert not situation.fenced
 

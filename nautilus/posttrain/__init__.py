@@ -1,0 +1,1 @@
+"""What is learned after training: from answers, and from what came of them."""
