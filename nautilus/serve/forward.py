@@ -97,11 +97,13 @@ class Forward:
 
     def hidden(self, tokens_BT: Tensor, lanes: Lanes) -> tuple[Tensor, list[Tensor]]:
         """The final hidden states, and what the watcher wants to see, of all tokens in a row: (N, D) for each tap."""
-        seen: list[Tensor] = []
-        layers = self.watcher.taps if self.watcher is not None else ()
+        if self.watcher is None or not self.watcher.taps:
+            hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes)
+            return hidden_BTD, [hidden_BTD.flatten(0, 1)]
+        seen, layers = list[Tensor](), self.watcher.taps
         tap: Tap = lambda layer, x_BTD: seen.append(x_BTD) if layer in layers else None  # noqa: E731
-        hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes, taps=[tap] if layers else ())
-        return hidden_BTD, [x_BTD.flatten(0, 1) for x_BTD in seen or [hidden_BTD]]
+        hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes, taps=[tap])
+        return hidden_BTD, [x_BTD.flatten(0, 1) for x_BTD in seen]
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""

@@ -135,6 +135,7 @@ class Chain:
         self.head.block(feature_1ND, self.forward.model.embed(tokens_1N), span, self.memory)
         berth.behind = [seen_ND[-1:].clone()]
 
+    @torch.inference_mode()
     def catch_up(self, requests: Sequence[Request], *, leaving: bool = False) -> Tensor:
         """hidden_RD of the last token of each, after all that the model has made of those before. Leaving: what is
         kept of the request is to end where the model's own does, a token earlier; the result is of no use."""

@@ -207,7 +207,7 @@ class Speculation:
         return found | self.drafted(asked, step)
 
     def drafted(self, asked: dict[Request, int], step: float) -> dict[Request, Proposal]:
-        """By the block. One that fails is not asked again: answers do not depend on it."""
+        """By the block. One that fails is not asked again, as no answer depends on it."""
         if self.chain is None or not asked:
             return {}
         begin, rows = time.perf_counter(), len(asked)
@@ -222,8 +222,7 @@ class Speculation:
         try:
             found = self.chain.draft(asked, goes_on)
         except Exception as bad:
-            log.error("drafts of a block failed; there will be no more of them", exc_info=bad)
-            self.chain = self.forward.watcher = None
+            self.give_up(bad)
             return {}
         if rows == 1:
             (size,) = (len(one.tokens) for one in found.values())
@@ -275,7 +274,14 @@ class Speculation:
     def leave(self, request: Request) -> None:
         """What a block keeps of a request is to end where the model's own does: others may go on from there."""
         if self.chain is not None and request.berth is not None and request.berth.behind:
-            self.chain.catch_up([request], leaving=True)
+            try:
+                self.chain.catch_up([request], leaving=True)
+            except Exception as bad:
+                self.give_up(bad)
+
+    def give_up(self, bad: Exception) -> None:
+        log.error("drafts of a block failed; there will be no more of them", exc_info=bad)
+        self.chain = self.forward.watcher = None
 
     def forget(self) -> None:
         """The weights have changed."""

@@ -95,7 +95,7 @@ class Adversary:
 
     def candidates(self, request):
         at = len(request.tokens) - request.prompt
-        most = min(DRAFTS, request.limit - len(request.tokens) - 1)
+        most = min(self.speculation.most, request.limit - len(request.tokens) - 1) if not request.apart else 0
         self.speculation.of(request)
         right = [*self.tokens_of(request)[at : at + most]] if most > 0 else []
         made = {
@@ -108,6 +108,18 @@ class Adversary:
 
     def speak(self, speculation):
         speculation.candidates, self.speculation = self.candidates, speculation
+
+
+class Mixed(Adversary):
+    """Now such a draft, now one of the block, now none."""
+
+    def candidates(self, request):
+        kind = self.draw.choice(["copied", "block", "none"])
+        if kind == "copied":
+            return super().candidates(request)
+        room = min(4, request.limit - len(request.tokens) - 1) if not request.apart else 0
+        self.speculation.of(request)
+        return [Candidate(source="mtp", survival=[1.0] * room)] if kind == "block" and room > 0 else []
 
 
 def candidate_of(tokens, rate=1.0):
@@ -165,7 +177,7 @@ def running(engine, prompts):
     return requests
 
 
-@pytest.mark.parametrize(("slope", "tokens"), [(0.0, 16), (0.1, 6), (0.3, 3), (0.6, 1), (0.95, 0)])
+@pytest.mark.parametrize(("slope", "tokens"), [(0.0, 16), (0.1, 8), (0.3, 4), (0.6, 2), (0.95, 0)])
 def test_the_length_that_is_tried_is_the_one_that_pays_most(slope, tokens):
     engine = engine_of(MODELS["MM"], 16)
     (request,), speculation = running(engine, [[1, 2, 3]]), engine.speculation
@@ -245,7 +257,7 @@ def test_a_rule_that_leaves_no_choice_is_a_draft():
 def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
     costs, calls = Costs(), []
     costs.measure([1, 3], calls.append)
-    assert calls == [1] * 5 + [3] * 5 and costs.seconds[3] >= costs.seconds[1] > 0
+    assert calls == [1] * 5 + [3] * 5 and costs.of(3) >= costs.of(1) > 0
     costs.seconds, costs.line = {1: 1.0, 3: 2.0}, None
     assert costs.of(2) == 1.5 and costs.of(0) is None and costs.of(5) == 3.0
     costs.add(1, 100.0)

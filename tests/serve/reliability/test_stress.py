@@ -6,7 +6,7 @@ import random
 import pytest
 
 from nautilus.serve import Sampling
-from tests.serve.draft.test_policy import Adversary, make_cheap
+from tests.serve.draft.test_policy import Adversary, Mixed, make_cheap
 from tests.serve.reliability.parts import Oracle, audit, engine_of, hybrid, words
 
 OPERATIONS = 2500  # of each seed
@@ -18,7 +18,7 @@ class House:
 
     def __init__(self, seed, folder, drafts):
         self.drafts, self.sizes = drafts, [1, 12, 40, 110] if drafts else [1, 4, 12, 40]  # with them all is over sooner
-        self.draw, self.folder, self.model = random.Random(seed), folder, hybrid(seed)
+        self.draw, self.folder, self.model = random.Random(seed), folder, hybrid(seed, mtp=drafts > 7)
         self.live, self.mixed, self.known = [], set(), [[]]
         self.seen = dict.fromkeys(("ended", "cancelled", "failed", "found"), 0)
         self.put_off = self.restored = self.evicted = self.copied = 0
@@ -29,7 +29,7 @@ class House:
         self.engine = engine_of(self.model, saved_folder=self.folder, drafts=self.drafts, **LIMITS)
         if self.engine.speculation:
             make_cheap(self.engine.speculation)
-            Adversary("half", self.answer).speak(self.engine.speculation)
+            (Adversary if self.drafts == 7 else Mixed)("half", self.answer).speak(self.engine.speculation)
         self.engine.scheduler.seconds_per_token = 1.0  # so that files pay
 
     def answer(self, request):
@@ -113,7 +113,7 @@ class House:
     def tally(self):
         counts = self.engine.prefixes.saved.counts
         self.put_off += self.engine.scheduler.preempted
-        self.copied += self.engine.speculation.counts.accepted if self.drafts else 0
+        self.copied += sum(one.accepted for one in self.engine.speculation.counts.values()) if self.drafts else 0
         self.restored, self.evicted = self.restored + counts.restored, self.evicted + counts.evictions
 
 
@@ -123,7 +123,7 @@ WEIGHTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("seed", "drafts"), [(0, 0), (1, 0), (2, 7)])
+@pytest.mark.parametrize(("seed", "drafts"), [(0, 0), (1, 0), (2, 7), (3, 8)])
 def test_thousands_of_operations_change_no_answer_and_lose_nothing(seed, drafts, tmp_path, caplog):
     caplog.set_level(logging.CRITICAL + 1, "nautilus.serve")
     house = House(seed, tmp_path / "saved", drafts)
