@@ -55,11 +55,12 @@ Memory = tuple[
 class Lanes:
     """Row b of a call has its states in slot_B[b] (int32), its keys and values in the pages of `rows`.
 
-    A call takes the new tokens of all rows after one another, as one row (1, N); `rows.begin` says whose they are, and a
-    row may have any number of them. What comes of a row is what a call of that row alone gives. Each row is one document.
+    A call takes the new tokens of all rows after one another, as (1, N); `rows.begin` says whose they are. A row may
+    have any number of them, and gets what a call of it alone would give. Each row is one document.
 
     A `tentative` call may be taken back in part: after it `accept` says how many of its tokens stay in each row, and
-    `rows.length` grows from call to call by as many. Its memory needs a window for each row's tokens; see `new_memory`.
+    `rows.length` grows from call to call by as many. It takes at least one token of each row, and memory with a window
+    for them; see `new_memory`.
     """
 
     layers: Memory

@@ -118,8 +118,8 @@ class Forward:
         return logits_BV
 
     def attempt(self, berths: list[Berth], tokens: Sequence[Sequence[int]]) -> Tensor:
-        """The logits (N, V) after each of these tokens, of one or more in each berth, those of one berth after those of
-        another; `accept` then says how many stay. ValueError for more tokens of a berth than there is a window for."""
+        """The logits (N, V) after each of these tokens, of one or more for each berth, one berth's after the other's.
+        `accept` then says how many of them stay. ValueError for more of a berth than there is a window for."""
         counts, self.tried = [len(some) for some in tokens], None
         sizes = len(berths), sum(counts)
         if sizes not in self.attempts:
@@ -133,11 +133,11 @@ class Forward:
         return logits_NV
 
     def accept(self, berths: list[Berth], counts: Sequence[int]) -> None:
-        """Of what was tried in these berths so many tokens stay in each, from none to all. ValueError for other numbers,
-        and for other berths than those of the last attempt."""
+        """Of what was tried in these berths so many tokens stay in each, from none to all. ValueError for more than
+        that, and where the last attempt was another one."""
         if self.tried is None or self.tried.berths != berths:
             raise ValueError(
-                f"tokens were accepted in {len(berths)} berths, but these were not tried last; after each attempt accept"
+                f"tokens of {len(berths)} berths were accepted, which were not tried last; after each attempt accept"
                 " once, in the same berths"
             )
         accept(self.tried.lanes, berths, counts)

@@ -6,12 +6,10 @@ import torch
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
-from nautilus.ops.cpu.packs import packed_once
-from nautilus.ops.cpu.tape import record
 from nautilus.presets import preset, shrink
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.forward import Step
-from nautilus.serve.memory import Berths, accept, pages_for, point
+from nautilus.serve.memory import Berths, pages_for
 
 torch.set_num_threads(1)
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)
@@ -119,38 +117,3 @@ def test_training_between_two_runs_is_seen():
             parameter.mul_(1.1)
     after = facts(engine.generate([[1, 2, 3]], GREEDY))
     assert after != before and after == facts(Engine(model, TOKENIZER, max_tokens=40).generate([[1, 2, 3]], GREEDY))
-
-
-@NATIVE
-@torch.inference_mode()
-@pytest.mark.parametrize("name", ["toy", "super"])
-def test_a_recorded_trial_folds_what_each_row_has_accepted_since(name):
-    """Replays read the counts from memory. What stays has the bits of tokens read one by one, on pages too."""
-    model, draw = model_of(name), torch.Generator().manual_seed(0)
-    trying, serial = Berths(model, rows=3, max_tokens=64, window=4), Berths(model, rows=1, max_tokens=64)
-    berths, lanes = [trying.take(64) for _ in range(3)], trying.lanes(3, tentative=True)
-    lanes.slot_B.copy_(torch.tensor([berth.slot for berth in berths]))
-    tokens_BT = torch.zeros(3, 4, dtype=torch.int64)
-    texts, vectors, tape, packs = [[], [], []], [[], [], []], None, {}
-    for cycle in range(7):
-        tokens_BT.copy_(torch.randint(0, TOKENIZER.vocab, (3, 4), generator=draw))
-        point(lanes, berths, 4)
-        with packed_once(packs):
-            step = lambda: model.hidden(tokens_BT, state=lanes)[0]
-            if cycle == 1:
-                inputs = [tokens_BT, lanes.slot_B, lanes.rows.begin, lanes.rows.length, lanes.rows.table_BL]
-                tape = record(step, inputs)
-            hidden_BTD = (step() if cycle == 0 else tape.result if cycle == 1 else tape.replay()).clone()
-        counts = [(cycle + row * 2) % 5 for row in range(3)]
-        accept(lanes, berths, counts)
-        for row, count in enumerate(counts):
-            texts[row] += tokens_BT[row, :count].tolist()
-            vectors[row] += hidden_BTD[row, :count]
-    assert [berth.length for berth in berths] == [len(text) for text in texts]
-    for text, found in zip(texts, vectors, strict=True):
-        berth, lanes = serial.take(64), serial.lanes(1)
-        for token, vector in zip(text, found, strict=True):
-            point(lanes, [berth], 1)
-            assert torch.equal(model.hidden(torch.tensor([[token]]), state=lanes)[0][0, 0], vector)
-            berth.length += 1
-        serial.give_back(berth)

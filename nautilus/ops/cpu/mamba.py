@@ -21,8 +21,8 @@ from nautilus.ops.cpu.memory import roomy
 CHUNK = 64  # MAMBA_CHUNK of kernels.h
 COUNTS = ("rows", "time", "heads", "head_width", "groups", "state", "taps", "window", "bf16")
 FORWARD = (
-    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot", "begin"),
-    *("output", "last_tail", "last_state", "y", "borders"),
+    *("input", "conv_weight", "conv_bias", "dt_bias", "a", "skip", "norm_weight", "tail", "state", "reach", "slot"),
+    *("begin", "output", "last_tail", "last_state", "y", "borders"),
 )
 SLOTS = {"slots": ctypes.c_int64, "kept": ctypes.c_void_p, "pending": ctypes.c_void_p, "tentative": ctypes.c_int64}
 BACKWARD = (

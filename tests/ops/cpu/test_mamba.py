@@ -323,13 +323,13 @@ def test_rows_of_any_lengths_leave_the_bits_that_they_leave_alone(level, data, d
     """Plain calls and tentative ones, rows without tokens among them, verdicts, and folds in between."""
     (_, _, *sizes), window = data.draw(st.sampled_from(WINDOWS))
     rows, draw = data.draw(st.integers(1, 8)), torch.Generator().manual_seed(seed)
-    slot_B, number = torch.randperm(9, generator=draw)[:rows].int(), partial(torch.randint, size=(rows,), generator=draw)
+    slot_B = torch.randperm(9, generator=draw)[:rows].int()
     tensors = list(inputs((1, 1, *sizes)).values())[:-2]
     shared, alone = (slots_for((1, 1, *sizes), count=9, window=window, dtype=dtype) for _ in range(2))
     where = {"groups": shared.groups, "eps": EPS}
     for cycle in range(5):
         tentative = data.draw(st.booleans())
-        count_B = number(0, (window if tentative else CHUNK + 9) + 1)
+        count_B = torch.randint(0, (window if tentative else CHUNK + 9) + 1, (rows,), generator=draw)
         count_B[cycle % rows] = max(1, count_B[cycle % rows])
         begin = torch.cat([torch.zeros(1), count_B.cumsum(0)]).int()
         input_1NE = torch.randn(1, int(begin[-1]), tensors[0].shape[-1], generator=draw).to(dtype)
@@ -351,12 +351,13 @@ def test_rows_of_any_lengths_leave_the_bits_that_they_leave_alone(level, data, d
 
 @pytest.mark.parametrize("tentative", [False, True])
 def test_native_and_torch_agree_on_rows_of_any_lengths(level, tentative):
-    size, slot_B, begin = (1, 22, 4, 12, 2, 6, 4), torch.tensor([4, 0, 2, 5]).int(), torch.tensor([0, 9, 13, 17, 22]).int()
+    size, named = (1, 22, 4, 12, 2, 6, 4), {"groups": 2, "eps": EPS, "tentative": tentative}
+    begin, slot_B = torch.tensor([0, 9, 13, 17, 22]).int(), torch.tensor([4, 0, 2, 5]).int()
     tensors = list(inputs(size).values())[:-2]
     both = [slots_for(size, window=9) for _ in range(2)]
     for cycle in range(4):
-        where = {"slot_B": slot_B, "begin": begin, "groups": 2, "eps": EPS, "tentative": tentative}
-        got, want = (mixer(*tensors, slots=slots, **where) for mixer, slots in zip((slots_native, mamba_taken_out), both))
+        got = slots_native(*tensors, slots=both[0], slot_B=slot_B, begin=begin, **named)
+        want = mamba_taken_out(*tensors, slots=both[1], slot_B=slot_B, begin=begin, **named)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(both[0].ssm_SHNP, both[1].ssm_SHNP, rtol=1e-4, atol=1e-5)
         assert torch.equal(both[0].pending_S, both[1].pending_S)
