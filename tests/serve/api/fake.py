@@ -113,7 +113,7 @@ class FakeService:
         self.answers, self.jobs, self.warmed, self.replies = [THOUGHT], [], [], []
         self.pause, self.width, self.cached, self.busy, self.fault, self.waiting = 0.0, 1, 0, None, None, 0
         self.delay = 0.0  # seconds to the first token
-        self.sources, self.arms = ("plain",), None  # of the tokens in turn; what drafts have come to, where there are some
+        self.sources, self.arms = ("plain",), None  # of tokens, in turn; what drafts came to, where there are some
         self.blow = 1  # how often the text of each token is written
 
     def submit(self, job):
