@@ -196,7 +196,8 @@ SEEN = """(place => {
     }
     return found;
 })"""
-LINES = """[...document.querySelectorAll('article .text .from')].map(n => [getComputedStyle(n).textDecorationLine, n.title])"""
+LINES = """[...document.querySelectorAll('article .text .from')].map(
+    span => [getComputedStyle(span).textDecorationLine, span.title])"""
 STYLES = "[...document.querySelectorAll('.legend .from')].map(n => getComputedStyle(n).textDecorationStyle)"
 
 
