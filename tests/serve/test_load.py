@@ -1,5 +1,6 @@
 import pickle
 
+import pytest
 import torch
 
 from nautilus.serve import Sampling
@@ -32,13 +33,30 @@ def test_several_loads_as_one_and_each_stays_as_it_is():
     assert together([Load(**BARE)] * 2).arms is None and together([]).running == 0
 
 
+def answered(engine):
+    """Requests, all with their answers."""
+    for _ in range(2):  # the second time the answers are known
+        requests = [engine.request(prompt, Sampling(temperature=0, max_tokens=60)) for prompt in prompts_of(0)]
+        for request in requests:
+            engine.submit(request)
+        while not all(request.finished for request in requests):
+            engine.step()
+        yield from requests
+
+
 def test_what_an_engine_has_tried_is_told_as_it_was_then():
     assert arms_of(engine_of(MODELS["MM"], 0)) is None
     engine = engine_of(MODELS["MM"])
     before = arms_of(engine)
-    for _ in range(2):  # the second time the answers are known
-        engine.generate([*prompts_of(0)], Sampling(temperature=0, max_tokens=60))
-    after = pickle.loads(pickle.dumps(arms_of(engine)))
-    assert sum(counts.drafts for counts in before.values()) == 0
-    counts = after["cache"]
-    assert 0 < counts.drafts <= counts.drafted and counts.accepted <= counts.drafted
+    requests = [*answered(engine)]
+    after = Load(**BARE, arms=pickle.loads(pickle.dumps(arms_of(engine))))
+    assert sums(Load(**BARE, arms=before)) == (0, 0, 0)
+    assert 0 < after.drafts < after.accepted_tokens <= after.draft_tokens
+    assert after.accepted_tokens == sum(piece.source != "plain" for one in requests for piece in one.pieces)
+
+
+@pytest.mark.xfail(strict=True, reason="engines do not count the tokens of a request's drafts yet")
+def test_a_request_knows_how_many_tokens_were_tried_for_it():
+    engine = engine_of(MODELS["MM"])
+    tried = sum(request.drafted for request in answered(engine))
+    assert tried == Load(**BARE, arms=arms_of(engine)).draft_tokens > 0

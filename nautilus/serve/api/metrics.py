@@ -112,7 +112,7 @@ class Meters:
             self.show(name, about, [(labels, getattr(counts, field)) for labels, counts in arms])
         return generate_latest(self.registry)
 
-    def show(self, name: str, about: str, values: Sequence[tuple[Mapping[str, str], float]]) -> None:
+    def show(self, name: str, about: str, values: Sequence[tuple[dict[str, str], float]]) -> None:
         """These and no others, which may be of replicas that are gone."""
         if name not in self.loads and values:
             self.loads[name] = self.any(Gauge, name, about, [*(self.labels | values[0][0])])
