@@ -14,6 +14,7 @@ from nautilus.serve.request import Piece
 from nautilus.serve.toolcalls import Content, Delta, Reasoning
 
 PLAIN = "plain"
+SHORT = 64  # characters that are looked for one by one at most
 Run = list  # [source, tokens, characters]
 
 
@@ -34,7 +35,7 @@ class Origins:
         self.owners.append([piece.source, int(piece.token >= 0), len(piece.text)])
         self.show(shown)
         if held is not None:
-            self.move(len(self.text) - held, shown=False)
+            self.move(max(0, len(self.text) - held), shown=False)
 
     def finish(self, shown: Iterable[Delta]) -> None:
         """What was held back until the end, or was no text at all."""
@@ -44,8 +45,11 @@ class Origins:
     def show(self, deltas: Iterable[Delta]) -> None:
         for delta in deltas:
             if isinstance(delta, Reasoning | Content):
-                self.move(max(0, self.text.find(delta.text)), shown=False)  # it begins behind what was dropped
-                self.move(len(delta.text), shown=True)
+                text = delta.text
+                apart = len(text) < SHORT and text not in self.text  # something was dropped in between
+                for part in text if apart else [text]:
+                    self.move(max(0, self.text.find(part)), shown=False)  # it begins behind what was dropped
+                    self.move(len(part), shown=True)
 
     def move(self, count: int, *, shown: bool) -> None:
         """Past so many characters, and the tokens without any that follow."""
@@ -57,6 +61,8 @@ class Origins:
             count -= step
             if step < length:
                 self.owners.appendleft([source, 0, length - step])
+        if count:  # a parser that told its texts in another order, as where reasoning becomes content at the end
+            self.runs.append([PLAIN, 0, count if shown else 0])
 
     def take(self, characters: int | None = None) -> list[Run]:
         """The runs of so many, with the tokens around them that show in no text; None: all that are certain."""

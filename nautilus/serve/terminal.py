@@ -47,10 +47,12 @@ def write(console: Console, text: str, style: str | None = None) -> None:
 
 
 def write_runs(console: Console, text: str, runs: Iterable[Run], style: str = "") -> None:
-    """A text with each of its runs, [source, tokens, characters], in the style of the source as well."""
+    """A text with each of its runs, [source, tokens, characters], in the style of the source as well; after an
+    interruption there may be too few of them."""
     for source, _, characters in runs:
         part, text = text[:characters], text[characters:]
         write(console, part, f"{style} {STYLES.get(source, '')}".strip() or None)
+    write(console, text, style or None)
 
 
 def write_legend(console: Console, sources: Sequence[str]) -> None:

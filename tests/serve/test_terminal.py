@@ -45,7 +45,8 @@ def test_runs_of_a_text_come_in_the_styles_of_their_sources_and_only_where_colou
         assert file.getvalue() == seen
     file = io.StringIO()
     write_runs(Console(file=file), text, runs)
-    assert file.getvalue() == text
+    write_runs(Console(file=file), text, runs[:1])
+    assert file.getvalue() == text + text
 
 
 def test_piped_lines_come_one_by_one_without_their_ends_and_without_empty_ones(monkeypatch):
