@@ -16,7 +16,8 @@ import nautilus
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.runtime import UserError, quiet
 from nautilus.serve import AnswerStream, Engine, Sampling, opens_thinking
-from nautilus.serve.terminal import lines, write
+from nautilus.serve.sources import PLAIN, Origins, passes
+from nautilus.serve.terminal import lines, write, write_legend, write_runs
 from nautilus.serve.toolcalls import Delta, gather
 
 FEWEST = 8  # tokens of an answer whose speed is told
@@ -33,6 +34,8 @@ class Settings:
     prompt: str | None = setting(None, "answer this and end")
     system: str = setting("", "what the model is told before the conversation")
     thinking: bool = setting(True, "reason before answering")
+    drafts: int = setting(0, "most tokens tried at once of what known text goes on with, where that is faster; 0: none")
+    sources: bool = setting(False, "show which text such drafts had foretold, and in how many passes answers came")
     raw: bool = setting(False, "continue plain text; always so for a model without a chat template")
     sampling: Sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=1024)
 
@@ -65,7 +68,8 @@ def main(settings: Settings) -> None:
         raise UserError("no model to talk to; write nautilus chat MODEL, a run, a checkpoint folder or a hub id")
     with quiet():
         model, tokenizer = nautilus.load(settings.model)
-        chat = Chat(engine=Engine(model, tokenizer), settings=settings, sampling=settings.sampling)
+        engine = Engine(model, tokenizer, drafts=settings.drafts)
+        chat = Chat(engine=engine, settings=settings, sampling=settings.sampling)
     chat.reset()
     if settings.prompt is not None:
         if chat.raw and chat.out.is_terminal:  # what is continued; a pipe gets the answer alone
@@ -102,38 +106,48 @@ def reply(chat: Chat, text: str) -> None:
     tokens = engine.tokens(text) if chat.raw else chat_tokens(engine.tokenizer, asked, settings=how)
     answer = AnswerStream(inside=None if chat.raw else bool(opens_thinking(tokens, engine.tokenizer)))
     said: list[Delta] = []
+    origins, sources = Origins(), []
     pieces, times = engine.stream(tokens, chat.sampling), [time.monotonic()]
     with contextlib.suppress(KeyboardInterrupt):
         for piece in pieces:
             times.append(time.monotonic())
+            sources.append(piece.source)
             inside, parts = answer.inside, answer.add(piece.text)
+            origins.read(piece, parts, answer.held)
             said += parts
-            show(chat, parts, "\n\n" if inside and not answer.inside else "")
+            show(chat, parts, origins, "\n\n" if inside and not answer.inside else "")
     rest = answer.finish()
+    origins.finish(rest)
     said += rest
-    show(chat, rest)
+    show(chat, rest, origins)
     write(chat.out, "\n")
-    remark(chat, speed(times))
+    if chat.settings.sources and sources:
+        write_legend(chat.err, sources)
+    remark(chat, speed(times, passes(sources) if chat.settings.sources else 0))
     if not chat.raw:
         whole = gather(said)
         chat.messages = [*asked, {"role": "assistant", "reasoning": whole.reasoning, "content": whole.content}]
 
 
-def show(chat: Chat, parts: list[Delta], gap: str = "") -> None:
+def show(chat: Chat, parts: list[Delta], origins: Origins, gap: str = "") -> None:
     part = gather(parts)
-    write(chat.aside, part.reasoning + gap, style="dim")
-    write(chat.out, part.content)
+    for console, text, style in ((chat.aside, part.reasoning, "dim"), (chat.out, part.content, "")):
+        runs = origins.take(len(text))
+        write_runs(console, text, runs if chat.settings.sources else [[PLAIN, 0, len(text)]], style)
+        if style:
+            write(console, gap)
 
 
 def remark(chat: Chat, text: str) -> None:
     write(chat.err, text + "\n", style="dim")
 
 
-def speed(times: list[float]) -> str:
-    """times: when the question was asked, then when each token came."""
+def speed(times: list[float], number: int = 0) -> str:
+    """times: when the question was asked, then when each token came; number: of passes, where it is to be told."""
     if len(times) < 2:
         return "stopped before the first token"
     count, first = len(times) - 1, times[1] - times[0]
     # The first two steps of an engine are computed and recorded, which later ones are not: theirs is no speed.
     rate = f", then {(count - 3) / (times[-1] - times[3]):.1f} tokens/s" if count >= FEWEST else ""
-    return f"{count} token{'' if count == 1 else 's'}, the first after {first:.2f} s{rate}"
+    among = f" in {number} pass{'' if number == 1 else 'es'}" if number else ""
+    return f"{count} token{'' if count == 1 else 's'}{among}, the first after {first:.2f} s{rate}"

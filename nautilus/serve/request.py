@@ -72,6 +72,7 @@ class Request:
     pieces: list[Piece] = field(default_factory=list)
     berth: Berth | None = None
     cached: int = 0
+    drafted: int = 0  # tokens of drafts that were tried for it
     apart: bool = False  # a call for several failed, and this was one of them: from then on it has its own
     error: Exception | None = None  # what it ended with: UserError for one of its own, RuntimeError for the engine's
     arrived: float = field(default_factory=time.monotonic)

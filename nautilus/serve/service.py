@@ -22,6 +22,7 @@ from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
 from nautilus.serve.engine import Engine
 from nautilus.serve.limits import engine_failed
+from nautilus.serve.load import Load, arms_of
 from nautilus.serve.request import Piece, Request
 from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling
@@ -64,19 +65,6 @@ class Job:
     answer: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
-class Load:
-    """What a service is doing now. pages: share of the pages of keys and values that are held."""
-
-    running: int
-    waiting: int
-    waiting_tokens: int
-    slots: int
-    pages: float
-    preempted: int
-    steps: int
-
-
 class Reply:
     """The pieces of an answer, as they come: each turn of the iteration gives all that came since the one before.
 
@@ -98,6 +86,11 @@ class Reply:
     @property
     def cached_tokens(self) -> int:
         return self.request.cached
+
+    @property
+    def drafted_tokens(self) -> int | None:
+        """Tokens that drafts tried for it; None where the engine makes none."""
+        return self.request.drafted if self.service.engine.speculation else None
 
     def deliver(self, piece: Piece) -> None:
         self.arrived.append(piece)
@@ -221,6 +214,7 @@ class Service:
             pages=1 - berths.pool.free() / max(1, pages),
             preempted=scheduler.preempted,
             steps=self.steps,
+            arms=arms_of(self.engine),
         )
 
     def loads(self) -> dict[str, Load]:

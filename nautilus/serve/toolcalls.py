@@ -155,6 +155,11 @@ class AnswerStream:
     def content_place(self) -> markers.Place:
         return markers.PLAIN if self.signatures is None else markers.CONTENT
 
+    @property
+    def held(self) -> int | None:
+        """How many of the last characters may still be told; None: all of them since the last that were."""
+        return None if self.thoughts else len(self.buffer)
+
     def add(self, text: str) -> list[Delta]:
         for begin in range(0, len(text), PORTION):
             self.buffer += text[begin : begin + PORTION]

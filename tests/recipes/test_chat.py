@@ -127,6 +127,57 @@ def test_reset_forgets_what_was_said_and_keeps_the_system_message(monkeypatch, c
     assert prompts[0] == prompts[1] and "be kind" in prompts[1]
 
 
+def drafted(monkeypatch, turns):
+    """Says of the tokens in turn that they came from these sources."""
+    plain = Engine.stream
+
+    def stream(self, prompt, sampling):
+        for at, piece in enumerate(plain(self, prompt, sampling)):
+            yield dataclasses.replace(piece, source=turns[at % len(turns)])
+
+    monkeypatch.setattr(Engine, "stream", stream)
+
+
+def test_on_a_terminal_text_that_was_foretold_is_marked(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "hm</think>\nyes")
+    drafted(monkeypatch, ("plain", "cache", "plain", "plain", "cache", "mtp"))
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    seen = talk(monkeypatch, capsys, folder, prompt="one", sources=True)
+    assert seen.out.startswith("\x1b[2mh\x1b[0m\x1b[2;4;36mm\x1b[0m\n\n\x1b[4;36my\x1b[0m\x1b[3;35me\x1b[0ms")
+    for legend in (
+        "plain\x1b[2m 4\x1b[0m",
+        "\x1b[4;36mcache\x1b[0m\x1b[2m 3\x1b[0m",
+        "\x1b[3;35mmtp\x1b[0m\x1b[2m 1\x1b[0m",
+    ):
+        assert legend in seen.err
+    assert "8 tokens in 5 passes, the first after" in seen.err
+    monkeypatch.setenv("NO_COLOR", "1")
+    seen = talk(monkeypatch, capsys, folder, prompt="one", sources=True)
+    assert seen.out == "hm\n\nyes\n" and "\x1b" not in seen.err and "8 tokens in 5 passes" in seen.err
+
+
+def test_a_pipe_gets_no_marks_and_only_who_asks_for_sources_gets_them(monkeypatch, capsys, folder):
+    says(monkeypatch, folder, "hm</think>\nyes")
+    drafted(monkeypatch, ("plain", "cache"))
+    seen = talk(monkeypatch, capsys, folder, prompt="one", sources=True)
+    assert seen.out == "yes\n" and "tokens: plain 4 cache 4\n" in seen.err and "8 tokens in 5 passes" in seen.err
+    monkeypatch.setattr(Console, "is_terminal", True)
+    monkeypatch.setenv("TERM", "xterm")
+    seen = talk(monkeypatch, capsys, folder, prompt="one")
+    assert "\x1b[4" not in seen.out and "passes" not in seen.err and "cache" not in seen.err
+
+
+def test_drafts_change_no_word(monkeypatch, capsys, folder):
+    made, plain = [], Engine.__init__
+    monkeypatch.setattr(
+        Engine, "__init__", lambda self, *given, **more: made.append(more) or plain(self, *given, **more)
+    )
+    said = [talk(monkeypatch, capsys, folder, "ab ab ab", "ab", raw=True, drafts=drafts).out for drafts in (0, 4)]
+    assert said[0] == said[1] and [more["drafts"] for more in made] == [0, 4]
+
+
 def test_a_seed_can_be_chosen(monkeypatch, capsys, folder):
     lines = ("ab", "/seed 5", "ab", "/seed 1", "ab", "/seed five", "/seed 99999999999999999999999")
     said = talk(monkeypatch, capsys, folder, *lines, raw=True)
@@ -184,6 +235,7 @@ def test_the_speed_is_that_of_steps_after_the_first_two():
     slow = [0.0, 3.0, 4.0, 6.0]  # asked, a prompt read, a step computed, a step recorded
     assert chat.speed([*slow, 6.5, 7.0, 7.5, 8.0, 8.5]) == "8 tokens, the first after 3.00 s, then 2.0 tokens/s"
     assert chat.speed([*slow, 6.5, 7.0, 7.5, 8.0]) == "7 tokens, the first after 3.00 s"
+    assert chat.speed([0.0, 3.0, 4.0], 1) == "2 tokens in 1 pass, the first after 3.00 s"
     assert chat.speed([0.0, 3.0]) == "1 token, the first after 3.00 s" and "stopped" in chat.speed([0.0])
 
 

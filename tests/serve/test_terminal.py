@@ -5,7 +5,7 @@ import hypothesis.strategies as st
 from hypothesis import given
 from rich.console import Console
 
-from nautilus.serve.terminal import lines, printable, write
+from nautilus.serve.terminal import lines, printable, write, write_runs
 
 
 @given(text=st.text())
@@ -34,6 +34,19 @@ def test_a_terminal_gets_the_text_unwrapped_and_unread(pieces):
     for piece in pieces:
         write(console, piece)
     assert console.file.getvalue() == "".join(pieces)
+
+
+def test_runs_of_a_text_come_in_the_styles_of_their_sources_and_only_where_colours_are_wanted():
+    runs, text = [["plain", 1, 2], ["grammar", 1, 0], ["eagle", 2, 2], ["new", 1, 1]], "abc\x1be"
+    for environment, seen in (({}, "ab\x1b[1;33mc\ufffd\x1b[0me"), ({"NO_COLOR": "1"}, "abc\ufffde")):
+        file = io.StringIO()
+        console = Console(file=file, force_terminal=True, color_system="standard", _environ=environment)
+        write_runs(console, text, runs)
+        assert file.getvalue() == seen
+    file = io.StringIO()
+    write_runs(Console(file=file), text, runs)
+    write_runs(Console(file=file), text, runs[:1])
+    assert file.getvalue() == text + text
 
 
 def test_piped_lines_come_one_by_one_without_their_ends_and_without_empty_ones(monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.serve.api import logprobs
 from nautilus.serve.request import Piece
+from nautilus.serve.sources import Origins, Run, merged
 from nautilus.serve.toolcalls import (
     AnswerStream,
     Arguments,
@@ -27,6 +28,7 @@ class Wanted:
 
     logprobs: bool = False
     token_ids: bool = False
+    sources: bool = False
     reasoning: bool = True
     several: bool = True
 
@@ -46,21 +48,34 @@ class ChatChoice:
     deltas: list[Delta] = field(default_factory=list)
     pieces: list[Piece] = field(default_factory=list)  # those with a token
     told: int = 0  # of these, how many a stream has told of
+    runs: list[Run] = field(default_factory=list)  # of what was told
+
+    def __post_init__(self):
+        self.origins = Origins() if self.wanted.sources else None
 
     def open(self) -> list[dict]:
         return [self.part({"role": "assistant", "content": ""}, [], None)]
 
     def add(self, pieces: Sequence[Piece]) -> list[dict]:
         deltas = self.take(pieces)
-        parts = [self.part(shown, self.untold(), None) for delta in deltas if (shown := spoken(delta)) is not None]
-        return parts if self.finish_reason is None else [*parts, self.part({}, self.untold(), self.finish_reason)]
+        parts = [
+            self.part(shown, self.untold(), None, self.came(shown_in(delta)))
+            for delta in deltas
+            if (shown := spoken(delta)) is not None
+        ]
+        if self.finish_reason is not None:
+            parts.append(self.part({}, self.untold(), self.finish_reason, self.came(None)))
+        return parts
 
     def take(self, pieces: Sequence[Piece]) -> list[Delta]:
         """What they tell, and whether the answer has ended with them."""
         deltas = [delta for piece in pieces for delta in self.read(piece)]
         reason = pieces[-1].finish_reason if pieces else None
         if reason is not None:
-            deltas += self.parser.finish()
+            rest = self.parser.finish()
+            deltas += rest
+            if self.origins:
+                self.origins.finish(filter(self.tells, rest))
         deltas = [delta for delta in joined(deltas) if self.tells(delta)]
         self.deltas += deltas
         if reason is not None:
@@ -75,6 +90,8 @@ class ChatChoice:
 
     def read(self, piece: Piece) -> list[Delta]:
         deltas = self.parser.add(piece.text)
+        if self.origins:
+            self.origins.read(piece, filter(self.tells, deltas), self.parser.held)
         if piece.token >= 0:
             self.pieces.append(piece)
             self.generated += 1
@@ -85,20 +102,26 @@ class ChatChoice:
         pieces, self.told = self.pieces[self.told :], len(self.pieces)
         return pieces
 
-    def part(self, delta: dict, pieces: Sequence[Piece], reason: str | None) -> dict:
-        return {"index": self.index, "delta": delta, **self.details(pieces), "finish_reason": reason}
+    def came(self, characters: int | None) -> list[Run]:
+        """Where the next of the text came from; None: all that is left."""
+        runs = self.origins.take(characters) if self.origins else []
+        self.runs += runs
+        return runs
 
-    def details(self, pieces: Sequence[Piece]) -> dict[str, Any]:
+    def part(self, delta: dict, pieces: Sequence[Piece], reason: str | None, runs: Sequence[Run] = ()) -> dict:
+        return {"index": self.index, "delta": delta, **self.details(pieces, runs), "finish_reason": reason}
+
+    def details(self, pieces: Sequence[Piece], runs: Sequence[Run]) -> dict[str, Any]:
         told = logprobs.of_chat(pieces, self.tokenizer) if self.wanted.logprobs and pieces else None
-        return {"logprobs": told} | ({"token_ids": [piece.token for piece in pieces]} if self.wanted.token_ids else {})
+        ids = {"token_ids": [piece.token for piece in pieces]} if self.wanted.token_ids else {}
+        return {"logprobs": told, **ids, **({"nautilus": {"sources": runs}} if runs else {})}
 
     def whole(self) -> dict:
         message = {"refusal": None, **self.message()}
         if "reasoning_content" in message:
             message["reasoning"] = message["reasoning_content"]
-        return {
-            "index": self.index, "message": message, **self.details(self.pieces), "finish_reason": self.finish_reason,
-        }  # fmt: skip
+        details = self.details(self.pieces, merged(self.runs))
+        return {"index": self.index, "message": message, **details, "finish_reason": self.finish_reason}
 
     def message(self) -> dict[str, Any]:
         """The answer as a message of a conversation."""
@@ -131,6 +154,11 @@ def joined(deltas: Iterable[Delta]) -> Iterator[Delta]:
 
 def continues(delta: Delta, last: Delta) -> bool:
     return type(delta) is type(last) and getattr(delta, "index", None) == getattr(last, "index", None)
+
+
+def shown_in(delta: Delta) -> int:
+    """Characters of text."""
+    return len(delta.text) if isinstance(delta, Reasoning | Content) else 0
 
 
 def spoken(delta: Delta) -> dict[str, Any] | None:

@@ -146,7 +146,8 @@ def choice(context: Context, asked: ChatRequest, rendered: Rendered, inside: boo
     parser = AnswerStream(inside=inside, tools=tools, force_nonempty_content=wants_content(asked))
     wanted = Wanted(
         logprobs=bool(asked.logprobs), token_ids=bool(asked.return_token_ids),
-        reasoning=asked.include_reasoning is not False, several=asked.parallel_tool_calls is not False,
+        sources=bool(asked.return_token_sources), reasoning=asked.include_reasoning is not False,
+        several=asked.parallel_tool_calls is not False,
     )  # fmt: skip
     return ChatChoice(number, wanted, context.tokenizer, parser)
 

@@ -19,6 +19,7 @@ from nautilus.serve.api.errors import ApiError
 from nautilus.serve.api.fields import Asked, check_sizes, known_tokens, read, sampling_of
 from nautilus.serve.request import Piece
 from nautilus.serve.service import Job
+from nautilus.serve.sources import runs_of
 
 LONGEST = 16  # tokens of an answer where none are asked for, as OpenAI has it
 
@@ -57,23 +58,24 @@ class TextChoice:
         return [{**self.part(before, []), **more}] if before or more else []
 
     def add(self, pieces: Sequence[Piece]) -> list[dict]:
-        first, drawn = not self.pieces, [piece for piece in pieces if piece.token >= 0]
+        first, drawn = not self.pieces, sum(piece.token >= 0 for piece in pieces)
         text = "".join(piece.text for piece in pieces)
-        self.generated += len(drawn)
+        self.generated += drawn
         self.pieces += pieces
         self.finish_reason = pieces[-1].finish_reason if pieces else None
         if first and self.scored:
             text = self.before + text
-        part = self.part(text, drawn, self.echoed() if first else ())
+        part = self.part(text, pieces, self.echoed() if first else ())
         self.length += len(text)
         return [part] if text or drawn or self.finish_reason else []
 
-    def part(self, text: str, drawn: Sequence[Piece], echoed: Sequence[Piece] = ()) -> dict:
-        told = None
+    def part(self, text: str, pieces: Sequence[Piece], echoed: Sequence[Piece] = ()) -> dict:
+        told, drawn = None, [piece for piece in pieces if piece.token >= 0]
         if self.asked.logprobs is not None and (drawn or echoed):
             told = logprobs.of_text([*echoed, *drawn], self.tokenizer, self.length)
         ids = {"token_ids": [piece.token for piece in drawn]} if self.asked.return_token_ids else {}
-        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": self.finish_reason, **ids}
+        came = {"nautilus": {"sources": runs_of(pieces)}} if self.asked.return_token_sources and pieces else {}
+        return {"index": self.index, "text": text, "logprobs": told, "finish_reason": self.finish_reason, **ids, **came}
 
     def echoed(self) -> list[Piece]:
         """The tokens of the prompt as pieces, where their log-probs were asked for."""
@@ -84,7 +86,7 @@ class TextChoice:
         echoed = self.echoed()
         self.length = 0 if echoed else len(self.before)
         text = self.before + "".join(piece.text for piece in self.pieces)
-        whole = self.part(text, [piece for piece in self.pieces if piece.token >= 0], echoed)
+        whole = self.part(text, self.pieces, echoed)
         return {**whole, "prompt_token_ids": [*self.prompt]} if self.asked.return_token_ids else whole
 
 

@@ -19,6 +19,7 @@ from nautilus.serve.api.metrics import Meters
 from nautilus.serve.api.settings import Limits
 from nautilus.serve.request import Piece
 from nautilus.serve.service import Job, Reply, Service
+from nautilus.serve.sources import PLAIN
 
 log = logging.getLogger("nautilus.serve.api")
 
@@ -72,6 +73,7 @@ class Exchange:
     replies: list[Reply] = field(default_factory=list)
     created: int = field(default_factory=lambda: int(time.time()))
     began: float = field(default_factory=time.monotonic)
+    accepted: int = 0  # tokens that a draft had foretold
     first: float | None = None  # when the first token came
     latest: float = 0.0
     stop: asyncio.Event = field(default_factory=asyncio.Event)  # set: the answer is to end now
@@ -126,12 +128,17 @@ class Exchange:
         # Answers to one prompt count it once.
         prompts = {id(job.tokens): reply for job, reply in zip(self.jobs, self.replies, strict=True)}.values()
         prompt, generated = sum(reply.prompt_tokens for reply in prompts), sum(c.generated for c in self.choices)
+        details = {"reasoning_tokens": sum(c.reasoned for c in self.choices)}
+        drafted = [reply.drafted_tokens for reply in self.replies if reply.drafted_tokens is not None]
+        if drafted:
+            wrong = max(0, sum(drafted) - self.accepted)
+            details |= {"accepted_prediction_tokens": self.accepted, "rejected_prediction_tokens": wrong}
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": sum(reply.cached_tokens for reply in prompts)},
-            "completion_tokens_details": {"reasoning_tokens": sum(c.reasoned for c in self.choices)},
+            "completion_tokens_details": details,
         }
 
     async def pieces(self) -> AsyncGenerator[tuple[int, list[Piece]], None]:
@@ -140,6 +147,7 @@ class Exchange:
         async with contextlib.aclosing(merged(self.replies, self.left, self.stop)) as arriving:
             async for index, pieces in arriving:
                 self.time(pieces)
+                self.accepted += sum(piece.source != PLAIN for piece in pieces)
                 reason = pieces[-1].finish_reason if pieces else None
                 if reason == "cancelled":
                     raise ApiError(503, "the server ended this answer; ask again", code="cancelled", retry=5)

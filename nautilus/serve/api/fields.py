@@ -86,6 +86,7 @@ class Asked(Record):
     thinking_token_grace: int | None = None
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
+    return_token_sources: bool | None = None
     cache_salt: str | None = Field(default=None, max_length=256)
     priority: int = Field(default=0, ge=-(2**31), lt=2**31)
 

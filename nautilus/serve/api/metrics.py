@@ -6,7 +6,7 @@ did the work, as in vLLM; what was refused before it reached one counts for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -50,6 +50,12 @@ LOADS = {
     "spec_decode_num_drafts_total": ("drafts", "drafts verified"),
     "spec_decode_num_draft_tokens_total": ("draft_tokens", "tokens of these"),
     "spec_decode_num_accepted_tokens_total": ("accepted_tokens", "tokens of these that were right"),
+}
+# The same of each kind of draft: the field of its counts.
+ARMS = {
+    OURS + "spec_decode_drafts_total": ("drafts", "drafts of one kind verified"),
+    OURS + "spec_decode_draft_tokens_total": ("drafted", "tokens of these"),
+    OURS + "spec_decode_accepted_tokens_total": ("accepted", "tokens of these that were right"),
 }
 
 
@@ -95,12 +101,22 @@ class Meters:
     def text(self, loads: Mapping[str, Any]) -> bytes:
         """All of it as Prometheus reads it, with what the service tells of its load right now, by replica."""
         for name, (field, about) in LOADS.items():
-            values = {engine: getattr(load, field, None) for engine, load in loads.items()}
-            if name not in self.loads and any(value is not None for value in values.values()):
-                self.loads[name] = self.one(Gauge, name, about)
-            if name in self.loads:
-                self.loads[name].clear()  # of replicas that are gone
-            for engine, value in values.items():
-                if value is not None:
-                    self.loads[name].labels(**{**self.labels, "engine": engine}).set(value)
+            told = [({"engine": engine}, getattr(load, field, None)) for engine, load in loads.items()]
+            self.show(name, about, [(labels, value) for labels, value in told if value is not None])
+        arms = [
+            ({"engine": engine, "arm": arm}, counts)
+            for engine, load in loads.items()
+            for arm, counts in (getattr(load, "arms", None) or {}).items()
+        ]
+        for name, (field, about) in ARMS.items():
+            self.show(name, about, [(labels, getattr(counts, field)) for labels, counts in arms])
         return generate_latest(self.registry)
+
+    def show(self, name: str, about: str, values: Sequence[tuple[dict[str, str], float]]) -> None:
+        """These and no others, which may be of replicas that are gone."""
+        if name not in self.loads and values:
+            self.loads[name] = self.any(Gauge, name, about, [*(self.labels | values[0][0])])
+        if name in self.loads:
+            self.loads[name].clear()
+        for labels, value in values:
+            self.loads[name].labels(**(self.labels | labels)).set(value)

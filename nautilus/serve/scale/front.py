@@ -13,10 +13,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.serve.load import Load, together
 from nautilus.serve.prompt import Prompt, checked_prompt, prompt_tokens
 from nautilus.serve.request import Piece
 from nautilus.serve.scale.replica import State
-from nautilus.serve.service import Busy, Draining, Job, Load, Lost
+from nautilus.serve.service import Busy, Draining, Job, Lost
 
 WATCH = 1.0  # seconds between two looks at the replicas
 PATIENCE = 10.0  # seconds for their answers
@@ -38,6 +39,7 @@ class RemoteReply:
     def __init__(self, front: Replicas, job: Job):
         self.front, self.over, self.begun = front, False, False
         self.prompt_tokens, self.cached_tokens, self.replica = len(job.tokens), 0, "0"
+        self.drafted_tokens: int | None = None
         grammars = [rule.source for rule in job.rules]  # type: ignore[attr-defined]
         bare = dataclasses.replace(job, tokens=[*job.tokens], rules=())
         self.stream = front.answering.remote(bare, grammars)
@@ -59,7 +61,8 @@ class RemoteReply:
         except StopAsyncIteration:
             self.leave()
             raise
-        self.begun, self.replica, self.cached_tokens = True, str(part.rank), part.cached
+        self.begun, self.replica = True, str(part.rank)
+        self.cached_tokens, self.drafted_tokens = part.cached, part.drafted
         return part.pieces
 
     def leave(self) -> None:
@@ -111,10 +114,8 @@ class Replicas:
         self.warming.remote(job)
 
     def load(self) -> Load:
-        """Of all replicas together; pages: the mean of theirs."""
-        loads = [dataclasses.asdict(load) for load in self.loads().values()]
-        total = {field.name: sum(load[field.name] for load in loads) for field in dataclasses.fields(Load)}
-        return Load(**{**total, "pages": total["pages"] / max(1, len(loads))})
+        """Of all replicas together."""
+        return together([*self.loads().values()])
 
     def loads(self) -> dict[str, Load]:
         return {rank: state.load for rank, state in self.states.items()}

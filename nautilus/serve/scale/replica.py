@@ -11,8 +11,9 @@ from ray import serve
 
 from nautilus.serve.engine import Engine
 from nautilus.serve.grammar import Source, compile_grammar
+from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Job, Load, Service
+from nautilus.serve.service import Job, Service
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,12 @@ class State:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What came of an answer since the part before. cached: tokens of the prompt that were not read again."""
+    """What came of an answer since the part before. cached: tokens of the prompt that were not read again. drafted:
+    tokens that drafts have tried so far; None where there are no drafts."""
 
     rank: int
     cached: int
+    drafted: int | None = None
     pieces: Sequence[Piece]
 
 
@@ -50,7 +53,8 @@ class Replica:
         reply = self.service.submit(dataclasses.replace(job, rules=rules))
         try:
             async for pieces in reply:
-                yield Part(rank=self.rank, cached=reply.cached_tokens, pieces=pieces)
+                told = {"cached": reply.cached_tokens, "drafted": reply.drafted_tokens}
+                yield Part(rank=self.rank, pieces=pieces, **told)
         finally:
             await reply.aclose()
 

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.serve.control import StopStrings
+from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
 from nautilus.serve.sample import Drawn
-from nautilus.serve.service import Busy, Draining, Load
+from nautilus.serve.service import Busy, Draining
 
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)  # one token per byte, and the control tokens
 THOUGHT = "Let me see.\n</think>\n\nHello."
@@ -33,6 +34,7 @@ class FakeReply:
     def __init__(self, service, job, script):
         self.service, self.job, self.script = service, job, script
         self.prompt_tokens, self.cached_tokens = len(job.tokens), service.cached
+        self.drafted_tokens = None if service.arms is None else 0
         self.closed = False
         self.ended = asyncio.Event()
         self.written = TOKENIZER.stream(skip_special=True)
@@ -77,9 +79,13 @@ class FakeReply:
         text *= self.service.blow
         top = tuple((token + i, -0.5 - i) for i in range(self.job.sampling.top_logprobs))
         prompt = self.prompt() if self.count == 1 else ()
+        source = self.service.sources[(self.count - 1) % len(self.service.sources)]
+        if self.drafted_tokens is not None:
+            self.drafted_tokens += 2 * (source != "plain")  # of two that are tried one is right
         return Piece(
-            text=text, token=token, logprob=-0.5, finish_reason=reason, top=top, stop=self.stops.hit, prompt=prompt
-        )
+            text=text, token=token, logprob=-0.5, finish_reason=reason, top=top, stop=self.stops.hit, prompt=prompt,
+            source=source,
+        )  # fmt: skip
 
     def prompt(self):
         """Log-probs of the prompt, -0.25 each, where they are asked for."""
@@ -107,6 +113,7 @@ class FakeService:
         self.answers, self.jobs, self.warmed, self.replies = [THOUGHT], [], [], []
         self.pause, self.width, self.cached, self.busy, self.fault, self.waiting = 0.0, 1, 0, None, None, 0
         self.delay = 0.0  # seconds to the first token
+        self.sources, self.arms = ("plain",), None  # of tokens, in turn; what drafts came to, where there are some
         self.blow = 1  # how often the text of each token is written
 
     def submit(self, job):
@@ -129,8 +136,9 @@ class FakeService:
     def load(self):
         running = sum(not reply.closed for reply in self.replies)
         return Load(
-            running=running, waiting=self.waiting, waiting_tokens=0, slots=running, pages=0.25, preempted=0, steps=0
-        )
+            running=running, waiting=self.waiting, waiting_tokens=0, slots=running, pages=0.25, preempted=0, steps=0,
+            arms=self.arms,
+        )  # fmt: skip
 
     def loads(self):
         return {"0": self.load()}

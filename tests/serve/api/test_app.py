@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 
@@ -6,6 +7,7 @@ import pytest
 
 from nautilus.data.chat import chat_tokens, render
 from nautilus.runtime import UserError
+from nautilus.serve.draft.policy import Counts
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"
@@ -147,6 +149,27 @@ def test_the_metrics_count(serve):
         assert 'request_success_total{engine="0",finished_reason="stop",model_name="tiny"} 3.0' in text
         api.post(CHAT, json={"messages": []})
         assert 'reason="wrong_value"} 1.0' in api.get("/metrics").text
+
+
+def test_drafts_are_counted_in_all_and_by_what_made_them(serve):
+    with serve() as here, here.client() as api:
+        assert "spec_decode" not in api.get("/metrics").text  # there are none
+        here.service.arms = {"cache": Counts(drafts=3, drafted=20, accepted=9), "mtp": Counts(drafts=2, drafted=4)}
+        found, text = metrics(api), api.get("/metrics").text
+        assert found["vllm:spec_decode_num_drafts_total"] == 5
+        assert found["vllm:spec_decode_num_draft_tokens_total"] == 24
+        assert found["vllm:spec_decode_num_accepted_tokens_total"] == 9
+        for arm, counts in {"cache": (3, 20, 9), "mtp": (2, 4, 0)}.items():
+            for name, value in zip(("drafts", "draft_tokens", "accepted_tokens"), counts, strict=True):
+                labels = f'arm="{arm}",engine="0",model_name="tiny"'
+                assert f"nautilus:spec_decode_{name}_total{{{labels}}} {value}.0" in text
+        loads = {"0": here.service.load(), "4": dataclasses.replace(here.service.load(), arms={"cache": Counts()})}
+        here.service.loads = lambda: loads
+        text = api.get("/metrics").text
+        assert 'nautilus:spec_decode_drafts_total{arm="cache",engine="4",model_name="tiny"} 0.0' in text
+        assert 'vllm:spec_decode_num_drafts_total{engine="4",model_name="tiny"} 0.0' in text
+        del loads["0"]
+        assert 'arm="mtp"' not in api.get("/metrics").text  # its replica is gone
 
 
 def test_no_label_comes_from_a_client(api):

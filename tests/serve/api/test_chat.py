@@ -147,6 +147,70 @@ def test_token_ids_are_told_on_request(api, here):
     assert answer["choices"][0]["token_ids"] == [*written, here.service.engine.tokenizer.eos]
 
 
+def runs(parts):
+    return [tuple(run) for part in parts for run in part.get("nautilus", {}).get("sources", [])]
+
+
+def streamed(api, **fields):
+    """The choices of a stream."""
+    lines = post(api, stream=True, **fields).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    return [choice for event in events for choice in event["choices"]]
+
+
+@pytest.mark.parametrize("width", [1, 3, 1000])
+def test_sources_are_told_beside_the_text_they_made(api, here, width):
+    here.service.width, here.service.sources = width, ("plain", "cache", "cache")
+    here.service.answers = ["So so.\n</think>\n\nHé! <b>"]
+    written = ["S", "o", " ", "s", "o", ".", "", "", "", "", "H", "", "é", "!", " ", "<", "b", ">", ""]
+    want = [(("plain", "cache", "cache")[at % 3], text) for at, text in enumerate(written)]
+    parts = streamed(api, return_token_sources=True)
+    seen = []
+    for part in parts:
+        text = part["delta"].get("reasoning_content") or part["delta"].get("content") or ""
+        assert sum(run[2] for run in runs([part])) == len(text)
+        for source, _, size in runs([part]):
+            seen += [(source, char) for char in text[:size]]
+            text = text[size:]
+    assert seen == [(source, char) for source, char in want if char]
+    for source in ("plain", "cache"):
+        assert sum(run[1] for run in runs(parts) if run[0] == source) == sum(one[0] == source for one in want)
+    (whole,) = post(api, return_token_sources=True).json()["choices"]
+    message = whole["message"]
+    assert sum(run[2] for run in runs([whole])) == len(message["reasoning_content"] + message["content"])
+    assert runs([whole])[:3] == [("plain", 1, 1), ("cache", 2, 2), ("plain", 1, 1)]
+    assert sum(run[1] for run in runs([whole])) == len(want)
+
+
+def test_sources_of_several_answers_of_calls_and_of_thoughts_that_are_not_told(api, here):
+    here.service.sources = ("mtp", "plain")
+    parts = streamed(api, return_token_sources=True, n=2, include_reasoning=False)
+    for index in range(2):
+        mine = [part for part in parts if part["index"] == index]
+        assert sum(run[1] for run in runs(mine)) == len("Let me see.\n\n\nHello.") + 2
+        assert sum(run[2] for run in runs(mine)) == len("Hello.")
+    here.service.answers = ["</think>See\n" + CALL]
+    parts, tokens = streamed(api, return_token_sources=True, tools=[WEATHER]), here.service.engine.tokenizer.encode
+    assert sum(run[1] for run in runs(parts)) == len(tokens("</think>See\n" + CALL, control=True)) + 1
+    assert sum(run[2] for run in runs(parts)) == len("See")
+
+
+def test_without_being_asked_for_sources_are_not_told(api, here):
+    here.service.sources = ("cache",)
+    assert "nautilus" not in post(api).text and "nautilus" not in post(api, stream=True).text
+
+
+def test_usage_tells_of_drafts_where_there_are_some(client, here):
+    assert ask(client).usage.completion_tokens_details.accepted_prediction_tokens is None
+    here.service.arms, here.service.sources = {}, ("plain", "cache", "cache")
+    usage = ask(client, n=2).usage
+    accepted = 2 * sum(at % 3 > 0 for at in range(usage.completion_tokens // 2))
+    details = usage.completion_tokens_details
+    assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == accepted  # one of each two
+    *_, last = ask(client, stream=True, stream_options={"include_usage": True})
+    assert last.usage.completion_tokens_details.accepted_prediction_tokens == accepted // 2
+
+
 def test_reasoning_may_be_left_out_or_counted_as_content(client, here):
     message = ask(client, extra_body={"include_reasoning": False}).choices[0].message
     assert message.content == "Hello." and not hasattr(message, "reasoning_content")
@@ -216,6 +280,7 @@ def test_unknown_fields_are_left_out_with_a_message(api, caplog):
         ({"n": True}, "n", "valid integer"),
         ({"n": 0}, "n", "greater than or equal to 1"),
         ({"stream": "yes"}, "stream", "valid boolean"),
+        ({"return_token_sources": "yes"}, "return_token_sources", "valid boolean"),
         ({"stop": [1]}, "stop.0", "valid string"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": "Hi"}, "messages", "valid list"),

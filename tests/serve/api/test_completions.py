@@ -151,3 +151,16 @@ def test_where_one_prompt_finds_no_room_none_runs(api, here):
         del here.service.submit
     assert answer.status_code == 429 and answer.headers["retry-after"] == "4"
     assert all(reply.closed for reply in here.service.replies) and len(here.service.replies) == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_sources_are_told_with_the_characters_of_the_answer(client, here, stream):
+    here.service.answers, here.service.sources, here.service.width = ["néan"], ("plain", "grammar"), 2
+    answer = ask(client, echo=True, stream=stream, extra_body={"return_token_sources": True})
+    parts = [part.choices[0] for part in answer] if stream else answer.choices
+    told = [tuple(run) for part in parts if hasattr(part, "nautilus") for run in part.nautilus["sources"]]
+    assert told == [
+        ("plain", 1, 1), ("grammar", 1, 0), ("plain", 1, 1), ("grammar", 1, 1), ("plain", 1, 1), ("grammar", 1, 0),
+    ]  # fmt: skip
+    assert "".join(part.text for part in parts) == "Oncenéan"
+    assert not hasattr(ask(client).choices[0], "nautilus")

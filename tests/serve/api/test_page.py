@@ -187,6 +187,96 @@ def test_what_the_panel_says_is_asked(page, here):
     assert "cut off" in page.text(".status")
 
 
+# What is read in a place, character by character, with the source that it is marked with.
+SEEN = """(place => {
+    const found = [], walker = document.createTreeWalker(document.querySelector(place), NodeFilter.SHOW_TEXT);
+    while (walker.nextNode()) {
+        const from = walker.currentNode.parentNode.closest('.from')?.dataset.source ?? 'plain';
+        for (const char of walker.currentNode.data) found.push([from, char]);
+    }
+    return found;
+})"""
+LINES = """[...document.querySelectorAll('article .text .from')].map(
+    span => [getComputedStyle(span).textDecorationLine, span.title])"""
+STYLES = "[...document.querySelectorAll('.legend .from')].map(n => getComputedStyle(n).textDecorationStyle)"
+
+
+def switch(page):
+    """The sources on or off, by keys."""
+    page.run("document.getElementById('panel').open = true; document.querySelector('[name=sources]').focus()")
+    page.press(" ")
+
+
+TURNS = ("plain", "cache", "cache", "mtp")
+
+
+def drafted(here):
+    """An answer with markup of all kinds, and what is read of it with the source of each character."""
+    parts = ["**", "é", "**", "😀 ab", "\n\n```py\n", "pyth", "\n```\n\n- ", "p", "\n- ", "q ", "`", "r", "`"]
+    here.service.answers = ["Aha.</think>\n\n" + "".join(parts)]
+    here.service.sources, here.service.arms, here.service.width, here.service.pause = TURNS, {}, 3, 0.001
+    at, seen = len("Aha.\n\n"), []  # the tag is a token too, and so is every byte
+    for number, part in enumerate(parts):
+        for char in part:
+            at += len(char.encode())
+            seen += [[TURNS[at % 4], char]] if number % 2 else []
+    return seen
+
+
+@in_browser
+def test_text_that_was_foretold_is_marked_where_one_wants_to_see_it(page, here):
+    read = drafted(here)
+    say(page, "Hi")
+    page.until(DONE.format(1))
+    assert page.run(f"{SEEN}('article.assistant > .text')") == read
+    assert page.run(f"{SEEN}('.thinking .text')") == [["plain", "A"], ["cache", "h"], ["cache", "a"], ["mtp", "."]]
+    hidden = page.run(LINES)
+    height = "document.querySelector('.legend').offsetHeight"
+    assert {*map(tuple, hidden)} == {("none", "")} and page.run(height) == 0
+    switch(page)
+    lines = page.run(LINES)
+    assert {line for line, _ in lines} == {"underline"} and len(lines) == len(hidden)
+    about = {"cache: copied from known text", "mtp: foretold by the model's own heads"}
+    assert {title for _, title in lines} == about
+    legend = page.text(".legend")
+    assert page.run(height) > 0
+    assert re.fullmatch(r"Tokens: plain \d+ \(.+\) · cache \d+ \(copied from known text\) · mtp \d+ \(.+\)", legend)
+    assert page.run(STYLES)[1:] == ["solid", "dashed"]  # not told by colour alone
+    page.reload()
+    page.until(DONE.format(1))
+    assert page.run(LINES) == lines and page.text(".legend") == legend
+    say(page, "And?")
+    page.until(DONE.format(2))
+    assert len(page.run(LINES)) == 2 * len(lines) and {title for _, title in page.run(LINES)} == about
+    switch(page)
+    assert {*map(tuple, page.run(LINES))} == {("none", "")}
+
+
+@in_browser
+def test_how_much_drafts_gave_is_told_beside_the_speed(page, here):
+    drafted(here)
+    say(page, "Hi")
+    page.until(DONE.format(1))
+    out, accepted = re.search(r"(\d+) out", page.text(".status"))[1], re.search(r"(\d+) acc", page.text(".status"))[1]
+    assert re.match(r"[\d.e+]+ tokens/s · \d+ accepted from drafts · [\d.]+ tokens per pass · ", page.text(".status"))
+    assert int(accepted) == sum(at % 4 > 0 for at in range(int(out)))
+    assert f"{int(out) / (int(out) - int(accepted)):.2f} tokens per pass" in page.text(".status")
+
+
+@in_browser
+def test_sources_need_no_sideways_scrolling_and_no_template(page, here, monkeypatch):
+    monkeypatch.setattr(here.service.engine.tokenizer, "template", None)
+    page.size(390, 844)
+    here.service.answers, here.service.sources, here.service.arms = ["x" * 200], ("plain", *["eagle"] * 99), {}
+    page.run("document.getElementById('panel').open = true; document.querySelector('[name=sources]').click()")
+    say(page, "x")
+    page.until(DONE.format(1))
+    assert "eagle" in page.text(".legend") and page.run(SEEN + "('article.assistant .text')")[1] == ["eagle", "x"]
+    assert page.run("document.documentElement.scrollWidth") <= 390
+    assert page.run("log.scrollWidth <= log.clientWidth")
+    page.complaints.clear()  # the browser tells of the status with which chats are refused
+
+
 @in_browser
 def test_without_a_template_the_text_goes_on(page, here, monkeypatch):
     monkeypatch.setattr(here.service.engine.tokenizer, "template", None)

@@ -6,9 +6,11 @@ import pytest
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.runtime import UserError
+from nautilus.serve.draft.policy import Counts
 from nautilus.serve.grammar import compile_grammar
+from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Busy, Draining, Job, Load, Lost
+from nautilus.serve.service import Busy, Draining, Job, Lost
 
 pytest.importorskip("ray.serve")
 
@@ -21,7 +23,8 @@ from nautilus.serve.scale.front import Replicas
 from nautilus.serve.scale.replica import Part, State
 
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)
-LOAD = Load(running=1, waiting=2, waiting_tokens=3, slots=1, pages=0.5, preempted=0, steps=7)
+ARMS = {"cache": Counts(drafts=1, drafted=5, accepted=2)}
+LOAD = Load(running=1, waiting=2, waiting_tokens=3, slots=1, pages=0.5, preempted=0, steps=7, arms=ARMS)
 WORD, END = [
     Piece(text=text, token=5, logprob=0.0, finish_reason=reason) for text, reason in (("a", None), ("b", "stop"))
 ]
@@ -89,7 +92,7 @@ def asked(handle, work):
 
 
 def part(*pieces, cached=3, rank=1):
-    return Part(rank=rank, cached=cached, pieces=list(pieces))
+    return Part(rank=rank, cached=cached, drafted=7, pieces=list(pieces))
 
 
 def test_an_answer_comes_from_a_replica_with_what_it_found():
@@ -100,6 +103,7 @@ def test_an_answer_comes_from_a_replica_with_what_it_found():
 
     reply = asked(Handle([part(WORD), part(END)]), work)
     assert (reply.prompt_tokens, reply.cached_tokens, reply.replica) == (10, 3, "1") and not reply.front.replies
+    assert reply.drafted_tokens == 7
 
 
 def test_grammars_are_asked_for_again_over_there():
@@ -222,3 +226,4 @@ def test_loads_are_told_by_rank_and_together():
     total, each = asked(Handle(), work)
     assert each == {"0": LOAD, "1": LOAD}
     assert (total.running, total.waiting, total.waiting_tokens, total.pages) == (2, 4, 6, 0.5)
+    assert (total.drafts, total.draft_tokens, total.accepted_tokens) == (2, 10, 4)

@@ -28,9 +28,9 @@ from nautilus.serve.scale.router import PrefixRouter
 LONG = Sampling(max_tokens=200, temperature=0, ignore_eos=True)
 
 
-def make(rank, rows):
+def make(rank, **limits):
     assert rank == 3
-    return engine_of(rows=rows)
+    return engine_of(**limits)
 
 
 @pytest.fixture
@@ -39,14 +39,14 @@ def asked(monkeypatch):
     context = SimpleNamespace(rank=SimpleNamespace(rank=3))
     monkeypatch.setattr(replica.serve, "get_replica_context", lambda: context)
 
-    async def run(work):
-        one = Replica(functools.partial(make, rows=2))
+    async def run(work, limits):
+        one = Replica(functools.partial(make, rows=2, **limits))
         try:
             return await work(one)
         finally:
             await one.service.close()
 
-    return lambda work: asyncio.run(run(work))
+    return lambda work, **limits: asyncio.run(run(work, limits))
 
 
 def travelled(value):
@@ -63,6 +63,19 @@ def test_an_answer_in_parts_is_that_of_the_engine(asked):
     pieces = [piece for part in parts for piece in part.pieces]
     assert tuple(piece.token for piece in pieces) == alone.tokens and pieces[-1].finish_reason == alone.finish_reason
     assert {part.rank for part in parts} == {3} and parts[0].cached == 0
+
+
+def test_what_drafts_came_to_travels_with_its_state_and_its_answers(asked):
+    job = Job(tokens=[*range(1, 9)] * 4, sampling=Sampling(max_tokens=20, temperature=0))
+
+    async def work(one):
+        parts = [travelled(part) async for part in one.answer(travelled(job), [])]
+        return travelled(await one.state()).load, {part.drafted for part in parts}
+
+    load, drafted = asked(work, drafts=4)
+    assert load.arms is not None and load.drafts == load.arms["cache"].drafts and None not in drafted
+    load, drafted = asked(work)
+    assert load.arms is load.drafts is None and drafted == {None}
 
 
 def test_what_it_read_ahead_is_known(asked):

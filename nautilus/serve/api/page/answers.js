@@ -1,5 +1,7 @@
 // The server's API: requests with the key of this tab, and answers as they stream.
 
+import {account} from "./sources.js";
+
 export class ApiFault extends Error {
   constructor(message, status = 0) {
     super(message);
@@ -55,8 +57,10 @@ export async function* events(answer) {
   throw new ApiFault("the answer ended before it was complete");
 }
 
-// What a delta adds to a message of the conversation.
-export function extend(message, delta) {
+// What a choice of a chunk adds to a message of the conversation.
+export function extend(message, choice) {
+  const delta = choice.delta ?? {content: choice.text};
+  account(message, delta, choice.nautilus?.sources);
   message.content += delta.content ?? "";
   message.reasoning_content += delta.reasoning_content ?? "";
   for (const {index, id, function: part} of delta.tool_calls ?? []) {

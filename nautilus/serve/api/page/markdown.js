@@ -13,19 +13,21 @@ export function make(name, attributes = {}, ...inside) {
   return node;
 }
 
-// The blocks of a text: {kind: "p" | "pre" | "ul" | "ol" | "h3", lines, first}.
+// The blocks of a text: {kind: "p" | "pre" | "ul" | "ol" | "h3", lines, at, first}; `at` is where its line begins, of a
+// fenced block the one after the fence.
 export function blocksOf(text) {
   const blocks = [];
-  let open = null, fence = null;
-  const begin = (kind, lines, more = {}) => blocks.push(open = {kind, lines, ...more});
+  let open = null, fence = null, at = 0, next = 0;
+  const begin = (kind, lines, more = {}) => blocks.push(open = {kind, lines, at, ...more});
   for (const line of text.split("\n")) {
+    [at, next] = [next, next + line.length + 1];
     const fenced = line.match(FENCE), item = line.match(ITEM), head = line.match(HEAD);
     if (fence) {
       if (fenced && line.trim().startsWith(fence) && !line.trim().slice(fence.length).trim()) fence = open = null;
       else open.lines.push(line);
     } else if (fenced) {
       fence = fenced[1];
-      begin("pre", []);
+      begin("pre", [], {at: next});
     } else if (!line.trim()) {
       open = null;
     } else if (head) {
@@ -60,12 +62,17 @@ function nodeOf({kind, lines, first}) {
 }
 
 // Show a text in a node. Blocks that are there already stay as they are, so that a growing text costs only its end.
-export function show(node, text) {
+// paint(block, at): what else is done to each new one.
+export function show(node, text, paint) {
   const blocks = blocksOf(text), known = node.sources ?? [];
   const sources = blocks.map(block => JSON.stringify(block));
   let same = 0;
   while (same < sources.length && sources[same] === known[same]) same++;
   while (node.children.length > same) node.lastChild.remove();
-  node.append(...blocks.slice(same).map(nodeOf));
+  for (const block of blocks.slice(same)) {
+    const made = nodeOf(block);
+    paint?.(made, block.at);
+    node.append(made);
+  }
   node.sources = sources;
 }

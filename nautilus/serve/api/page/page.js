@@ -2,6 +2,7 @@
 
 import {ApiFault, ask, events, extend, keep} from "./answers.js";
 import {make, show} from "./markdown.js";
+import {legend, painter, reveal, title} from "./sources.js";
 
 const at = id => document.getElementById(id);
 const [log, words, settings, panel, note] = ["log", "words", "settings", "panel", "note"].map(at);
@@ -30,7 +31,12 @@ function restore() {
     if (message.role === "assistant" && !message.done) Object.assign(message, {done: true, status: "stopped"});
   }
   const kept = JSON.parse(sessionStorage.getItem(SETTINGS) ?? "{}");
-  for (const [name, value] of Object.entries(kept)) settings.elements[name].value = value;
+  for (const [name, value] of Object.entries(kept)) {
+    const field = settings.elements[name];
+    if (field.type === "checkbox") field.checked = true;  // those that are not are not kept
+    else field.value = value;
+  }
+  reveal(log, settings.elements.sources.checked);
   redraw(0);
   log.scrollTop = log.scrollHeight;
 }
@@ -89,25 +95,31 @@ function buttons(node, message, index) {
 // The parts of an answer, made when there is something in them.
 function fill(node, message) {
   const part = (name, build) => node.querySelector(":scope > ." + name) ?? node.appendChild(build());
+  const {ends = {}, tokens} = message;
   if (message.reasoning_content) {
     const thinking = part("thinking", () => make("details", {class: "thinking", open: !message.done},
       make("summary", {}, "Thinking"), make("div", {class: "text"})));
-    show(thinking.lastChild, message.reasoning_content);
+    show(thinking.lastChild, message.reasoning_content, painter(message.reasoning_content, ends.reasoning_content));
     if ((message.content || message.tool_calls.length) && !thinking.folded) {
       thinking.open = false;  // once: who opens it again wants to read it
       thinking.folded = true;
     }
   }
-  if (message.content) show(part("text", () => make("div", {class: "text"})), message.content);
+  if (message.content) {
+    show(part("text", () => make("div", {class: "text"})), message.content, painter(message.content, ends.content));
+  }
   for (const [i, call] of message.tool_calls.entries()) {
     const card = part("call-" + i, () => make("section", {class: `call call-${i}`, "aria-label": "Tool call"},
       make("strong"), make("pre", {tabindex: 0})));
     card.firstChild.textContent = call.function.name;
     card.lastChild.textContent = pretty(call.function.arguments);
   }
+  const key = part("legend", () => make("p", {class: "legend"}));
+  key.replaceChildren(...legend(tokens));
   const status = part("status", () => make("p", {class: "status"}));
   status.textContent = message.status;
-  node.append(status);  // it stays the last
+  node.append(key, status);  // they stay the last
+  if (settings.elements.sources.checked) title(node);
 }
 
 function pretty(json) {
@@ -180,7 +192,9 @@ const sends = event =>
 
 // What is asked of every answer: only what the panel says, as the server has defaults of its own.
 function asked() {
-  const body = {stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}};
+  const body = {
+    stream: true, stream_options: {include_usage: true, continuous_usage_stats: true}, return_token_sources: true,
+  };
   for (const [field, name] of [["temperature", "temperature"], ["longest", "max_tokens"]]) {
     const input = settings.elements[field];
     if (!input.validity.valid) throw new ApiFault(`${name}: ${input.validationMessage}`);
@@ -256,7 +270,7 @@ async function answer() {
   try {
     for await (const event of events(await stream(running.signal))) {
       const choice = event.choices[0];
-      if (choice) extend(current, choice.delta ?? {content: choice.text});
+      if (choice) extend(current, choice);
       clock.see(event, Boolean(current.content || current.reasoning_content || current.tool_calls.length));
       current.status = clock.text();
       drawing ||= requestAnimationFrame(() => draw(() => fill(log.lastChild, current)));
@@ -294,6 +308,11 @@ class Clock {
     if (usage && this.first) {
       const seconds = (this.latest - this.first) / 1000, count = usage.completion_tokens - this.before;
       if (seconds > 0 && count > 0) parts.push(`${(count / seconds).toPrecision(3)} tokens/s`);
+    }
+    const accepted = usage?.completion_tokens_details?.accepted_prediction_tokens;
+    if (accepted != null) {
+      const passes = Math.max(1, usage.completion_tokens - accepted);  // each ends with a token that was not foretold
+      parts.push(`${accepted} accepted from drafts`, `${(usage.completion_tokens / passes).toFixed(2)} tokens per pass`);
     }
     if (usage) {
       const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
@@ -370,6 +389,7 @@ at("fresh").addEventListener("click", () => {
 });
 settings.addEventListener("submit", event => event.preventDefault());
 settings.addEventListener("change", save);
+settings.elements.sources.addEventListener("change", event => reveal(log, event.target.checked));
 window.addEventListener("pagehide", save);
 panel.addEventListener("keydown", event => {
   if (event.key === "Escape" && !running) panel.open = false;
