@@ -65,24 +65,24 @@ class Predictor:
         ]
 
     def outputs(self, features_F: np.ndarray) -> np.ndarray:
-        """(1) expected tokens, or (G) logits of the hazards."""
+        """(1) expected tokens, or (G) logits of the hazards; of many rows (.., F) as many."""
         hidden = features_F
         for weight, bias in self.layers[:-1]:
-            hidden = np.maximum(weight @ hidden + bias, 0)
+            hidden = np.maximum(hidden @ weight.T + bias, 0)
         weight, bias = self.layers[-1]
-        return weight @ hidden + bias
+        return hidden @ weight.T + bias
 
-    def uncalibrated(self, features_F: np.ndarray) -> list[float]:
-        """S(b) of the grid as the network has it."""
+    def uncalibrated(self, features_F: np.ndarray) -> np.ndarray:
+        """S(b) of the grid, (G) or (.., G), as the network has it."""
         logits_G = np.clip(self.outputs(features_F), -STEEP, STEEP)
-        return np.cumprod(1 / (1 + np.exp(logits_G))).tolist()
+        return np.cumprod(1 / (1 + np.exp(logits_G)), axis=-1)
 
     def survival(self, features_F: np.ndarray, length: int) -> list[float]:
         """In survival mode: the probabilities that the first, the first two .. of `length` draft tokens come true. Of
         lengths beyond the grid nothing is known, and nothing is told."""
         found, last, before = [], 1.0, 0
         for size, raw, (said, stood_for) in zip(
-            self.header.grid, self.uncalibrated(features_F), self.knots, strict=True
+            self.header.grid, self.uncalibrated(features_F).tolist(), self.knots, strict=True
         ):
             value = min(last, on_line(raw, said, stood_for))
             step = (value - last) / (size - before)
