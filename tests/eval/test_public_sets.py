@@ -311,6 +311,7 @@ def test_long_prompts_are_left_out_and_the_chosen_ones_do_not_depend_on_the_othe
 
 
 def test_a_prompt_is_a_text_or_a_chat():
+    base: dict[str, Any] = {"id": "1", "family": "open", "set": "s"}
     wrong: list[dict[str, Any]] = [
         {},
         {"prompt": "a", "messages": ({"role": "user", "content": "a"},)},
@@ -318,4 +319,4 @@ def test_a_prompt_is_a_text_or_a_chat():
     ]
     for more in wrong:
         with pytest.raises(ValueError, match="is no family, or not one of prompt and messages"):
-            Prompt(**{"id": "1", "family": "open", "set": "s"} | more)
+            Prompt(**(base | more))
