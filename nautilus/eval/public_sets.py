@@ -42,6 +42,7 @@ from nautilus.runtime import UserError
 
 CATEGORIES = {"coding": "code", "extraction": "structured", "rag": "multihop", "summarization": "long"}  # Spec-Bench's
 TYPES = {"dict": "object", "float": "number", "double": "number", "tuple": "array", "any": "string"}  # BFCL's, to JSON
+ANSWERS = "possible_answer"  # folder of BFCL
 
 
 def delegate52(row: Row) -> Iterator[Prompt]:
@@ -94,12 +95,14 @@ def mbpp(row: Row) -> Iterator[Prompt]:
 
 
 def bfcl(row: Row) -> Iterator[Prompt]:
+    if row.file.parent.name == ANSWERS:  # met in a folder of all files
+        return
     turns, id = row.listed("question"), row.text("id")
     if len(turns) != 1 or not isinstance(turns[0], list) or not turns[0]:
         row.refuse(f"{len(turns)} turns, where only files of single turns are read (simple, multiple, parallel, live)")
     messages = [{"role": m.text("role"), "content": m.text("content")} for m in inside(row, turns[0], "message")]
     tools = [{"type": "function", "function": schema(each.fields)} for each in functions(row)]
-    calls = answers_of(row.file.with_name("possible_answer") / row.file.name).get(id, [])
+    calls = answers_of(row.file.with_name(ANSWERS) / row.file.name).get(id, [])
     reference = "\n".join(plain({"name": name, "arguments": values}) for name, values in calls)
     yield Prompt(id=id, family="structured", set="bfcl", messages=messages, tools=tools, reference=reference)
 
@@ -268,7 +271,7 @@ SETS: dict[str, Published] = {
     "swebench_openhands": Published(("*.parquet", "*.jsonl"), swebench_openhands),
     "magicoder": Published(("*.jsonl",), magicoder),
     "mbpp": Published(("*mbpp*.json*",), mbpp),
-    "bfcl": Published(("BFCL_*.json",), bfcl),
+    "bfcl": Published(("BFCL_*_simple*.json", "BFCL_*_multiple.json", "BFCL_*_parallel*.json"), bfcl),
     "spider": Published(("dev.json", "train*.json"), spider),
     "hotpotqa": Published(("*.json", "*.parquet"), hotpotqa),
     "2wikimultihopqa": Published(("*.json",), functools.partial(hotpotqa, set="2wikimultihopqa")),

@@ -18,9 +18,11 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
+
+from nautilus.runtime.progress import finite
 
 PLAIN, ORACLE, ALL = "plain", "oracle", "all"
 HIGH = 6  # tokens of a draft that come true: high pay-off
@@ -40,7 +42,7 @@ class Cycle(NamedTuple):
 
 class Draft(NamedTuple):
     """A copied draft that could be had at some place, tried or not: how many of its tokens were foretold to come true,
-    and how many do. ran: whether a cycle of this run began there; other places were passed over."""
+    (nan: nothing foretold it) and how many do. ran: whether a cycle of this run began there, or it was passed over."""
 
     foretold: float
     true: int
@@ -75,6 +77,20 @@ class Answered:
                 f"{self.arm} on {self.set} {self.prompt}: tokens={self.tokens} and seconds={self.seconds} must be "
                 f"above 0, and every cycle must accept fewer tokens than it is wide"
             )
+
+    @classmethod
+    def of_row(cls, row: Mapping) -> Answered:
+        """Of what `row` gave, perhaps by way of a line of JSON."""
+        number = lambda value: math.nan if value is None else value
+        told = {name: row[name] for name in cls.__dataclass_fields__}
+        told |= {name: number(told[name]) for name in ("copied", "coded")}
+        told["cycles"] = [Cycle(*each) for each in told["cycles"]]
+        told["drafts"] = [Draft(number(first), *others) for first, *others in told["drafts"]]
+        return cls(**told)
+
+    def row(self) -> dict[str, Any]:
+        """As values that JSON has."""
+        return finite({name: getattr(self, name) for name in self.__dataclass_fields__})
 
     @property
     def key(self) -> tuple[str, str]:
@@ -265,6 +281,7 @@ def payoff(drafts: Iterable[Draft]) -> Payoff:
 
 def foretold(drafts: Sequence[Draft], threshold: float = HIGH) -> Foretold:
     """Chosen are drafts foretold to have more than `threshold` tokens that come true."""
+    drafts = [draft for draft in drafts if not math.isnan(draft.foretold)]
     right = sum(draft.foretold > threshold and draft.true >= HIGH for draft in drafts)
     chosen, high = sum(draft.foretold > threshold for draft in drafts), sum(draft.true >= HIGH for draft in drafts)
     share = lambda part, whole: part / whole if whole else math.nan

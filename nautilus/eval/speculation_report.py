@@ -197,16 +197,17 @@ READING = (
 
 def speed_part(found: Speculated) -> Iterator[str]:
     yield paragraph(READING)
+    shown = []
     for target in found.targets:
         arms, families, cells = matrix(found, target)
         image = picture(draw_matrix, arms, families, cells, height=1.1 + 0.3 * len(arms))
-        yield chart(
-            f"{target}: speed-up",
-            "Blue: slower than plain; orange: faster.",
-            image,
-            table(*by_family(found, target), kind="words"),
+        data = table(*by_family(found, target), kind="words")
+        shown.append(
+            chart(f"{target}: speed-up", "Blue: slower than plain; orange: faster; bold: surely.", image, data)
         )
-        yield table(HEAD, [*map(row_of, found.overall(target))], kind="words")
+    yield grid(*shown)
+    for target in found.targets:
+        yield f"<h3>{text(target)}</h3>" + table(HEAD, [*map(row_of, found.overall(target))], kind="words")
 
 
 def work_part(found: Speculated) -> Iterator[str]:
@@ -262,13 +263,15 @@ def concentrations(found: Speculated) -> list[tuple[str, Payoff]]:
 
 
 def structure_part(found: Speculated) -> Iterator[str]:
+    shown = []
     for target in found.targets:
         for measure, says in MEASURES.items():
             if told := [*banded(found, target, measure)]:
                 rows = [[arm, f"{b.low:.0%}–{b.high:.0%}", b.prompts, str(b.speed_up)] for arm, b in told]
                 data = table(["arm", "share", "prompts", "speed-up"], rows, kind="words")
-                image = picture(draw_bands, told, says, height=3.2)
-                yield grid(chart(f"{target}: speed-up by what {says}", "Bars: 95 % intervals.", image, data))
+                image = picture(draw_bands, told, says, height=3.6)
+                shown.append(chart(f"{target}: speed-up by what {says}", "Bars: 95 % intervals.", image, data))
+    yield grid(*shown) if shown else paragraph("No answer told of the structure of its prompt.", "quiet")
 
 
 def banded(found: Speculated, target: str, measure: str) -> Iterator[tuple[str, Band]]:

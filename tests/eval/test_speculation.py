@@ -130,6 +130,7 @@ def test_precision_and_recall_at_six():
     right, wrong, missed, rest = Draft(6.1, 6), Draft(9.0, 5), Draft(6.0, 64), Draft(0.0, 0)
     found = foretold([right] * 6 + [wrong] * 2 + [missed] * 4 + [rest] * 88)
     assert found == (100, 0.10, 0.08, 0.75, 0.6)
+    assert foretold([wrong, Draft(math.nan, 64)]) == (1, 0, 1, 0, pytest.approx(math.nan, nan_ok=True))
     assert foretold([wrong], threshold=9).chosen == 0 and math.isnan(foretold([rest]).precision)
 
 
@@ -147,6 +148,15 @@ def test_bands_of_structure():
     low, high = bands(answers, "hvd", lambda one: one.copied)
     assert low[:3] == (0.0, 0.25, 2) and high[:3] == (0.75, 1.0, 1) and isinstance(low, Band)
     assert low.speed_up.mean == pytest.approx(1) and high.speed_up.mean == pytest.approx(4)
+
+
+def test_answers_can_be_kept_as_lines_of_json():
+    drafts = [Draft(2.5, 7, False), Draft(math.nan, 3)]
+    for one in (answered("p", "hvd", 0.5, COPIES, drafts=drafts, spent={"draft": 0.1}, copied=0.25, coded=1.0),
+                answered("p", "hvd", 0.5, same=None)):  # fmt: skip
+        again = Answered.of_row(json.loads(json.dumps(one.row())))
+        assert again.row() == one.row() and repr(again.cycles) == repr(one.cycles)
+        assert repr([*again.drafts]) == repr([*one.drafts]) and repr(numbers([again])) == repr(numbers([one]))
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"seconds": 0.0}, {"cycles": [Cycle("mtp", 2, 2)]}])
@@ -194,4 +204,9 @@ def test_a_report_of_little_has_no_holes(tmp_path):
     found = gather([answered("p", "plain", 1.0)], title="t", about="a", command="c")
     write(Run(tmp_path), found)
     page = (tmp_path / "report.html").read_text()
-    assert "No arm told of its copied drafts." in page and "nan" not in page and (tmp_path / "report.png").exists()
+    assert (
+        "No arm told of its copied drafts." in page
+        and "No answer told of the structure" in page
+        and "nan" not in page
+        and (tmp_path / "report.png").exists()
+    )
