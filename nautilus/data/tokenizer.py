@@ -128,7 +128,9 @@ class Tokenizer:
             rows = [found.ids for found in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
-        except BaseException as bad:  # a panic of the library is no Exception: of one word, or gap, of ten million letters
+        except (
+            BaseException
+        ) as bad:  # a panic of the library is no Exception: of one word, or gap, of ten million letters
             raise UserError(
                 f"a text of {max(map(len, texts)):,} characters cannot be split into words ({bad}); break up its longest"
                 " runs of one kind of character"
