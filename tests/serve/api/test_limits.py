@@ -1,3 +1,4 @@
+import gc
 import hashlib
 import json
 import socket
@@ -65,6 +66,33 @@ def test_a_long_body_is_refused_by_its_header_and_while_it_comes(serve, limits):
 def test_what_is_no_json_of_this_api_is_refused(api, body, want):
     answer = api.post(CHAT, content=body, headers={"content-type": "application/json"})
     assert code(answer) == (400, want)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"prompt": [None] * 10_000}, {"prompt": "a", "logit_bias": {str(i): None for i in range(10_000)}}]
+)
+def test_of_very_many_faults_few_are_looked_for(wrong):
+    from nautilus.serve.api.completions import CompletionRequest
+    from nautilus.serve.api.fields import read
+
+    with pytest.raises(Exception, match="prompt.0|logit_bias.0") as refused:
+        read(CompletionRequest, wrong)
+    assert refused.value.__cause__.error_count() <= 4  # a prompt may be of four types
+
+
+def test_nobody_looks_for_garbage_while_a_body_is_read(limits):
+    from nautilus.serve.api.body import parsed
+
+    looks = []
+    gc.callbacks.append(look := lambda *_: looks.append(1))
+    try:
+        parsed(b'{"a":[' + b"[]," * 200_000 + b"[]]}", limits())
+    finally:
+        gc.callbacks.remove(look)
+    assert len(looks) < 20 and gc.isenabled()
+    with pytest.raises(Exception, match="not valid JSON"):
+        parsed(b"[", limits())
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
