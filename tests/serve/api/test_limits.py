@@ -1,8 +1,11 @@
 import gc
 import hashlib
+import importlib
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -134,6 +137,34 @@ def test_rendering_that_takes_too_long_is_given_up(serve, limits, monkeypatch):
     with serve(limits=limits(rendering=0.05)) as here, here.client() as api:
         assert code(api.post(CHAT, json=HI)) == (408, "timeout")
         assert here.service.jobs == []
+
+
+@pytest.mark.parametrize(
+    "slow, place, name",
+    [
+        ({"response_format": {"type": "json_object"}}, "constraints", "compile_grammar"),
+        ({"structured_outputs": {"regex": "a"}}, "constraints", "compile_grammar"),
+        ({"user": "x" * (1 << 18)}, "chat", "chat_tokens"),
+    ],
+)
+def test_what_takes_long_to_read_keeps_nobody_else_waiting(serve, limits, monkeypatch, slow, place, name):
+    module = importlib.import_module(f"nautilus.serve.api.{place}")
+    go, begun, own = threading.Event(), [], getattr(module, name)
+
+    def wait(*given, **more):
+        begun.append(1)
+        go.wait(15)
+        return own(*given, **more)
+
+    monkeypatch.setattr(module, name, wait)
+    with serve(limits=limits(rendering=20)) as here, here.client() as api, ThreadPoolExecutor(20) as clients:
+        try:
+            waiting = [clients.submit(api.post, CHAT, json={**HI, **slow}) for _ in range(20)]
+            here.until(lambda: len(begun) >= 8, 1)  # fewer may be at it than there are
+            assert api.post("/v1/completions", json={"prompt": "x"}, timeout=5).status_code == 200
+        finally:
+            go.set()
+        assert {one.result().status_code for one in waiting} == {200}
 
 
 # ----- keys ----------------------------------------------------------------------------------------------------------
