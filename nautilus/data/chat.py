@@ -31,6 +31,7 @@ RESERVED = {
 }
 THINKING_TAGS = frozenset(["<think>", "</think>"])
 BRACKETS = "<>[]|/"
+PRIVATE = re.compile("[\ue000-\uf8ff]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,10 +184,24 @@ def shielded(tokenizer: Tokenizer, messages: Sequence[Mapping], tools, settings:
     while the marks are in it. This works with every template, because only words that look like control tokens change.
     """
     clean = [tidy(message) for message in messages]
+    try:
+        return marked(tokenizer, clean, tools, settings)
+    except RecursionError as bad:
+        raise UserError(
+            "the messages, tools or settings hold lists and objects within each other too deep to be read; make them"
+            " flatter, the arguments of tool calls too"
+        ) from bad
+
+
+def marked(tokenizer: Tokenizer, clean: list[dict], tools, settings: ChatSettings) -> Conversation:
+    """The same of tidy messages."""
     everything = json.dumps(
         [tokenizer.template, clean, tools, dict(settings.variables)], ensure_ascii=False, default=str
     )
-    mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in everything)
+    taken = set(PRIVATE.findall(everything))
+    mark = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in taken), None)
+    if mark is None:
+        raise UserError("the messages hold all 6,400 private-use characters from U+E000 on; leave one of them out")
     guard = guard_of(frozenset(tokenizer.control))
     return Conversation(
         tokenizer,
@@ -260,9 +275,9 @@ def tidy_call(call: Mapping) -> dict:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except json.JSONDecodeError as bad:
+        except (ValueError, RecursionError) as bad:  # the former also of numbers that are too long
             raise UserError(
-                f"arguments of tool call {function.get('name')!r} are not JSON ({bad}); send an object"
+                f"arguments of tool call {function.get('name')!r} are not JSON that can be read ({bad}); send an object"
             ) from bad
     if not isinstance(arguments, Mapping):
         raise UserError(f"arguments of tool call {function.get('name')!r} are {str(arguments)[:80]}; send an object")

@@ -123,8 +123,18 @@ class Tokenizer:
         return self.core.encode(checked, add_special_tokens=False).ids if control else self.encode_batch([checked])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Plain text only, on all cores."""
-        rows = [found.ids for found in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        """Plain text only, on all cores. UserError for text that cannot be split into words."""
+        try:
+            rows = [found.ids for found in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except (
+            BaseException
+        ) as bad:  # a panic of the library is no Exception: of one word, or gap, of ten million letters
+            raise UserError(
+                f"a text of {max(map(len, texts)):,} characters cannot be split into words ({bad}); break up its longest"
+                " runs of one kind of character"
+            ) from bad
         if not all(self.control_ids.isdisjoint(row) for row in rows):
             raise UserError(
                 "this tokenizer spells some plain text with control tokens, which is unsafe; use another one"

@@ -6,7 +6,8 @@ Nothing is ever evaluated. Where the text is not JSON of a type that the schema 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 FIRST = {
@@ -83,20 +84,25 @@ class Signatures:
     def __init__(self, tools: Sequence[Mapping]):
         functions = [tool.get("function", tool) for tool in tools]
         self.schemas = {function.get("name"): function.get("parameters") for function in functions}
+        self.parts: dict[str, list[Mapping]] = {}  # of the functions that were asked for
+        self.known: dict[tuple[str, str], frozenset[str]] = {}  # a model may give one parameter very often
 
     def types(self, function: str, parameter: str) -> frozenset[str]:
         """Empty for what is not declared and for what is declared without a type."""
-        root = self.schemas.get(function)
-        parts = list(alternatives(root, root))
-        declared = [part["properties"] for part in parts if isinstance(part.get("properties"), Mapping)]
-        named = [properties[parameter] for properties in declared if parameter in properties]
-        schemas = named or [part.get("additionalProperties") for part in parts]
-        return frozenset(kind for schema in schemas for kind in types_of(schema, root))
+        if (function, parameter) not in self.known:
+            root = self.schemas.get(function)
+            if function not in self.parts:
+                self.parts[function] = list(alternatives([root], root))
+            self.known[function, parameter] = types_of(self.parts[function], parameter, root)
+        return self.known[function, parameter]
 
 
-def types_of(schema: Any, root: Any) -> frozenset[str]:
-    """The types that a schema names, in itself or in any of its alternatives."""
-    return frozenset(kind for part in alternatives(schema, root) for kind in named_types(part))
+def types_of(parts: Sequence[Mapping], parameter: str, root: Any) -> frozenset[str]:
+    """The types of a parameter of the function that these are the parts of, with all alternatives."""
+    declared = [part["properties"] for part in parts if isinstance(part.get("properties"), Mapping)]
+    named = [properties[parameter] for properties in declared if parameter in properties]
+    schemas = named or [part.get("additionalProperties") for part in parts]
+    return frozenset(kind for part in alternatives(schemas, root) for kind in named_types(part))
 
 
 def named_types(schema: Mapping) -> list[str]:
@@ -111,11 +117,11 @@ def named_types(schema: Mapping) -> list[str]:
     return ["object"] if "properties" in schema else ["array"] if "items" in schema else []
 
 
-def alternatives(schema: Any, root: Any) -> Iterator[Mapping]:
-    """The schema, and all that it refers to or is composed of, each once."""
-    waiting, seen = [schema], set()
+def alternatives(schemas: Iterable[Any], root: Any) -> Iterator[Mapping]:
+    """The schemas, and all that they refer to or are composed of, each once."""
+    waiting, seen = deque(schemas), set()
     while waiting:
-        part = waiting.pop(0)
+        part = waiting.popleft()
         if not isinstance(part, Mapping) or id(part) in seen:
             continue
         seen.add(id(part))

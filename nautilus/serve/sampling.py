@@ -103,10 +103,8 @@ VALID: dict[str, tuple[Callable[[Any], bool], str]] = {
     "stop": (lambda value: listed(value, text), "be a tuple of strings that are not empty, such as ('###',)"),
     "stop_tokens": (lambda value: listed(value, whole), "be a tuple of token ids"),
     "ignore_eos": (lambda value: isinstance(value, bool), "be True or False"),
-    "repetition_penalty": (
-        lambda value: real(value) and 0 < value < math.inf,
-        "be positive; 1 changes nothing",
-    ),
+    # Beyond these a logit times or through it is infinite, so that nothing can be drawn.
+    "repetition_penalty": (within(1e-6, 1e6), "lie in [1e-6, 1e6]; 1 changes nothing"),
     "presence_penalty": (within(-2, 2), "lie in [-2, 2]; 0 changes nothing"),
     "frequency_penalty": (within(-2, 2), "lie in [-2, 2]; 0 changes nothing"),
     "thinking_budget": (lambda value: value is None or count(value), "be None (no limit) or a whole number, 0 or more"),

@@ -177,10 +177,15 @@ def found(root: Any, target: str) -> Any:
         if key in MAPS and steps:
             here = (here or {}).get(steps.pop())
         elif key in LISTS and steps:
-            here = dict(enumerate(here or ())).get(int(index) if (index := steps.pop()).isdecimal() else -1)
+            here = member(here or [], steps.pop())
         elif key not in SINGLE:
             return None
     return here
+
+
+def member(parts: list, index: str) -> Any:
+    at = int(index) if index.isdecimal() and len(index) < 10 else len(parts)
+    return parts[at] if at < len(parts) else None
 
 
 def pointer(name: str) -> str:

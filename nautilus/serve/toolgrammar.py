@@ -55,14 +55,17 @@ def tools_lark(tools: Any, control: Mapping[str, int], *, parallel: bool) -> str
         f'call: {word[OPEN]} "\\n" ({names}) {word[CLOSE]}',
         TEXT,
     ]
+    size = 0
     for i, tool in enumerate(tools):
-        lines += function_rules(f"f{i}", tool, f"tools/{i}")
-    lark = "\n".join(lines)
-    if len(lark) > MOST_LARK:
-        raise UserError(
-            f"the tools make a grammar of {len(lark):,} characters, at most {MOST_LARK:,} are read; use fewer"
-        )
-    return lark
+        for line in function_rules(f"f{i}", tool, f"tools/{i}"):
+            lines.append(line)
+            size += 1 + len(line)
+            if size > MOST_LARK:  # at once: few definitions, written out often, can fill the memory
+                raise UserError(
+                    f"the tools make a grammar of more than {MOST_LARK:,} characters, as the definitions that parameters"
+                    " refer to are written out for each; use fewer tools, parameters or definitions"
+                )
+    return "\n".join(lines)
 
 
 def function_rules(rule: str, tool: Any, where: str) -> Iterator[str]:

@@ -2,7 +2,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nautilus.data.chat import ChatSettings, chat_tokens, guard_of, render, supervised_tokens
@@ -193,6 +193,10 @@ def test_messages_in_other_spellings_mean_the_same(tokenizer):
     assert chat_tokens(tokenizer, other) == chat_tokens(tokenizer, want)
 
 
+def asked(arguments: str) -> dict:
+    return say("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": arguments}}])
+
+
 @pytest.mark.parametrize(
     ("message", "complaint"),
     [
@@ -202,12 +206,26 @@ def test_messages_in_other_spellings_mean_the_same(tokenizer):
         (say("user", [{"type": "image_url"}]), "this model reads text"),
         (say("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "{oops"}}]), "'f' are not JSON"),
         (say("assistant", "", tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]), "send an object"),
+        (asked('{"a": ' + "1" * 5000 + "}"), "'f' are not JSON that can be read"),
+        (asked("[" * 100_000), "'f' are not JSON that can be read"),
     ],
 )
 def test_a_message_that_cannot_be_rendered_is_named(tokenizer, message, complaint):
     for function in (render, chat_tokens):
         with pytest.raises(ValueError, match=complaint):
             function(tokenizer, [message])
+
+
+def test_arguments_within_each_other_too_deep_are_refused(tokenizer):
+    with pytest.raises(UserError, match="too deep to be read; make them flatter"):
+        chat_tokens(tokenizer, [asked('{"a": ' + "[" * 900 + "]" * 900 + "}")])
+
+
+def test_a_text_that_leaves_no_character_for_the_mark_is_refused(tokenizer):
+    characters = "".join(map(chr, range(0xE000, 0xF900)))
+    assert chat_tokens(tokenizer, [say("user", characters[1:])])
+    with pytest.raises(UserError, match="all 6,400 private-use characters"):
+        chat_tokens(tokenizer, [say("user", characters)])
 
 
 @pytest.mark.parametrize("template", ["{{ 'a' | urlize(rel=5) }}", "{{ 'a' | truncate(-1) }}", "{{ cycler() }}"])
@@ -302,6 +320,7 @@ def test_splinters_of_control_words_never_join(tokenizer, first, second, name):
 @quick
 @given(content=st.text(max_size=20), reasoning=st.text(max_size=20), system=st.text(max_size=20))
 def test_benign_words_are_encoded_as_the_rendered_text(tokenizer, content, reasoning, system):
+    assume(not any(word in text for word in tokenizer.control for text in (content, reasoning, system)))
     messages = [say("system", system), say("user", content), say("assistant", content, reasoning_content=reasoning)]
     text = render(tokenizer, messages)
     assert chat_tokens(tokenizer, messages) == tokenizer.encode(text, control=True)

@@ -107,6 +107,12 @@ def test_little_text_gives_a_smaller_vocabulary_and_a_vocabulary_below_the_bytes
         train_tokenizer(["ab"], vocab=200)
 
 
+def test_a_text_on_which_the_library_gives_up_is_refused(tokenizer):
+    with pytest.raises(UserError, match="cannot be split into words .*break up"):
+        tokenizer.encode(" " * 10_100_000)
+    assert tokenizer.decode(tokenizer.encode("and then ")) == "and then "
+
+
 def test_half_a_surrogate_pair_is_refused_with_its_place(tokenizer):
     with pytest.raises(ValueError, match="character 1 of the text is half a surrogate"):
         tokenizer.encode("a\ud800")

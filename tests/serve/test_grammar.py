@@ -370,6 +370,10 @@ def test_picking_out_a_few_tokens_and_going_through_all_give_the_same(allowed, a
     assert torch.equal(rule.change(logits_V), expected_V)
 
 
+SHARING = {
+    "properties": {f"p{i}": {"type": "object", "properties": {"z": {"$ref": "#/$defs/0"}}} for i in range(1500)},
+    "$defs": {str(i): {"type": "integer"} for i in range(4000)},
+}
 HOSTILE = {
     "parentheses": ("regex", "(" * 2000 + "a" + ")" * 2000),
     "very many parentheses": ("regex", "(" * 30000 + "a" + ")" * 30000),
@@ -401,6 +405,10 @@ HOSTILE = {
     "a panic of the compiler": ("lark", 'start: %json {"minLength": "' + "é" * 80 + '"}'),
     "half a pair among choices": ("choice", r'["\ud800"]'),
     "half a pair in a schema": ("json_schema", r'{"const": "\ud800"}'),
+    "definitions that very many parameters share": (
+        "tools",
+        json.dumps([{"name": "a", "parameters": SHARING}]),
+    ),
     "half a pair in a tool": ("tools", r'[{"name": "a", "parameters": {"properties": {"\ud800": {}}}}]'),
     "half a pair in a pattern": ("regex", "a\ud800"),
 }
@@ -469,6 +477,7 @@ def test_the_trial_imports_nothing_that_is_slow_to_import():
         ({"$ref": "https://example.com/schema.json"}, "nothing is fetched"),
         ({"$ref": "other.json#/x"}, "nothing is fetched"),
         ({"properties": {"a": {"$ref": "#/$defs/b"}}}, "at #/properties/a points at no schema"),
+        ({"anyOf": [{"$ref": "#/anyOf/" + "1" * 5000}]}, "at #/anyOf/0 points at no schema"),
         ({"type": "string", "pattern": "a" * 5000}, "at most 4,096 characters"),
         ({"type": "string", "format": "regex"}, "'format' at #/format is 'regex'; it must be one of date-time"),
         ({"minLength": "3"}, "'minLength' at #/minLength is '3'; it must be a whole number"),

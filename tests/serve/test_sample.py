@@ -217,7 +217,7 @@ def test_logits_that_are_no_numbers_are_an_error_that_says_where(value, temperat
         *[("seed", value) for value in (-1, 2**64)],
         ("max_tokens", 0),
         *[(name, -1) for name in ("min_tokens", "thinking_budget", "thinking_grace", "top_logprobs")],
-        *[("repetition_penalty", value) for value in (0.0, -1.0, math.inf, math.nan)],
+        *[("repetition_penalty", value) for value in (0.0, -1.0, 5e-324, 1e308, math.inf, math.nan)],
         *[(name, value) for name in ("presence_penalty", "frequency_penalty") for value in (-2.1, 2.1, math.nan)],
         *[("logit_bias", value) for value in ({-1: 0.0}, {"a": 0.0}, {1: 101.0}, {1: math.nan}, {1: "a"}, [(1, 2)])],
         *[("bad_tokens", value) for value in ((1, 2), ((),), ((-1,),), (("a",),), "ab", None)],

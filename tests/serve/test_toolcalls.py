@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from nautilus.data.chat import render
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
+from nautilus.serve.arguments import Signatures, named_types
 from nautilus.serve.toolcalls import (
     Answer,
     AnswerStream,
@@ -317,6 +318,16 @@ def test_types_are_found_where_schemas_keep_them():
         [],
     ):
         assert calls(text, inside=False, tools=tools) == [("f", {"x": "{}"})], tools
+
+
+def test_a_schema_is_looked_through_once_however_its_parts_refer_to_each_other(monkeypatch):
+    looks = []
+    monkeypatch.setattr("nautilus.serve.arguments.named_types", lambda part: looks.append(part) or named_types(part))
+    schema = {"anyOf": [{"properties": {"y": {"$ref": "#"}}} for _ in range(100)] + [{"type": "integer"}]}
+    signatures = Signatures([{"name": "f", "parameters": schema}])
+    for _ in range(3):
+        assert signatures.types("f", "y") == {"integer", "object"}
+        assert len(looks) == 202  # the schema, its 101 parts and the 100 that refer to it
 
 
 def test_only_what_may_be_something_else_waits_for_its_end():

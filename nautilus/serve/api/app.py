@@ -12,7 +12,7 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from nautilus.serve.api import anthropic, chat, completions, responses, tokenize
-from nautilus.serve.api.body import parsed, read_body
+from nautilus.serve.api.body import read_body
 from nautilus.serve.api.context import ApiSettings, Context, Prepared
 from nautilus.serve.api.errors import ApiError, ClientGone, described
 from nautilus.serve.api.exchange import Exchange
@@ -166,12 +166,12 @@ async def guarded(request: Request, work) -> Response:
 
 async def tell(context: Context, work: Read, request: Request) -> Response:
     body = await read_body(request, context.limits)
-    return reply(await context.in_worker(lambda: work(context, parsed(body, context.limits))))
+    return reply(await context.prepared(body, lambda asked: work(context, asked)))
 
 
 async def generate(context: Context, prepare: Prepare, request: Request) -> Response:
     body, owner = await read_body(request, context.limits), request.state.owner
-    prepared = await context.in_worker(lambda: prepare(context, parsed(body, context.limits), owner))
+    prepared = await context.prepared(body, lambda asked: prepare(context, asked, owner))
     exchange = begin(context, prepared)
     await exchange.submit()
     if prepared.asked.stream:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.serve import Engine
+from nautilus.serve.api.body import parsed
 from nautilus.serve.api.errors import ApiError
 from nautilus.serve.api.exchange import Choice, Form
 from nautilus.serve.api.fields import Asked
@@ -22,7 +23,15 @@ from nautilus.serve.api.settings import Defaults, Limits
 from nautilus.serve.service import Job, Service
 
 log = logging.getLogger("nautilus.serve.api")
-WORKERS = 8  # threads that read, render and encode requests; those that wait for a grammar to be tried do nothing
+WORKERS, SLOW_WORKERS = 8, 2  # threads that read, render and encode requests
+LONG = 1 << 18  # bytes of a body that may take seconds
+GRAMMARS = (
+    "response_format",
+    "structured_outputs",
+    "tool_choice",
+    "output_config",
+    "text",
+)  # fields that may ask for one
 Result = TypeVar("Result")
 
 
@@ -59,6 +68,7 @@ class Context:
         self.sampling = settings.defaults.sampling()
         self.meters = Meters(settings.model)
         self.workers = ThreadPoolExecutor(WORKERS, "nautilus-request")
+        self.slow_workers = ThreadPoolExecutor(SLOW_WORKERS, "nautilus-slow-request")
         self.reading_ahead: set[asyncio.Task] = set()
         self.kept = KeptResponses(self.limits)
 
@@ -81,14 +91,24 @@ class Context:
                 code="model_not_found",
             )  # fmt: skip
 
-    async def in_worker(self, work: Callable[..., Result], *given) -> Result:
-        """What takes longer than a moment is done beside the event loop. ApiError 408 where it takes far too long."""
-        loop = asyncio.get_running_loop()
+    async def prepared(self, body: bytes, work: Callable[[Mapping[str, Any]], Result]) -> Result:
+        """What the work makes of a body, done beside the event loop. ApiError 408 where it takes far too long.
+
+        What may take seconds is done by few workers of its own, so that it keeps nothing else waiting.
+        """
+        slow = len(body) > LONG
         try:
             async with asyncio.timeout(self.limits.rendering):
-                return await loop.run_in_executor(self.workers, work, *given)
+                asked = await self.in_worker(parsed, body, self.limits, slow=slow)
+                return await self.in_worker(work, asked, slow=slow or any(map(asked.get, GRAMMARS)))
         except TimeoutError as bad:
-            raise ApiError(408, "this request takes too long to read and render", code="timeout") from bad
+            raise ApiError(
+                408, "this request takes too long to read and render; send less, or a simpler schema", code="timeout"
+            ) from bad
+
+    async def in_worker(self, work: Callable[..., Result], *given, slow: bool) -> Result:
+        workers = self.slow_workers if slow else self.workers
+        return await asyncio.get_running_loop().run_in_executor(workers, work, *given)
 
     def read_ahead(self, following: Callable[[], Job | None] | None) -> None:
         """Let the service read in idle time what the next request will begin with. Nobody waits for this."""
@@ -99,7 +119,7 @@ class Context:
 
     async def warm(self, following: Callable[[], Job | None]) -> None:
         try:
-            if not self.service.load().waiting and (job := await self.in_worker(following)) is not None:
+            if not self.service.load().waiting and (job := await self.in_worker(following, slow=True)) is not None:
                 self.service.warm(job)
         except Exception as bad:
             log.debug("nothing was read ahead: %s", bad)
@@ -107,7 +127,8 @@ class Context:
     def close(self) -> None:
         for task in self.reading_ahead:
             task.cancel()
-        self.workers.shutdown(wait=False, cancel_futures=True)
+        for workers in (self.workers, self.slow_workers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
 
 def fitted(

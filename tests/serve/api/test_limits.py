@@ -1,7 +1,11 @@
+import gc
 import hashlib
+import importlib
 import json
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -67,6 +71,33 @@ def test_what_is_no_json_of_this_api_is_refused(api, body, want):
     assert code(answer) == (400, want)
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"prompt": [None] * 10_000}, {"prompt": "a", "logit_bias": {str(i): None for i in range(10_000)}}]
+)
+def test_of_very_many_faults_few_are_looked_for(wrong):
+    from nautilus.serve.api.completions import CompletionRequest
+    from nautilus.serve.api.fields import read
+
+    with pytest.raises(Exception, match="prompt.0|logit_bias.0") as refused:
+        read(CompletionRequest, wrong)
+    assert refused.value.__cause__.error_count() <= 4  # a prompt may be of four types
+
+
+def test_nobody_looks_for_garbage_while_a_body_is_read(limits):
+    from nautilus.serve.api.body import parsed
+
+    looks = []
+    gc.callbacks.append(look := lambda *_: looks.append(1))
+    try:
+        parsed(b'{"a":[' + b"[]," * 200_000 + b"[]]}", limits())
+    finally:
+        gc.callbacks.remove(look)
+    assert len(looks) < 20 and gc.isenabled()
+    with pytest.raises(Exception, match="not valid JSON"):
+        parsed(b"[", limits())
+    assert gc.isenabled()
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""])
 def test_a_page_in_a_browser_cannot_ask_without_a_preflight(api, kind):
     answer = api.post(CHAT, content=json.dumps(HI), headers={"content-type": kind})
@@ -106,6 +137,34 @@ def test_rendering_that_takes_too_long_is_given_up(serve, limits, monkeypatch):
     with serve(limits=limits(rendering=0.05)) as here, here.client() as api:
         assert code(api.post(CHAT, json=HI)) == (408, "timeout")
         assert here.service.jobs == []
+
+
+@pytest.mark.parametrize(
+    "slow, place, name",
+    [
+        ({"response_format": {"type": "json_object"}}, "constraints", "compile_grammar"),
+        ({"structured_outputs": {"regex": "a"}}, "constraints", "compile_grammar"),
+        ({"user": "x" * (1 << 18)}, "chat", "chat_tokens"),
+    ],
+)
+def test_what_takes_long_to_read_keeps_nobody_else_waiting(serve, limits, monkeypatch, slow, place, name):
+    module = importlib.import_module(f"nautilus.serve.api.{place}")
+    go, begun, own = threading.Event(), [], getattr(module, name)
+
+    def wait(*given, **more):
+        begun.append(1)
+        go.wait(15)
+        return own(*given, **more)
+
+    monkeypatch.setattr(module, name, wait)
+    with serve(limits=limits(rendering=20)) as here, here.client() as api, ThreadPoolExecutor(20) as clients:
+        try:
+            waiting = [clients.submit(api.post, CHAT, json={**HI, **slow}) for _ in range(20)]
+            here.until(lambda: len(begun) >= 8, 1)  # fewer may be at it than there are
+            assert api.post("/v1/completions", json={"prompt": "x"}, timeout=5).status_code == 200
+        finally:
+            go.set()
+        assert {one.result().status_code for one in waiting} == {200}
 
 
 # ----- keys ----------------------------------------------------------------------------------------------------------
