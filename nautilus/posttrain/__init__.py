@@ -1,0 +1,1 @@
+"""Training after pretraining, on what the model itself writes."""
