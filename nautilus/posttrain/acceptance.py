@@ -70,7 +70,8 @@ def middle_95(values: np.ndarray) -> tuple[float, float]:
 def resampled(walks: Sequence[Walk]) -> np.ndarray:
     """The length for many draws of as many texts, with replacement; the same draws for as many texts."""
     index = np.random.default_rng(0).integers(len(walks), size=(RESAMPLES, len(walks)))
-    tokens, visits = (np.array(n)[index].sum(1) for n in zip(*((w.tokens, len(w.accepted)) for w in walks), strict=True))
+    counts = np.array([[each.tokens, len(each.accepted)] for each in walks])
+    tokens, visits = counts[index].sum(1).T
     return tokens / np.maximum(visits, 1)
 
 

@@ -8,6 +8,8 @@ token. Whole distributions are compared; no token that was drawn is a target.
 
 Boosting of a multi-token-prediction block (report of Nemotron 3 Ultra): T = 2, K = 7, c_k = 1, and what step k is fed
 with is drawn from the outputs of all steps before it, so that the block learns from its own outputs at several depths.
+A draft head in the manner of EAGLE-3 (arXiv 2503.01840): T = 1, K = 7, c_k = 0.8^(k-1), each step is fed with the one
+before it; both distributions are over the words of the head alone.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
-from nautilus.posttrain.divergence import weighted_kl
 from nautilus.posttrain.drafter import Drafter
 from nautilus.posttrain.unroll import Feed, latest
 from nautilus.train.objective import Objective, Pairs, depth_weights
@@ -31,6 +32,16 @@ TERM = "divergence"
 
 def boosting(*, steps: int = 7, temperature: float = 2.0, seed: int = 0) -> Objective:
     return distillation([1.0] * steps, temperature=temperature, seed=seed)
+
+
+def unrolled(steps: int = 7) -> Objective:
+    return distillation([0.8**k for k in range(steps)], temperature=1.0, seed=None)
+
+
+def most_used(batch: Batch, words: int, vocabulary: int) -> Tensor:
+    """The words that answers use most, rising; of words that are used alike those with the smaller number."""
+    used_V = torch.bincount(batch.tokens[batch.weights["next_token"] > 0], minlength=vocabulary)
+    return used_V.argsort(descending=True, stable=True)[:words].sort().values
 
 
 def distillation(coefficients: Sequence[float], *, temperature: float, seed: int | None) -> Objective:
@@ -54,7 +65,7 @@ def divergence_terms(
     feature_BTD, last_BTD = drafter.read(batch.tokens, batch.document)
     outs = drafter.steps(feature_BTD, batch.tokens, len(coefficients), batch.document, feed)
     # Row t is for token t+2, the first that a draft can be: step k predicts it from index t+1-k.
-    student_KR = [nn_pad(out_BTD[:, : -(k + 1)], k - 1).flatten(0, 1) for k, out_BTD in enumerate(outs, 1)]
+    student_KR = [delayed(out_BTD[:, : -(k + 1)], k - 1).flatten(0, 1) for k, out_BTD in enumerate(outs, 1)]
     weights = [c * depth_weights(batch, k)[:, 2:] for k, c in enumerate(coefficients, 1)]
     weight_KR = torch.stack(weights).flatten(1)
     total, total_K = drafter.divergence(
@@ -64,7 +75,7 @@ def divergence_terms(
     return {TERM: (total, weight_KR.sum())}, watched
 
 
-def nn_pad(out_BTD: Tensor, before: int) -> Tensor:
+def delayed(out_BTD: Tensor, before: int) -> Tensor:
     return torch.nn.functional.pad(out_BTD, (0, 0, before, 0))
 
 

@@ -63,7 +63,8 @@ class WeightedKl(torch.autograd.Function):
             log_p = (chunk_logits(teacher_RE[part], other_VE) / temperature).log_softmax(-1)
             p = log_p.exp()
             negentropy_R = torch.linalg.vecdot(p, log_p)
-            for k, (hidden, weight_R) in enumerate(zip(student_KRD[:, part], weight_KR[:, part].to(dtype), strict=True)):
+            for k, hidden in enumerate(student_KRD[:, part]):
+                weight_R = weight_KR[k, part].to(dtype)
                 log_q = (chunk_logits(hidden, own_VD) / temperature).log_softmax(-1)
                 total_K[k] += torch.dot(weight_R, negentropy_R - torch.linalg.vecdot(p, log_q))
                 dlogits = log_q.exp_().sub_(p).to(hidden.dtype)

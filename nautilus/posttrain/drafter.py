@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from nautilus.config import Config
+from nautilus.model.eagle import Eagle
 from nautilus.model.language import Language
 from nautilus.model.mtp import MtpBlock
+from nautilus.ops.formats import Packed, dense
 from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.posttrain.divergence import weighted_kl
 from nautilus.posttrain.unroll import Feed, latest, parts_of, unroll
@@ -24,7 +26,7 @@ class Drafter(nn.Module):
 
     lowered, chunk, checkpointing, ends = None, 0, False, True
 
-    def __init__(self, model: Language, block: MtpBlock):
+    def __init__(self, model: Language, block: MtpBlock | Eagle):
         super().__init__()
         self.block = block
         self.beside = (model,)  # a tuple, so that it does not become a part
@@ -41,10 +43,15 @@ class Drafter(nn.Module):
     def compute(self) -> torch.dtype:
         return self.model.compute
 
-    @torch.no_grad()
     def read(self, tokens_BT: Tensor, document_BT: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Of the model: what the block's first step is fed with, and the hidden states that its head reads."""
-        hidden_BTD, _ = self.model.hidden(tokens_BT, document_BT=document_BT)
+        taps = self.block.taps if isinstance(self.block, Eagle) else ()
+        residuals: dict[int, Tensor] = {}
+        tap = lambda layer, residual_BTD: residuals.update({layer: residual_BTD} if layer in taps else {})
+        with torch.no_grad():
+            hidden_BTD, _ = self.model.hidden(tokens_BT, document_BT=document_BT, taps=[tap])
+        if isinstance(self.block, Eagle):
+            return self.block.features([residuals[layer] for layer in taps]), hidden_BTD
         return hidden_BTD, hidden_BTD
 
     def steps(
@@ -58,15 +65,21 @@ class Drafter(nn.Module):
     def divergence(
         self, out_KRD: Tensor, last_RD: Tensor, weight_KR: Tensor, *, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Of its distributions from the model's: see `weighted_kl`."""
-        head = self.model.head_weight
+        """Of its distributions from the model's, over the words that it can draft: see `weighted_kl`."""
+        head: Tensor | Packed = self.model.head_weight
+        if isinstance(self.block, Eagle):
+            words_KD, block = dense(head, last_RD.dtype)[self.block.token_ids_K], self.block
+            given = block.norm_f(out_KRD), block.lm_head.weight, last_RD, words_KD
+            return weighted_kl(*given, weight_KR, temperature=temperature)
         return weighted_kl(out_KRD, head, last_RD, head, weight_KR, temperature=temperature)
 
     @torch.no_grad()
     def guess(self, out_RD: Tensor) -> Tensor:
         """The most probable token of each position."""
-        chunks = out_RD.split(rows_for(ELEMENTS, self.config.vocab))
-        return torch.cat([self.model.head(chunk_RD).argmax(-1) for chunk_RD in chunks])
+        chunks = out_RD[:, None].split(rows_for(ELEMENTS, self.config.vocab))
+        if isinstance(self.block, Eagle):
+            return torch.cat([self.block.token_ids_K[self.block.head(chunk).argmax(-1)] for chunk in chunks])[:, 0]
+        return torch.cat([self.model.head(chunk).argmax(-1) for chunk in chunks])[:, 0]
 
 
 def mtp_drafter(model: Language) -> Drafter:

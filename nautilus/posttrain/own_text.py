@@ -15,6 +15,7 @@ from nautilus.data.mix import number_of
 from nautilus.data.pack import pack_best_fit
 from nautilus.runtime import Progress, UserError, read_metrics
 from nautilus.serve import Completion, Engine, Sampling
+from nautilus.serve.request import Request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,7 @@ class Manner:
 
 
 def answers(path: Path, engine: Engine, prompts: Sequence[Sequence[int]], manner: Manner) -> list[Answer]:
-    """The answers to all prompts in their order, those that the file has from there; UserError if they are to others."""
+    """The answers to all prompts in their order, taken from the file where it has them; UserError if it has others."""
     rows = read_metrics(path)
     known = {row.get("index"): answer_of(row, path, prompts) for row in rows}
     left = {index: prompt for index, prompt in enumerate(prompts) if index not in known}
@@ -61,14 +62,13 @@ def answer_of(row: Mapping, path: Path, prompts: Sequence[Sequence[int]]) -> Ans
         raise UserError(f"{path} holds answer {index}, but to another prompt than is asked now; remove the file")
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
         raise UserError(f"{path} holds no tokens as answer {index}; remove that line, or restore the file")
-    return Answer(prompt=tuple(prompt), tokens=tuple(tokens))
+    return Answer(prompt=tuple(prompts[index]), tokens=tuple(tokens))
 
 
-def answered(
-    engine: Engine, prompts: Mapping[int, Sequence[int]], manner: Manner
-) -> Iterator[tuple[int, Completion]]:
+def answered(engine: Engine, prompts: Mapping[int, Sequence[int]], manner: Manner) -> Iterator[tuple[int, Completion]]:
     """As they come. Twice as many as run together are there, so that one that ends is followed at once."""
-    running, waiting = {}, iter(prompts.items())
+    running: dict[Request, int] = {}
+    waiting = iter(prompts.items())
     try:
         while True:
             while len(running) < 2 * engine.rows and (one := next(waiting, None)) is not None:

@@ -41,8 +41,11 @@ def prompts(run: Run, engine: Engine, model: str | Path, wanted: Wanted) -> tupl
     if wanted.places:
         found = shuffled(given(engine.tokenizer, wanted), wanted.seed)
     elif is_run(model) and (shards := shards_of(Run(model))):
-        held_out, trained = ([s for parts in shards for s in parts if (s.part == "held_out") == kind] for kind in (1, 0))
-        found = [*openings(held_out, wanted.measured, wanted), *openings(trained, wanted.learnt, wanted)]
+        parts = {name: [shard for shard in shards if shard.part == name] for name in ("held_out", "train")}
+        found = [
+            *openings(parts["held_out"], wanted.measured, wanted),
+            *openings(parts["train"], wanted.learnt, wanted),
+        ]
     else:
         found = own_beginnings(run, engine, wanted)
     found = [*dict.fromkeys(found)]
@@ -74,10 +77,10 @@ def given(tokenizer: Tokenizer, wanted: Wanted) -> Iterator[Tokens]:
                 yield tuple(message)
 
 
-def shards_of(run: Run) -> list[list[Shard]]:
+def shards_of(run: Run) -> list[Shard]:
     """The encoded text of a run's sources."""
     folders = sorted(index.parent for index in (run.folder / "data").glob("*/index.json"))
-    return [[*open_shards(folder, verify=False).values()] for folder in folders]
+    return [shard for folder in folders for shard in open_shards(folder, verify=False).values()]
 
 
 def openings(shards: Sequence[Shard], count: int, wanted: Wanted) -> list[Tokens]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nautilus.model.attention import AttentionMixer
+from nautilus.model.eagle import Eagle, EagleLayer
 from nautilus.model.mtp import MtpBlock, MtpLayer
 from nautilus.model.norm import RmsNorm
 from nautilus.model.state import Span, place
@@ -42,7 +43,10 @@ class Parts:
     close: Callable[[Tensor], Tensor]
 
 
-def parts_of(block: MtpBlock) -> Parts:
+def parts_of(block: MtpBlock | Eagle) -> Parts:
+    if isinstance(block, Eagle):
+        own = [layer for layer in block.layers if isinstance(layer, EagleLayer)]
+        return Parts(join=block.join, layers=[(layer.norm, layer.mixer) for layer in own], close=nn.Identity())
     layers = [layer for layer in block.layers if isinstance(layer, MtpLayer)]
     first, last = layers[0], layers[-1]
     enorm, hnorm, project, close = first.enorm, first.hnorm, first.eh_proj, last.final_layernorm

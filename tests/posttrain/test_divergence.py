@@ -14,7 +14,8 @@ def problem(dtype=torch.float64, students=3, rows=37, words=29):
     draw = torch.Generator().manual_seed(1)
     shapes = (students, rows, 8), (words, 8), (rows, 6), (words, 6)
     student, own, teacher, other = (torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes)
-    weight = torch.rand(students, rows, generator=draw, dtype=dtype) * (torch.rand(students, rows, generator=draw) > 0.4)
+    weight = torch.rand(students, rows, generator=draw, dtype=dtype)
+    weight = weight * (torch.rand(students, rows, generator=draw) > 0.4)
     return student.requires_grad_(), own.requires_grad_(), teacher, other, weight
 
 
@@ -49,7 +50,8 @@ def test_rows_without_weight_are_not_looked_at():
 
 def test_the_teacher_and_a_frozen_matrix_get_no_gradient():
     student, own, teacher, other, weight = problem()
-    teacher.requires_grad_(), own.requires_grad_(False)
+    teacher.requires_grad_()
+    own.requires_grad_(False)
     weighted_kl(student, own, teacher, other, weight)[0].backward()
     assert teacher.grad is None and own.grad is None and student.grad is not None
 
@@ -64,9 +66,9 @@ def test_a_head_in_few_bits_stands_for_its_numbers():
 
 
 def test_bf16_rows_are_compared_in_float32():
-    student, own, teacher, other, weight = (t.detach() for t in problem(torch.float32))
-    halves = (student.bfloat16(), own.bfloat16(), teacher.bfloat16(), other.bfloat16())
-    total, _ = weighted_kl(*halves, weight)
-    wanted, _ = weighted_kl_reference(*(t.float() for t in halves), weight)
+    *numbers, weight = (t.detach() for t in problem(torch.float32))
+    student, own, teacher, other = (t.bfloat16() for t in numbers)
+    total, _ = weighted_kl(student, own, teacher, other, weight)
+    wanted, _ = weighted_kl_reference(student.float(), own.float(), teacher.float(), other.float(), weight)
     assert total.dtype == torch.float32
     torch.testing.assert_close(total, wanted, rtol=2e-2, atol=0)
