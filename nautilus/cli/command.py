@@ -36,6 +36,8 @@ COMMANDS = {
         "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
     ),
     "eval": Command("nautilus.recipes.eval", "examine a model: retrieval in long texts, tasks of lm-eval"),
+    "boost": Command("nautilus.recipes.boost", "train a model's prediction block so that more drafts are accepted"),
+    "eagle": Command("nautilus.recipes.eagle", "train a draft head for a model, in the manner of EAGLE-3"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),

@@ -1,1 +1,1 @@
-"""What is learned after training: from answers, and from what came of them."""
+"""Training after pretraining, on what the model itself writes."""
