@@ -281,6 +281,7 @@ class Engine:
             mine = [(next(rows), foretold) for foretold in (*proposal.tokens, None)]
             found[request] = self.take_along(request, mine, proposal.source)
             if proposal.tokens:
+                request.drafted += len(proposal.tokens)
                 self.speculation.learn(request, proposal, sum(piece.source != "plain" for _, piece in found[request]))
         self.forward.accept(berths, [len(pieces) for pieces in found.values()])
         for request in requests:

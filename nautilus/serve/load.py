@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 from nautilus.serve.draft.policy import Counts
 from nautilus.serve.engine import Engine
@@ -58,6 +57,4 @@ def arms_of(engine: Engine) -> dict[str, Counts] | None:
     """Copies, which may be read while the engine goes on."""
     if engine.speculation is None:
         return None
-    counts: Any = engine.speculation.counts
-    arms = {"cache": counts} if isinstance(counts, Counts) else {**counts}
-    return {source: replace(one) for source, one in arms.items()}
+    return {source: replace(one) for source, one in engine.speculation.counts.items()}

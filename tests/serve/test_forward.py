@@ -110,7 +110,7 @@ def recorded_passes(model, rows, tokens):
             both.plain()
             both.states_are_the_same()
     (step,) = both.forward.attempts.values()
-    assert step.tape is not None and [*both.forward.attempts] == [(rows, tokens)]
+    assert step.recorded.tape is not None and [*both.forward.attempts] == [(rows, tokens)]
     both.states_are_the_same()
 
 
@@ -147,7 +147,7 @@ def test_on_torch_they_agree_to_rounding(monkeypatch):
         both.cycle(counts)
         both.plain()
     both.states_are_the_same()
-    assert all(step.tape is None for step in both.forward.attempts.values())
+    assert all(step.recorded.tape is None for step in both.forward.attempts.values())
 
 
 @NATIVE
