@@ -145,10 +145,9 @@ async def answer(service: Any, settings: Settings, keys, listening: socket.socke
 
 
 def greeting(engine: Any, settings: Settings, listening: socket.socket) -> str:
+    place = api_module("server").address(settings.host, listening)
     many = f" in {settings.replicas} replicas" if settings.replicas > 1 else ""
+    most = f"{engine.max_tokens:,} tokens of a request, {settings.rows * settings.replicas} requests together{many}"
     who = f"keys of {settings.keys}" if settings.keys else "no keys"
     what = "" if engine.tokenizer.template else " It has no chat template: it answers completions, not chats."
-    return (
-        f"{name_of(settings)} answers at {api_module('server').address(settings.host, listening)}: "
-        f"{engine.max_tokens:,} tokens of a request, {settings.rows * settings.replicas} requests together{many}, {who}.{what} Ctrl-C ends it."
-    )
+    return f"{name_of(settings)} answers at {place}: {most}, {who}.{what} Ctrl-C ends it."
