@@ -78,10 +78,17 @@ def require_name(settings, change: Change) -> None:
     names = [field.name for field in settings_of(settings)]
     if change.path[0] in names:
         return
-    near = difflib.get_close_matches(change.path[0], names, n=1)
+    near = nested(settings, change.path[0]) or difflib.get_close_matches(change.path[0], names, n=1)
     ahead = change.full.split(".")[: -len(change.path)]
-    hint = f"did you mean {'.'.join([*ahead, near[0]])!r}?" if near else f"have {names}"
+    hint = f"did you mean {'.'.join([*ahead, near[0]])!r}?" if near else f"have {', '.join(names)}"
     raise ValueError(f"no setting {change.full!r}; {hint}")
+
+
+def nested(settings, name: str) -> list[str]:
+    """`group.name` for every record of these settings that has one of this name."""
+    groups = {field.name: getattr(settings, field.name) for field in settings_of(settings)}
+    records = {group: value for group, value in groups.items() if dataclasses.is_dataclass(value)}
+    return [f"{group}.{name}" for group, value in records.items() if name in (f.name for f in settings_of(value))]
 
 
 def new_value(settings, name: str, changes: list[Change]):

@@ -70,7 +70,8 @@ def refuse_place(source: str | Path, dtype: torch.dtype | None, device) -> None:
 
 def check_folder(folder: Path) -> Contents:
     """What the folder holds, once that is what its config says, by name and shape; no weight is read."""
-    found = contents(folder, read_json(folder / "config.json"))
+    cure = "give a run or a checkpoint folder, or copy or download it again"
+    found = contents(folder, read_json(folder / "config.json", cure))
     refuse_faults(folder, "has quantised matrices that cannot be read", faults(found))
     refuse_differences(folder, found.config, found.plain_slots, found.plain)
     refuse_faults(folder, "does not hold what it says", clashes(found))

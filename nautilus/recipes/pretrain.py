@@ -1,9 +1,9 @@
 """Train a model from plain text: tokenizer, packed rows, AdamW under a warm-up, stable, decay schedule, report.
 
-MODEL is a preset; its sizes are settings too: model.width=384 model.layers.E.active=2. The same command again goes on
-where an interrupted run stopped, and with more steps beyond its end. The output folder opens with `nautilus chat` and
-`nautilus.load`. With layout.dp=4 and the like it trains on as many processes; `torchrun --nproc-per-node 4 -m nautilus
-pretrain …` starts them elsewhere.
+MODEL is a preset, such as toy or super (a wrong name lists them); its sizes are settings too: model.width=384
+model.layers.E.active=2. The same command again goes on where an interrupted run stopped, and with more steps beyond its
+end. The output folder opens with `nautilus chat` and `nautilus.load`. With layout.dp=4 and the like it trains on as
+many processes; `torchrun --nproc-per-node 4 -m nautilus pretrain …` starts them elsewhere.
 
 recipe=super steps=2000         the published numbers, warm-up and decay having their shares of the steps
 from=runs/a                     a new phase after runs/a, with its settings, at the rate it ended with
@@ -67,7 +67,7 @@ class Settings(Following):
     layout: Layout = Layout()
     checkpointing: bool = setting(False, "compute layers again in the backward instead of keeping what it needs")
     chunk: int = setting(0, "tokens of a row that a layer computes at a time, so that rows may be long; 0: all")
-    mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns")
+    mtp_depths: int = setting(2, "tokens ahead that the multi-token-prediction block learns; 0 for a model without one")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
     aux_weight: float = setting(1e-4, "of the sequence balance loss")
     balance: float = setting(1e-3, "step of the load-balancing biases")

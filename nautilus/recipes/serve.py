@@ -35,7 +35,7 @@ class Settings:
     name: str = setting("", "what clients call it; by default the folder's name or the hub id")
     host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 is every one of this machine")
     port: int = setting(8000, "port to listen at; 0: any that is free")
-    keys: str = setting("", "file with the keys of those who may ask, one a line; without it everybody may")
+    keys: str = setting("", "file of keys, one a line, each of 16 characters or more; without it everybody may ask")
     rows: int = setting(8, "most requests that run together")
     max_tokens: int | None = setting(None, "most tokens of a request, prompt and answer together (none: the model's)")
     cache: str = setting("", "format of keys and values: bf16, fp8, int8 or f32 (as the activations)")
@@ -147,8 +147,7 @@ async def answer(service: Any, settings: Settings, keys, listening: socket.socke
 def greeting(engine: Any, settings: Settings, listening: socket.socket) -> str:
     place = api_module("server").address(settings.host, listening)
     many = f" in {settings.replicas} replicas" if settings.replicas > 1 else ""
+    most = f"{engine.max_tokens:,} tokens of a request, {settings.rows * settings.replicas} requests together{many}"
     who = f"keys of {settings.keys}" if settings.keys else "no keys"
-    return (
-        f"{name_of(settings)} answers at {place}: {engine.max_tokens:,} tokens of a request,"
-        f" {settings.rows * settings.replicas} requests together{many}, {who}. Ctrl-C ends it."
-    )
+    what = "" if engine.tokenizer.template else " It has no chat template: it answers completions, not chats."
+    return f"{name_of(settings)} answers at {place}: {most}, {who}.{what} Ctrl-C ends it."

@@ -89,7 +89,8 @@ class Following(Based):
         origin = find_origin(Path(asked["from"]), out) if asked.get("from") else None
         if origin is not None:
             start = following(start, origin, asked_int(asked, "anneal", 0))
-        return follow_recipe(start, asked, origin) if asked.get("recipe") else start
+        start = follow_recipe(start, asked, origin) if asked.get("recipe") else start
+        return start if "mtp_depths" in asked or has_block(start, asked) else replace(start, mtp_depths=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +133,7 @@ def following(start, origin: Origin, anneal: int):
             raise UserError(f"anneal={anneal} goes on with a training, but from={origin.folder} holds weights only")
         folder = Path(origin.folder)
         tokenizer, model = folder if (folder / "tokenizer.json").is_file() else None, check_trainable(folder).config
-        return replace(start, model=model, tokenizer=tokenizer, mtp_depths=start.mtp_depths if model.mtp else 0)
+        return replace(start, model=model, tokenizer=tokenizer)
     run = run_of(origin)
     told = settings_of(type(start), run, without=OWN)
     told = replace(told, tokenizer=told.tokenizer or tokenizer_of(run))
@@ -172,9 +173,17 @@ def follow_recipe(start, asked: Mapping[str, str], origin: Origin | None):
 
 def depth(start, asked: Mapping[str, str]) -> int:
     """How many layers the model that is asked for has."""
-    if "model.layers" in asked:
-        return len(asked["model.layers"])
-    return len((preset(asked["model"]) if "model" in asked else start.model).layers)
+    return len(asked.get("model.layers") or model_of(start, asked).layers)
+
+
+def has_block(start, asked: Mapping[str, str]) -> bool:
+    """Whether the model that is asked for has a block that predicts more tokens than the next."""
+    return bool(asked.get("model.mtp", model_of(start, asked).mtp))
+
+
+def model_of(start, asked: Mapping[str, str]) -> Config:
+    """The model that is asked for, before its sizes are changed."""
+    return preset(asked["model"]) if "model" in asked else start.model
 
 
 def settings_of(kind, run: Run, without: Sequence[str] = ()):

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,6 +94,14 @@ def test_the_name_of_the_model_is_the_folder_s_or_the_hub_s(folder):
     assert serve.name_of(Settings(model=str(folder))) == "model"
     assert serve.name_of(Settings(model="owner/model")) == "owner/model"
     assert serve.name_of(Settings(model=str(folder), name="mine")) == "mine"
+
+
+def test_the_greeting_says_where_chats_are_not_answered(libraries):
+    greet = lambda template: serve.greeting(
+        SimpleNamespace(tokenizer=SimpleNamespace(template=template), max_tokens=9), Settings(model="x"), here
+    )
+    with socket.create_server(("127.0.0.1", 0)) as here:
+        assert "completions, not chats" in greet(None) and "chats" not in greet("{{ messages }}")
 
 
 @pytest.mark.slow

@@ -160,6 +160,13 @@ def test_weights_alone_start_with_moments_of_their_own(ten, pretrain, tmp_path):
     assert same(got, want)
 
 
+def test_a_model_without_a_block_for_more_tokens_trains_none():
+    depths = lambda *words: resolve(Settings, words).mtp_depths
+    assert depths("toy") == depths("toy_1m", "model.mtp=*E") == 2
+    assert depths("toy_1m") == depths("toy", "model.mtp=") == depths("toy_1m", "recipe=super") == 0
+    assert depths("toy_1m", "mtp_depths=2") == 2, "what was asked for is refused later, not dropped"
+
+
 def test_a_published_recipe_sets_what_is_not_given(ten):
     asked = resolve(Settings, ["toy", "recipe=super", "steps=5000", "optim.lr=1e-3", "length=256"])
     assert (asked.optim.lr, asked.optim.min_lr, asked.optim.warmup, asked.optim.decay) == (1e-3, 4.5e-6, 40, 0.2)

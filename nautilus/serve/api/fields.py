@@ -42,6 +42,16 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "prompt_embeds": (None,),
     "use_beam_search": (None, False),
 }
+# What other servers call it, and what to send here: left out, such a field would give an answer without its rule.
+ELSEWHERE = {
+    "guided_json": "structured_outputs.json",
+    "guided_regex": "structured_outputs.regex",
+    "guided_choice": "structured_outputs.choice",
+    "guided_grammar": "structured_outputs.grammar, in lark",
+    "grammar": "structured_outputs.grammar, in lark",
+    "json_schema": "response_format",
+    "n_predict": "max_tokens",
+}
 SAME_NAMES = (
     "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_tokens",
     "ignore_eos",
@@ -122,6 +132,9 @@ def read(kind: type[Some], asked: Mapping[str, Any]) -> Some:
     for name, value in (record.model_extra or {}).items():
         if name in REFUSED and value not in REFUSED[name]:
             raise ApiError(400, f"{name} is not supported by this server; leave it out", param=name, code="unsupported")
+        if name in ELSEWHERE and value is not None:
+            cure = f"send {ELSEWHERE[name]} instead"
+            raise ApiError(400, f"{name} is not known by this server; {cure}", param=name, code="unsupported")
     if record.model_extra:
         log.debug("fields left out: %s", ", ".join(sorted(record.model_extra))[:200])
     return record

@@ -105,7 +105,7 @@ class Server(uvicorn.Server):
         grace = self.grace if self.draining is None else 0
         if self.draining is not None:
             self.draining.cancel()
-        log.info("no new requests; those that run have %g seconds", grace)
+        log.warning("no new requests; those that run have %g seconds, or until the next signal", grace)
         self.draining = asyncio.ensure_future(self.drain(grace))
 
     async def drain(self, grace: float) -> None:

@@ -92,7 +92,7 @@ def connected(ending: contextlib.ExitStack, replicas: int) -> Any:
         try:
             ray.init(address="local", **more, **quiet)
         except Exception as bad:  # Ray has no class of its own for processes that do not come up in 30 seconds
-            raise UserError(f"Ray was asked for several replicas, but does not start here: {bad}") from bad
+            raise UserError(f"Ray, for the replicas, did not start; try again when less runs here ({bad})") from bad
         ending.callback(ray.shutdown)  # which ends all of it
     return ray
 

@@ -275,6 +275,8 @@ def test_unknown_fields_are_left_out_with_a_message(api, caplog):
     [
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"temperature": -1}, "temperature", "temperature=-1.0 was asked for"),
+        ({"guided_json": {}}, "guided_json", "send structured_outputs.json instead"),
+        ({"grammar": 'root ::= "a"'}, "grammar", "send structured_outputs.grammar, in lark instead"),
         ({"max_tokens": 1.5}, "max_tokens", "valid integer"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"n": True}, "n", "valid integer"),

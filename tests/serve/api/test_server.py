@@ -80,7 +80,7 @@ def test_a_second_wish_to_end_does_not_wait(serve):
         assert time.monotonic() - start < 5 and "event: error" in got[0].text
 
 
-def test_a_signal_ends_the_server(bound, serve):
+def test_a_signal_ends_the_server(bound, serve, caplog):
     """In the main thread, as the command runs it."""
     import asyncio
 
@@ -100,6 +100,7 @@ def test_a_signal_ends_the_server(bound, serve):
 
         asyncio.run(run())
         assert server.draining is not None and not other.service.ready
+        assert "those that run have 1 seconds" in caplog.text, "without log=info too"
         assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
