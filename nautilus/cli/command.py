@@ -38,6 +38,7 @@ COMMANDS = {
     "eval": Command("nautilus.recipes.eval", "examine a model: retrieval in long texts, tasks of lm-eval"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
+    "hvd train": Command("nautilus.recipes.hvd", "learn here which copied drafts are worth trying for a model"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),
