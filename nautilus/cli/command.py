@@ -40,6 +40,7 @@ COMMANDS = {
     "eagle": Command("nautilus.recipes.eagle", "train a draft head for a model, in the manner of EAGLE-3"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
+    "hvd train": Command("nautilus.recipes.hvd", "learn here which copied drafts are worth trying for a model"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),

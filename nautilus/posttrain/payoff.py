@@ -29,7 +29,7 @@ from nautilus.serve.draft.predictor import Header, Predictor
 
 KNOTS = 32  # of a calibration
 TRUST = 4.0  # rows that count for what the network says, in each part of a calibration
-ROUNDS = 2  # trainings after the first one
+ROUNDS = 3  # trainings, the first on rows of a policy that knows scores
 LOOK, PATIENCE = 25, 8  # updates after which held rows are looked at, and how often without getting better
 
 
@@ -77,10 +77,10 @@ def train_paper(material: Material) -> Predictor:
     return fit(rows, material.header("paper"), seed=material.seed)
 
 
-def train_survival(material: Material) -> Predictor:
-    """Rows of the first policy, then those of each predictor."""
-    parts, policy, found, predictor = material.parts, by_score(depth=material.depth), [], None
-    for _ in range(1 + ROUNDS):
+def rounds(material: Material) -> Iterator[Predictor]:
+    """One predictor after another, each trained on the rows of the first policy and those of the predictors before."""
+    parts, policy, found = material.parts, by_score(depth=material.depth), []
+    for _ in range(ROUNDS):
         of = parts.train | parts.calibrate
         found.append(rows_of(material.traces, policy, material.spelling, most=material.most, of=of))
         rows = joined(found)
@@ -88,8 +88,7 @@ def train_survival(material: Material) -> Predictor:
         predictor = fit(rows.among(parts.train), material.header("survival"), seed=material.seed, held=held)
         predictor = calibrated(predictor, held)
         policy = by_rate(predictor, material.prices, material.depth)
-    assert predictor is not None
-    return predictor
+        yield predictor
 
 
 # ----- the network ----------------------------------------------------------------------------------------------------

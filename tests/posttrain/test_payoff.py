@@ -19,10 +19,10 @@ from nautilus.posttrain.payoff import (
     fit,
     isotonic,
     pooled,
+    rounds,
     stopping,
     straight,
     train_paper,
-    train_survival,
 )
 from nautilus.posttrain.policies import Prices, by_paper, by_rate, by_score
 from nautilus.posttrain.rows import MANY, Rows, joined, rows_of, split
@@ -230,7 +230,7 @@ def material():
 
 @pytest.fixture(scope="module")
 def predictors(material):
-    return train_survival(material), train_paper(material)
+    return [*rounds(material)][-1], train_paper(material)
 
 
 def test_answers_come_fastest_by_rate_and_no_faster_than_can_be(material, predictors):
@@ -288,4 +288,4 @@ def test_where_nothing_repeats_there_is_nothing_to_learn(material):
     draw = random.Random(0)
     apart = [Trace(prompt=draw.sample(range(200), 9), answer=draw.sample(range(200), 9), limit=20) for _ in range(3)]
     with pytest.raises(UserError, match="nothing is repeated"):
-        train_survival(dataclasses.replace(material, traces=apart, parts=split(apart, 0)))
+        next(rounds(dataclasses.replace(material, traces=apart, parts=split(apart, 0))))
