@@ -78,5 +78,7 @@ def test_a_run_gives_the_beginnings_of_its_documents(run, engine, tmp_path):
 def test_else_the_model_begins_itself(run, engine):
     learnt, measured = prompts(run, engine, "x", Wanted(learnt=6, measured=3, tokens=8))
     assert all(prompt[0] == TOKENIZER.document_end and len(prompt) == 8 for prompt in [*learnt, *measured])
-    assert len({*learnt, *measured}) == 9 and not {*TOKENIZER.stop} & {token for prompt in learnt for token in prompt[1:]}
+    assert len({*learnt, *measured}) == 9 and not {*TOKENIZER.stop} & {
+        token for prompt in learnt for token in prompt[1:]
+    }
     assert (learnt, measured) == prompts(run, engine, "x", Wanted(learnt=6, measured=3, tokens=8))
