@@ -84,9 +84,7 @@ def open_lesson(lesson: Lesson, model: Language) -> Run:
             f"prompts and answers of {lesson.length} tokens were asked for, the model has "
             f"positions={model.config.positions}; lower tokens or prompt_tokens"
         )
-    run = continue_or_create(lesson.out, {**to_dict(lesson), "weights": fingerprint(model)})
-    run.state.mkdir(exist_ok=True)  # from here on other settings are refused
-    return run
+    return continue_or_create(lesson.out, {**to_dict(lesson), "weights": fingerprint(model)})
 
 
 def texts(run: Run, lesson: Lesson, source: str | Path, model: Language, tokenizer: Tokenizer) -> Texts:

@@ -46,6 +46,7 @@ def answers(path: Path, engine: Engine, prompts: Sequence[Sequence[int]], manner
     rows = read_metrics(path)
     known = {row.get("index"): answer_of(row, path, prompts) for row in rows}
     left = {index: prompt for index, prompt in enumerate(prompts) if index not in known}
+    path.parent.mkdir(parents=True, exist_ok=True)
     tokens = sum(len(answer.tokens) for answer in known.values())
     with Progress(path, len(rows) + len(left), len(rows), shown=("tokens",), unit="answer") as progress:
         for step, (index, done) in enumerate(answered(engine, left, manner), len(rows)):

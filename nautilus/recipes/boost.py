@@ -33,6 +33,11 @@ class Settings(Lesson):
     out: Path = field(default=Path("runs/boost"), metadata={"help": "the run's folder; gone on with if it is there"})
     temperature: float = setting(2.0, "of both distributions that are compared")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.temperature < float("inf"):
+            raise UserError(f"temperature={self.temperature} must be positive and finite")
+
 
 def main(settings: Settings) -> None:
     if not settings.model:

@@ -36,6 +36,11 @@ class Settings(Lesson):
     gated: bool = setting(True, "its MLP has a gate; false: squared ReLU")
     optim: OptimConfig = OptimConfig(lr=3e-3, min_lr=3e-5, warmup=-1, decay=0.5, weight_decay=0.0)
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.words < 1 or self.hidden < 0:
+            raise UserError(f"words={self.words} must be at least 1, hidden={self.hidden} not below 0")
+
 
 def main(settings: Settings) -> None:
     if not settings.model:

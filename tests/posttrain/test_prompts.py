@@ -20,9 +20,7 @@ TEXTS = [f"{number} is a number, and {number * number} its square." for number i
 
 @pytest.fixture
 def run(tmp_path):
-    made = Run.create(tmp_path / "out", {})
-    made.state.mkdir()
-    return made
+    return Run.create(tmp_path / "out", {})
 
 
 @pytest.fixture
