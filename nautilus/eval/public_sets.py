@@ -43,6 +43,11 @@ from nautilus.runtime import UserError
 CATEGORIES = {"coding": "code", "extraction": "structured", "rag": "multihop", "summarization": "long"}  # Spec-Bench's
 TYPES = {"dict": "object", "float": "number", "double": "number", "tuple": "array", "any": "string"}  # BFCL's, to JSON
 ANSWERS = "possible_answer"  # folder of BFCL
+# Tasks of InfiniteBench whose rows do not say what is asked.
+WANTED = {
+    "longdialogue_qa_eng": "Which character is $$MASK$$ in this dialogue?",
+    "math_calc": "Give the value of this expression after every step.",
+}
 
 
 def delegate52(row: Row) -> Iterator[Prompt]:
@@ -89,7 +94,7 @@ def magicoder(row: Row) -> Iterator[Prompt]:
 
 
 def mbpp(row: Row) -> Iterator[Prompt]:
-    tests = row.whole("\n".join(map(str, row.listed("test_list"))))
+    tests = "\n".join(map(str, row.listed("test_list")))
     words = f"{row.text('text', 'prompt')}\n\nThe code must pass these tests:\n\n{tests}"
     yield asked("mbpp", "code", row.value("task_id"), words, row.text("code").replace("\r\n", "\n"))
 
@@ -188,7 +193,7 @@ def musique(row: Row) -> Iterator[Prompt]:
 
 def question(row: Row, set: str, id: Any, paragraphs: Sequence[str]) -> Prompt:
     """Over paragraphs; the sets for tests come without answers."""
-    words = "\n\n".join(map(row.whole, paragraphs)) + f"\n\nQuestion: {row.text('question')}"
+    words = "\n\n".join(paragraphs) + f"\n\nQuestion: {row.text('question')}"
     answer = row.text("answer") if row.get("answer") is not None else ""
     words += "\n\nSay which sentences tell it, then answer."
     return asked(set, "multihop", id, words, answer)
@@ -196,10 +201,10 @@ def question(row: Row, set: str, id: Any, paragraphs: Sequence[str]) -> Prompt:
 
 def infinitebench(row: Row) -> Iterator[Prompt]:
     given = row.listed("options") if row.get("options") else []
-    options = [row.whole(f"{letter}. {each}") for letter, each in zip("ABCD", given, strict=False)]
+    options = [f"{letter}. {each}" for letter, each in zip("ABCD", given, strict=False)]
     task, answer = row.file.name.partition(".")[0], row.value("answer")
-    reference = row.whole(str(answer[0] if isinstance(answer, list) and answer else answer))
-    wanted = row.text("input") if row.get("input") else "Summarise this text."
+    reference = str(answer[0] if isinstance(answer, list) and answer else answer)
+    wanted = row.text("input") if row.get("input") else WANTED.get(task, "Summarise this text.")
     parts = [row.text("context", "content"), wanted, *options]
     yield asked("infinitebench", "long", f"{task}/{row.value('id')}", "\n\n".join(parts), reference)
 
@@ -233,7 +238,7 @@ def first_turn(row: Row, set: str, family: str) -> Prompt:
     if not turns or not all(isinstance(turn, str) for turn in turns):
         row.refuse("field 'turns' is not a list of texts")
     reference = str(known[0] if isinstance(known, list) else known)
-    return asked(set, family, row.value("question_id"), row.whole(turns[0]), row.whole(reference))
+    return asked(set, family, row.value("question_id"), turns[0], reference)
 
 
 def gsm8k(row: Row) -> Iterator[Prompt]:
@@ -241,8 +246,9 @@ def gsm8k(row: Row) -> Iterator[Prompt]:
 
 
 def humaneval(row: Row) -> Iterator[Prompt]:
-    prompt, reference = row.text("prompt"), row.text("canonical_solution")
-    yield Prompt(id=row.text("task_id"), family="code", set="humaneval", prompt=prompt, reference=reference)
+    prompt = row.text("prompt") or row.refuse("field 'prompt' is empty")
+    id, reference = row.text("task_id"), row.text("canonical_solution")
+    yield Prompt(id=id, family="code", set="humaneval", prompt=prompt, reference=reference)
 
 
 def inside(row: Row, values: Sequence[Any], what: str) -> Iterator[Row]:
@@ -297,6 +303,7 @@ def read_set(name: str, where: str | Path, longest: int = 0) -> Iterator[Prompt]
     for row in rows_at(where, SETS[name].files):
         for one in SETS[name].read(row):
             count += 1
+            row.whole(f"{one.id}{one.text}{one.reference}")
             if not longest or len(one.text) <= longest:
                 yield one
     if not count:

@@ -1,7 +1,9 @@
 """The report of speculative decoding: tables for the terminal, a page, a picture, and all numbers as CSV and JSON.
 
-found = gather(answers, title=…, about=…, command=…)
-write(run, found)       results.json, results.csv, report.html, report.png
+    found = gather(answers, title=…, about=…, command=…)
+    write(run, found)
+
+leaves results.json, results.csv, report.html and report.png in the run; `summary(found)` has the tables.
 """
 
 from __future__ import annotations
@@ -76,9 +78,7 @@ class Speculated:
 
 def gather(answers: Iterable[Answered], *, title: str, about: str, command: str, **facts: str) -> Speculated:
     kept = medians(answers)
-    return Speculated(
-        title=title, about=about, command=command, answers=kept, numbers=numbers(kept), facts=facts
-    )  # fmt: skip
+    return Speculated(title=title, about=about, command=command, answers=kept, numbers=numbers(kept), facts=facts)
 
 
 def row_of(each: Numbers) -> list[str]:

@@ -53,7 +53,6 @@ def message_of(row: Row, value: Any, what: str) -> dict[str, Any]:
         message = tidy(inside.fields)
     except UserError as bad:
         inside.refuse(str(bad))
-    inside.whole(said(message))
     return message
 
 

@@ -176,6 +176,8 @@ def test_long_sets(tmp_path):
     found = one("infinitebench", lines(tmp_path / "longbook_choice_eng.jsonl", BOOK))
     assert found.id == "longbook_choice_eng/0" and "A long book.\n\nWho?\n\nA. Ann\n\nB. Bob" in found.text
     assert found.reference == "Ann"
+    blank = one("infinitebench", lines(tmp_path / "longdialogue_qa_eng.jsonl", BOOK | {"input": "", "options": []}))
+    assert "A long book.\n\nWhich character is $$MASK$$" in blank.text
     with (tmp_path / "test.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "article", "highlights"], ["f00", 'It "was",\nso.', "Was."]])
     found = one("cnn_dailymail", tmp_path / "test.csv")
@@ -221,10 +223,11 @@ def test_a_damaged_row_is_named_with_its_file_and_line(tmp_path, name):
         [*read_set(name, path)]
     lost = 0
     for field in GOOD[name]:
-        for value in (None, 7, [7], {"a": 7}, "\ud800"):
+        for value in (None, 7, [7], {"a": 7}, "\ud800", ""):
             lines(path, GOOD[name], GOOD[name] | {field: value})
             try:
-                assert [*read_set(name, path)]
+                for one in read_set(name, path):
+                    f"{one.id}{one.text}{one.reference}".encode()
             except UserError as bad:
                 assert f"{path} line 2" in str(bad)
                 lost += 1

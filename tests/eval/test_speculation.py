@@ -123,6 +123,7 @@ def test_a_few_drafts_give_most_of_the_gain():
     assert pays.drafts == 100 and pays.high == 0.01
     assert pays.best == {0.01: pytest.approx(60 / 90), 0.05: pytest.approx(64 / 90), 0.1: pytest.approx(69 / 90),
                          0.25: pytest.approx(84 / 90), 0.5: 1}  # fmt: skip
+    assert payoff([Draft(0, 3)] + [Draft(0, 1)] * 29).best[0.01] == pytest.approx(3 / 32)  # at least one
     assert all(map(math.isnan, payoff([Draft(0, 0)]).best.values())) and payoff([]).drafts == 0
 
 
@@ -187,6 +188,8 @@ def test_the_report_has_every_arm_of_every_target_and_family(tmp_path):
     assert "10 of 12" in page and "78.0%–88.0%" in page and "cycles that ran" in page and page.count("<svg") == 7
     rows = json.loads((tmp_path / "results.json").read_text())
     assert len(rows["rows"]) == 2 * 3 * 4 and rows["facts"] == {"machine": "m"} and len(rows["drafts"]) == 4
+    for row in rows["drafts"]:
+        assert row["predictor"]["all"]["drafts"] == 12 and row["predictor"]["ran"]["drafts"] == 8
     assert {row["measure"] for row in rows["structure"]} == {"copied", "coded"}
     with (tmp_path / "results.csv").open() as file:
         lines = [*csv.DictReader(file)]
