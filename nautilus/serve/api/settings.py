@@ -56,5 +56,8 @@ class Limits:
     response_bytes: int = setting(32 << 20, "bytes of these with their conversations")
     stalled: float = setting(60.0, "seconds in which a reader takes nothing before it is cut off")
     ping: float = setting(15.0, "seconds of silence before a comment keeps a stream open")
+    priority: int = setting(
+        0, "least priority that may be asked for; a request with a lower one goes before all others"
+    )
     key_requests: int = setting(0, "requests of one key that run together")
     key_rate: int = setting(0, "requests of one key in a minute")
