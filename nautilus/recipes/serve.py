@@ -61,6 +61,11 @@ def main(settings: Settings) -> None:
     level = {"debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING}.get(settings.log)
     if level is None:
         raise UserError(f"log={settings.log!r} was asked for; use debug, info or warning")
+    if not (settings.step_limit > 0 and settings.grace >= 0):
+        raise UserError(
+            f"step_limit={settings.step_limit} and grace={settings.grace} were asked for; give seconds, more than 0 for"
+            " the first, 0 or more for the second"
+        )
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     server, keys = (api_module(name) for name in ("server", "keys"))
     known = keys.keys_from(settings.keys) if settings.keys else keys.Keys()

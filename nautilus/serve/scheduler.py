@@ -1,6 +1,6 @@
 """Who runs next: requests wait, are read, and grow by a token at a time, until they are finished.
 
-Whoever is behind comes first: by priority, then by how much their tenant has had, then whoever has least left to read,
+Whoever is behind comes first: by priority, then by how much their key has had, then whoever has least left to read,
 less what it has waited already. Memory that runs out is taken from the last in this order; what that one had read it
 reads again later. Neither the order nor the sizes of pieces change what is answered.
 """
@@ -20,6 +20,22 @@ TENANTS = 4096  # of which it is known what they have had; clients may name as m
 AGEING = 1000  # tokens of a prompt that a request may have more than another for every second it has waited longer
 
 
+def payer(tenant: str) -> str:
+    """Who has what a tenant has: a key, without the salt that stands behind it. Clients name salts as they like, and
+    would else be new with every request."""
+    return tenant.partition(":")[0]
+
+
+class Served(Counter[str]):
+    """Tokens that tenants have had, counted by who pays."""
+
+    def __getitem__(self, tenant: str) -> int:
+        return super().__getitem__(payer(tenant))
+
+    def __setitem__(self, tenant: str, tokens: int) -> None:
+        super().__setitem__(payer(tenant), tokens)
+
+
 class Scheduler:
     """`waiting` have no memory yet; `active` have. grow: pages are taken as requests need them, not all at first."""
 
@@ -27,7 +43,7 @@ class Scheduler:
         self.berths, self.chunk, self.step_seconds, self.grow = berths, chunk, step_seconds, grow
         self.waiting: list[Request] = []
         self.active: list[Request] = []
-        self.served: Counter[str] = Counter()  # tokens, by tenant
+        self.served = Served()
         self.seconds_per_token = 0.0  # of reading, as measured lately
         self.preempted = 0
 
@@ -37,10 +53,10 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """A tenant that comes back after a while has no claim to what it did not ask for meanwhile."""
-        present = {other.tenant for other in (*self.waiting, *self.active)}
+        present = {payer(other.tenant) for other in (*self.waiting, *self.active)}
         if len(self.served) >= TENANTS:
-            self.served = Counter({tenant: self.served[tenant] for tenant in present})
-        if request.tenant not in present and present:
+            self.served = Served({tenant: self.served[tenant] for tenant in present})
+        if payer(request.tenant) not in present and present:
             self.served[request.tenant] = max(
                 self.served[request.tenant], min(self.served[tenant] for tenant in present)
             )

@@ -141,6 +141,14 @@ def test_a_tenant_that_was_away_has_saved_nothing_up():
     assert engine.scheduler.served["new"] == 700
 
 
+def test_another_salt_is_no_other_tenant():
+    engine = engine_of(rows=1)
+    ask = lambda tenant: engine.request([1] * 9, ONE, tenant=tenant)
+    engine.scheduler.served["greedy:first"] = 500
+    engine.submit(ask("modest:"))
+    assert first_steps(engine, ask("greedy:second"), ask("greedy:third"), ask("modest:")) == [2, 0, 1]
+
+
 def test_what_tenants_have_had_is_kept_of_so_many_only(monkeypatch):
     """Clients name them (`cache_salt`)."""
     monkeypatch.setattr("nautilus.serve.scheduler.TENANTS", 8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 from collections.abc import Callable, Mapping
@@ -20,7 +21,7 @@ from nautilus.serve.api.gate import Gate
 from nautilus.serve.api.keys import Quota
 from nautilus.serve.api.page import add_page
 from nautilus.serve.api.stream import EventStream, unless_gone
-from nautilus.serve.service import Service
+from nautilus.serve.service import Draining, Service
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 Read = Callable[[Context, Mapping[str, Any]], Mapping[str, Any]]
@@ -160,6 +161,8 @@ async def guarded(request: Request, work) -> Response:
     """Errors become answers here and not further out, where each would be logged as a fault of the server."""
     try:
         return await work
+    except asyncio.CancelledError:  # only the end of the server cancels one, such as one that is still being sent
+        return refused(request, Draining())
     except Exception as bad:
         return refused(request, bad)
 

@@ -80,7 +80,7 @@ def rules_of(
     if calls is not None:
         wanted.append(("tools", json_text(calls), "tool_choice"))
     if len(wanted) > 1:
-        names = " and ".join(name for _, _, name in wanted)
+        names = " and ".join(f"{name} ({kind})" for kind, _, name in wanted)
         raise ApiError(400, f"{names} exclude each other; ask for one of them", param=wanted[1][2])
     if wanted and offered and calls is None:
         raise ApiError(

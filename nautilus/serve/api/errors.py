@@ -98,6 +98,11 @@ def described(bad: BaseException) -> ApiError:
         case UserError():
             message, named = sanitised(str(bad)), re.match(r"sampling\.(\w+)=", str(bad))
             return ApiError(400, message.removeprefix("sampling."), param=named[1] if named else None)
+        case HTTPException(status_code=404):
+            return ApiError(404, "nothing is at this path; ask for /v1/models, /v1/chat/completions …", code="404")
+        case HTTPException(status_code=405):
+            other = (bad.headers or {}).get("Allow", "another one")
+            return ApiError(405, f"this path is not asked in this way; use the method {other}", code="405")
         case HTTPException():
             return ApiError(bad.status_code, str(bad.detail), code=str(bad.status_code))
         case asyncio.TimeoutError():

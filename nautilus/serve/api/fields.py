@@ -141,6 +141,11 @@ def read(kind: type[Some], asked: Mapping[str, Any]) -> Some:
 
 
 def check_sizes(asked: Asked, limits: Limits) -> None:
+    if asked.priority < limits.priority:
+        raise ApiError(
+            400, f"priority is {asked.priority}; lower runs first, and this server takes {limits.priority} or more",
+            param="priority",
+        )  # fmt: skip
     at_most(limits.choices, asked.n or 1, "n")
     at_most(limits.stop, len(asked.stops), "stop")
     for string in asked.stops:

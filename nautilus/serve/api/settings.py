@@ -5,7 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from nautilus.runtime import UserError
 from nautilus.serve import Sampling
+
+MAY_BE_NONE = {
+    "tools", "stop", "biases", "bad_words", "first", "responses", "response_bytes", "key_requests", "key_rate",
+}  # fmt: skip
 
 
 def setting(default: Any, text: str) -> Any:
@@ -56,5 +61,15 @@ class Limits:
     response_bytes: int = setting(32 << 20, "bytes of these with their conversations")
     stalled: float = setting(60.0, "seconds in which a reader takes nothing before it is cut off")
     ping: float = setting(15.0, "seconds of silence before a comment keeps a stream open")
+    priority: int = setting(
+        0, "least priority that may be asked for; a request with a lower one goes before all others"
+    )
     key_requests: int = setting(0, "requests of one key that run together")
     key_rate: int = setting(0, "requests of one key in a minute")
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if name == "priority" or (value >= 0 if name in MAY_BE_NONE else value > 0):
+                continue
+            least = "0 or more" if name in MAY_BE_NONE else "more than 0"
+            raise UserError(f"limits.{name}={value} was asked for, with which nobody could be answered; give {least}")

@@ -51,6 +51,7 @@ def test_health_and_readiness_are_different_things(serve):
 def test_other_paths_are_told_in_the_same_form(api, path, method, status):
     answer = api.request(method, path)
     assert answer.status_code == status and set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert {404: "nothing is at this path", 405: "use the method POST"}[status] in answer.json()["error"]["message"]
 
 
 # ----- tokens --------------------------------------------------------------------------------------------------------

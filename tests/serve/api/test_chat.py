@@ -231,7 +231,7 @@ def test_fields_become_sampling(client, here):
     more = {
         "top_k": 9, "min_p": 0.1, "repetition_penalty": 1.2, "min_tokens": 3, "ignore_eos": True, "stop_token_ids": [7],
         "thinking_token_budget": 5, "thinking_token_grace": 2, "bad_words": ["no"], "cache_salt": "salt",
-        "priority": -3,
+        "priority": 3,
     }  # fmt: skip
     ask(
         client, temperature=0.5, top_p=0.8, seed=4, stop=["x", "yy"], presence_penalty=0.5, frequency_penalty=-0.5,
@@ -246,7 +246,7 @@ def test_fields_become_sampling(client, here):
     assert (got.thinking_budget, got.thinking_grace) == (5, 2)
     assert got.bad_tokens == (tuple(encode("no")), tuple(encode(" no")))
     assert got.logit_bias == {65: -100} and got.top_logprobs == 3
-    assert job.priority == -3 and job.tenant == ":salt"
+    assert job.priority == 3 and job.tenant == ":salt"
 
 
 def test_what_is_not_asked_is_as_the_server_says(serve):

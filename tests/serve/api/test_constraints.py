@@ -85,7 +85,10 @@ def test_every_answer_has_a_rule_of_its_own(api, here, asked):
     "fields, message",
     [
         ({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "exclude each other"),
-        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "exclude each other"),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "structured_outputs (choice) and structured_outputs (regex) exclude each other",
+        ),
         ({"tools": TOOLS, "tool_choice": "required", "response_format": {"type": "json_object"}}, "exclude each other"),
         ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "no tool could be called"),
         ({"response_format": {"type": "json_schema"}}, "no json_schema"),

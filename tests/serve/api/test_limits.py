@@ -130,6 +130,16 @@ def test_there_is_a_most_of_everything(api, fields, param):
     assert code(answer) == (400, "too_many") and answer.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize("path, body", [(CHAT, HI), ("/v1/completions", {"prompt": "x"})])
+def test_nobody_goes_before_all_others_unless_the_server_says_so(serve, limits, path, body):
+    with serve(limits=limits(priority=-5)) as here, here.client() as api:
+        assert api.post(path, json={**body, "priority": -5}).status_code == 200
+        refused = api.post(path, json={**body, "priority": -6})
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "priority"
+    with serve() as here, here.client() as api:
+        assert api.post(path, json={**body, "priority": -1}).status_code == 400
+
+
 def test_rendering_that_takes_too_long_is_given_up(serve, limits, monkeypatch):
     import nautilus.serve.api.chat as chat
 

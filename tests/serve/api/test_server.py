@@ -68,6 +68,19 @@ def test_what_does_not_finish_in_time_is_ended_with_an_error(serve, stream):
         assert error["code"] == "cancelled" and "[DONE]" not in got[0].text
 
 
+def test_who_is_still_sending_at_the_end_is_told_so(serve, caplog):
+    with serve(grace=0) as here:
+        here.server.config.timeout_graceful_shutdown = 0.2
+        with socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2]))) as client:
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            client.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+            assert here.until(lambda: here.server.server_state.tasks)
+            end(here)
+            answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert b" 503 " in answer.partition(b"\r\n")[0] and b"the server takes nothing new" in answer
+    assert "Traceback" not in caplog.text
+
+
 def test_a_second_wish_to_end_does_not_wait(serve):
     with serve(grace=60) as here:
         here.service.answers, here.service.pause, got = [None], 0.01, []
