@@ -29,12 +29,9 @@ TRIED = {
     "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
     "optim.warmup=0,model.vocab=400",
     "eval": "{model} tasks=single lengths=600 samples=1 out={out}",
-<<<<<<< HEAD
     "hvd": "{model} prompts={text} answer=24 drafts=4 max_tokens=160 out={out}",
-=======
     "boost": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2",
     "eagle": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2 words=90",
->>>>>>> drafters
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
 }
