@@ -132,8 +132,8 @@ class Tokenizer:
             BaseException
         ) as bad:  # a panic of the library is no Exception: of one word, or gap, of ten million letters
             raise UserError(
-                f"a text of {max(map(len, texts)):,} characters cannot be split into words ({bad}); break up its longest"
-                " runs of one kind of character"
+                f"a text of {max(map(len, texts)):,} characters cannot be split into words ({bad}); break up its"
+                " longest runs of one kind of character"
             ) from bad
         if not all(self.control_ids.isdisjoint(row) for row in rows):
             raise UserError(

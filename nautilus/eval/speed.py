@@ -178,7 +178,7 @@ class Ready:
     def chosen(self) -> dict[str, float]:
         """How many distinct experts a step reads of each mixer: the mean of some steps that are not replayed."""
         self.run(1)
-        step = self.step
+        step = self.step.recorded
         tape, step.tape, may_record, step.may_record = step.tape, None, step.may_record, False
         try:
             with choices_of(self.engine.model) as counts:

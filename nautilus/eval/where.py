@@ -39,7 +39,7 @@ class Spent:
 def where(ready: Ready) -> list[Spent]:
     """By part of the model, the longest first; the last entry is what lies between the calls. Empty where a step is not
     replayed. Times are medians over the steps of the work; to take them costs about a microsecond a call."""
-    step = ready.step
+    step = ready.step.recorded
     with calls_of(ready.engine.model) as modules:
         step.tape = None  # to be recorded anew
         ready.run(1)

@@ -35,7 +35,9 @@ from nautilus.model.shards import entries, read_tensors, write_file
 from nautilus.model.state import Span
 from nautilus.ops.formats import dense
 from nautilus.ops.linear import linear
+from nautilus.ops.norm import joined_norms
 from nautilus.ops.pages import Pool
+from nautilus.ops.residual import add
 from nautilus.runtime import UserError, atomic_folder, read_json
 
 FILE, SIZES = "eagle.safetensors", "eagle.json"
@@ -84,7 +86,7 @@ class EagleLayer(nn.Module):
         self.norm, self.mixer = RmsNorm(config.width, config.norm_eps, **where), mixer
 
     def forward(self, f_BTD: Tensor, span: Span, past: Pool | None) -> Tensor:
-        return f_BTD + self.mixer(self.norm(f_BTD), span, past)[0]
+        return add(f_BTD, self.mixer(self.norm(f_BTD), span, past)[0])
 
 
 class Eagle(nn.Module):
@@ -96,12 +98,12 @@ class Eagle(nn.Module):
         super().__init__()
         refuse_words(config, sizes, token_ids_K)
         width, eps, where = config.width, config.norm_eps, {"device": device, "dtype": dtype}
-        attention = Attention(heads=sizes.heads, groups=sizes.groups, head_width=sizes.head_width)
+        self.attention = Attention(heads=sizes.heads, groups=sizes.groups, head_width=sizes.head_width)
         self.sizes, self.taps = sizes, taps_of(len(config.layers))
         self.fc = Linear(3 * width, width, **where)
         self.enorm, self.hnorm = RmsNorm(width, eps, **where), RmsNorm(width, eps, **where)
         self.eh_proj = Linear(2 * width, width, **where)
-        mixers = AttentionMixer(attention, width, eps, **where), MlpMixer(mlp_of(sizes), width, **where)
+        mixers = AttentionMixer(self.attention, width, eps, **where), MlpMixer(mlp_of(sizes), width, **where)
         self.layers = nn.ModuleList(EagleLayer(mixer, config, **where) for mixer in mixers)
         self.norm_f = RmsNorm(width, eps, **where)
         self.lm_head = Linear(width, sizes.words, **where)
@@ -111,7 +113,7 @@ class Eagle(nn.Module):
         """hidden_BTD of tokens that the model has read; `residuals` are those after the layers of `taps`, in order."""
         return self.fc(torch.cat([*residuals], dim=-1))
 
-    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, memory: Sequence[Pool] = ()) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, ahead_BTD: Tensor, span: Span, memory: Sequence[Pool | None] = ()) -> Tensor:
         """The next hidden_BTD, from those of each token before and the embedding of the token. memory: of the attention
         layer, where the span has lanes."""
         f = self.join(hidden_BTD, ahead_BTD)
@@ -120,7 +122,8 @@ class Eagle(nn.Module):
         return f
 
     def join(self, hidden_BTD: Tensor, ahead_BTD: Tensor) -> Tensor:
-        return self.eh_proj(torch.cat([self.enorm(ahead_BTD), self.hnorm(hidden_BTD)], dim=-1))
+        enorm, hnorm = self.enorm, self.hnorm
+        return self.eh_proj(joined_norms(ahead_BTD, enorm.weight, hidden_BTD, hnorm.weight, hnorm.eps))
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
         """Logits of its words, float32 whatever the compute dtype; word i is the model's token token_ids_K[i]."""

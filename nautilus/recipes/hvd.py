@@ -89,7 +89,6 @@ def costs_of(engine: Engine, path: Path) -> Costs:
         costs = Costs()
         costs.seconds = {int(size): float(seconds) for size, seconds in read_json(path).items()}
         return costs
-    engine.speculation.measure(engine.forward)
     write_atomic(path, json.dumps(engine.speculation.costs.seconds) + "\n")
     return engine.speculation.costs
 

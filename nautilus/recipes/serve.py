@@ -23,6 +23,7 @@ from nautilus.model.weights import local_folder
 from nautilus.runtime import UserError, installing
 from nautilus.serve import Engine
 from nautilus.serve.api.settings import Defaults, Limits, setting
+from nautilus.serve.draft.settings import drafts_of
 from nautilus.serve.events import KvEvents, Publisher
 from nautilus.serve.memory import SHARE, memory_bytes
 
@@ -44,6 +45,8 @@ class Settings:
     saved_folder: Path | None = setting(None, "folder where they outlast the server")
     saved_folder_gb: float = setting(16.0, "most 10^9 bytes of files there")
     drafts: int = setting(0, "most tokens tried at once of what may come next, where that is faster; 0: none")
+    eagle: Path | None = setting(None, "with drafts: head of `nautilus eagle`, in place of the model's own block")
+    predictor: Path | None = setting(None, "with drafts: payoff.safetensors of `nautilus hvd train`")
     replicas: int = setting(1, "processes that answer, each with such an engine of its own; several run on Ray Serve")
     kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
     kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")
@@ -82,8 +85,9 @@ def engine_of(settings: Settings, rank: int = 0) -> Engine:
     """The engine of one replica. What is not said of its memory is its share of the machine's."""
     model, tokenizer = nautilus.load(settings.model)
     model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
-    names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb drafts step_seconds".split()
+    names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
     how = {name: getattr(settings, name) for name in names}
+    how["drafts"] = drafts_of(settings.drafts, settings.eagle, settings.predictor, model, tokenizer)
     if settings.replicas > 1:
         how["cache_gb"] = settings.cache_gb or SHARE * memory_bytes() / settings.replicas / 1e9
         how["saved_folder"] = settings.saved_folder and settings.saved_folder / f"replica-{rank}"

@@ -19,8 +19,8 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.draft.chain import MtpHead
-from nautilus.serve.draft.policy import PLAIN, Proposal, speculating
+from nautilus.serve.draft.policy import PLAIN, Proposal
+from nautilus.serve.draft.settings import Drafts
 from nautilus.serve.forward import Forward
 from nautilus.serve.limits import checked_limits, checked_weights, engine_failed
 from nautilus.serve.memory import Berths
@@ -61,6 +61,7 @@ class Engine:
     drafts: most tokens that are tried at once, where that is faster than token by token; 0, none, by default. They are
         copied from the request and from earlier answers to the same tenant, foretold by the model's own block for
         multi-token prediction, or by a grammar. Takes states in fp32, and seconds to measure what passes cost.
+        `Drafts` says more: a draft head, a predictor, no block.
     step_seconds: how long prompts are read before those that are answered get their next token; for ever by default,
         which is fastest in all.
     saved_gb: memory for the states of known prefixes, in 10^9 bytes, which are then not read again; none by default.
@@ -74,23 +75,24 @@ class Engine:
 
     def __init__(
         self, model: Language, tokenizer: Tokenizer, *, max_tokens: int | None = None, rows: int = 32, chunk: int = 512,
-        cache: str = "", cache_gb: float | None = None, state: str = "fp32", state_seed: int = 0, drafts: int = 0,
-        step_seconds: float = float("inf"), saved_gb: float = 0, saved_folder: Path | None = None,
-        saved_folder_gb: float = 16,
+        cache: str = "", cache_gb: float | None = None, state: str = "fp32", state_seed: int = 0,
+        drafts: int | Drafts = 0, step_seconds: float = float("inf"), saved_gb: float = 0,
+        saved_folder: Path | None = None, saved_folder_gb: float = 16,
     ):  # fmt: skip
         amounts = {"cache_gb": cache_gb, "saved_gb": saved_gb, "saved_folder_gb": saved_folder_gb}
-        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, drafts, step_seconds, amounts)
+        drafting = drafts if isinstance(drafts, Drafts) else Drafts(most=drafts)
+        self.max_tokens = checked_limits(model, max_tokens, rows, chunk, drafting.most, step_seconds, amounts)
         self.model, self.tokenizer, self.rows, self.chunk = model, tokenizer, rows, chunk
         stored = StateFormat(name=state, seed=state_seed)
         most = None if cache_gb is None else cache_gb * 1e9
-        head = MtpHead(model) if drafts and model.config.mtp else None
+        head = drafting.head(model)
         self.berths = Berths(
             model, rows=rows, max_tokens=self.max_tokens, cache=cache, cache_bytes=most, state=stored,
-            window=1 + drafts if drafts else 0, beside=head.layers if head else (),
+            window=1 + drafting.most if drafting.most else 0, beside=head.layers if head else (),
         )  # fmt: skip
         self.forward = Forward(model, self.berths)
         self.scheduler = Scheduler(self.berths, chunk=chunk, step_seconds=step_seconds, grow=stored.lossless)
-        self.speculation = speculating(self.forward, drafts, head) if drafts else None
+        self.speculation = drafting.made(self.forward, tokenizer, head)
         self.prefixes = Prefixes(self.berths, self.scheduler, model, saved_gb, saved_folder, saved_folder_gb)
 
     # ----- answers ----------------------------------------------------------------------------------------------------

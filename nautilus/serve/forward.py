@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nautilus.model.lanes import Lanes
-from nautilus.model.language import Language, Tap
+from nautilus.model.language import Language
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.serve.memory import Berth, Berths, accept, plain, point, share_out, write
@@ -100,10 +100,9 @@ class Forward:
         if self.watcher is None or not self.watcher.taps:
             hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes)
             return hidden_BTD, [hidden_BTD.flatten(0, 1)]
-        seen, layers = list[Tensor](), self.watcher.taps
-        tap: Tap = lambda layer, x_BTD: seen.append(x_BTD) if layer in layers else None  # noqa: E731
-        hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes, taps=[tap])
-        return hidden_BTD, [x_BTD.flatten(0, 1) for x_BTD in seen]
+        left: dict[int, Tensor] = {}
+        hidden_BTD, _ = self.model.hidden(tokens_BT, state=lanes, taps=[left.__setitem__])
+        return hidden_BTD, [left[layer].flatten(0, 1) for layer in self.watcher.taps]
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""

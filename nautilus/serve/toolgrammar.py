@@ -62,7 +62,7 @@ def tools_lark(tools: Any, control: Mapping[str, int], *, parallel: bool) -> str
             size += 1 + len(line)
             if size > MOST_LARK:  # at once: few definitions, written out often, can fill the memory
                 raise UserError(
-                    f"the tools make a grammar of more than {MOST_LARK:,} characters, as the definitions that parameters"
+                    f"the tools make a grammar of more than {MOST_LARK:,} characters, as the definitions that they"
                     " refer to are written out for each; use fewer tools, parameters or definitions"
                 )
     return "\n".join(lines)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nautilus.config import Layer
+from nautilus.model.eagle import Eagle
 from nautilus.model.language import Language
 from nautilus.model.state import Span
 from nautilus.ops.formats import Packed
@@ -33,9 +34,6 @@ from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berth, share_out, write
 from nautilus.serve.recorded import Recorded
 from nautilus.serve.request import Request
-
-MOST = 32_768  # tokens that may be drafted: in a tokenizer's order of merging the frequent ones come first
-BEHIND = 64  # tokens after which the block catches up, whether it is asked or not
 
 
 class Head(Protocol):
@@ -59,11 +57,13 @@ class Head(Protocol):
 
 
 class MtpHead:
-    """The model's own block for multi-token prediction."""
+    """The model's own block for multi-token prediction. most: tokens of the vocabulary that it drafts, the first ones:
+    in a tokenizer's order of merging these are the frequent ones, and the head is most of what a draft costs.
+    """
 
     source, taps = "mtp", ()
 
-    def __init__(self, model: Language, most: int = MOST):
+    def __init__(self, model: Language, most: int):
         self.model, self.layers, self.most = model, model.config.mtp, most
         self.cut: tuple[Tensor | Packed, Tensor | Packed] | None = None  # the head, and its first rows
 
@@ -86,6 +86,29 @@ class MtpHead:
         return best
 
 
+class EagleHead:
+    """A draft head that was trained for the model."""
+
+    source = "eagle"
+
+    def __init__(self, eagle: Eagle):
+        self.eagle, self.ids = eagle.requires_grad_(False).eval(), eagle.token_ids_K.tolist()
+        self.taps: tuple[int, ...] = eagle.taps
+        self.layers: tuple[Layer, ...] = (eagle.attention,)
+
+    def feature(self, seen_ND: Tensor) -> Tensor:
+        return self.eagle.fc(seen_ND)
+
+    def block(self, feature_1ND: Tensor, ahead_1ND: Tensor, span: Span, memory: Sequence[Pool | None]) -> Tensor:
+        return self.eagle(feature_1ND, ahead_1ND, span, memory)
+
+    def logits(self, hidden_1ND: Tensor) -> Tensor:
+        return self.eagle.head(hidden_1ND)
+
+    def token(self, best: int) -> int:
+        return self.ids[best]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Foretold:
     """Tokens, and how probable the block held each."""
@@ -99,7 +122,8 @@ class Chain:
 
     def __init__(self, forward: Forward, head: Head):
         self.forward, self.head, self.berths = forward, head, forward.berths
-        self.memory, self.taps = forward.berths.layers[len(forward.model.config.layers) :], head.taps
+        pools = forward.berths.layers[len(forward.model.config.layers) :]
+        self.memory, self.taps = [pool if isinstance(pool, Pool) else None for pool in pools], head.taps
         self.calls: dict[tuple[int, int], BlockCall] = {}
         self.tops: dict[int, TopCall] = {}
 

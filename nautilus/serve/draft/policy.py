@@ -21,11 +21,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from nautilus.serve.draft.chain import Chain, Foretold, Head
+from nautilus.serve.draft.chain import Chain, Foretold
 from nautilus.serve.draft.choice import Offer, choose, share_out
 from nautilus.serve.draft.copies import Copied, Copies
 from nautilus.serve.draft.costs import Costs
+from nautilus.serve.draft.features import Situation, Spelling, features_of
 from nautilus.serve.draft.history import Depths, History
+from nautilus.serve.draft.predictor import Predictor
 from nautilus.serve.draft.trust import Belief, MatchTrust
 from nautilus.serve.forward import Forward
 from nautilus.serve.request import Request
@@ -90,6 +92,7 @@ class Known:
     asked: int
     history: History = field(default_factory=History)
     trust: MatchTrust = field(default_factory=MatchTrust)
+    situation: Situation | None = None
     arm: str = "plain"
     pause: int = 0
     wait: int = 0
@@ -98,19 +101,19 @@ class Known:
     spent: float = 0.0
 
 
-def speculating(forward: Forward, most: int, head: Head | None) -> Speculation:
-    """Ready for the first request: the costs are measured."""
-    chain = forward.watcher = None if head is None else Chain(forward, head)
-    made = Speculation(forward, most, chain)
-    made.measure()
-    return made
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Foretells how much of a copied draft comes true, from what it knows of the tokenizer's words."""
+
+    predictor: Predictor
+    spelling: Spelling
 
 
 class Speculation:
     """For one engine. costs: of passes by their tokens, plain steps included; drafting: of a block by its tokens."""
 
-    def __init__(self, forward: Forward, most: int, chain: Chain | None = None):
-        self.forward, self.most, self.chain = forward, most, chain
+    def __init__(self, forward: Forward, most: int, chain: Chain | None = None, judge: Judge | None = None):
+        self.forward, self.most, self.chain, self.judge = forward, most, chain, judge
         self.costs, self.drafting = Costs(), Costs()
         self.copies, self.depths, self.belief = Copies(), Depths(DEEPEST), Belief()
         self.counts = {source: Counts() for source in SOURCES[1:]}
@@ -152,13 +155,23 @@ class Speculation:
             yield Candidate(source="grammar", survival=survival, tokens=certain)
             return
         if copied := self.copies.draft(request, request.tenant, request.tokens, room):
-            survival = known.trust.survival(copied.draft)
+            survival = self.survival(request, known, copied)
             yield Candidate(source="cache", survival=survival, tokens=copied.draft.tokens, copied=copied)
         if self.chain is not None:
             survival = known.depths.survival()[:room]
             if len(request.tokens) - known.asked >= PROBE:
                 survival = [1.0]
             yield Candidate(source=self.chain.head.source, survival=survival)
+
+    def survival(self, request: Request, known: Known, copied: Copied) -> list[float]:
+        """Of a copied draft, by the predictor that was trained for the model, or by what came true before."""
+        if self.judge is None:
+            return known.trust.survival(copied.draft)
+        if known.situation is None:
+            known.situation = Situation(self.judge.spelling, request.tokens[: request.prompt], request.limit)
+        known.situation.read(request.tokens[known.situation.length :])
+        features_F = features_of(copied, known.situation, known.history)
+        return self.judge.predictor.survival(features_F, len(copied.draft.tokens))
 
     def of(self, request: Request) -> Known:
         known = self.known.get(request)

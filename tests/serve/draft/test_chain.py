@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from nautilus.config import Config, Experts, lay
+from nautilus.model.eagle import Eagle, sizes_for
 from nautilus.model.language import Language
 from nautilus.model.state import place
 from nautilus.ops.cpu.library import native
 from nautilus.serve import Engine, Sampling
-from nautilus.serve.draft.chain import Chain, MtpHead
+from nautilus.serve.draft.chain import Chain, EagleHead, MtpHead
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berths
 from tests.serve.test_scheduler import ATTENTION, MAMBA, TOKENIZER, VOCAB
@@ -32,9 +33,9 @@ MODELS = {dtype: model_of(dtype=dtype) for dtype in (torch.float32, torch.bfloat
 class Played:
     """A model and its block in an engine that is told what the answer is."""
 
-    def __init__(self, model, rows=3):
+    def __init__(self, model, rows=3, head=None):
         self.engine = Engine(model, TOKENIZER, max_tokens=300, rows=rows, chunk=7)
-        head = MtpHead(model)
+        head = head or MtpHead(model, VOCAB)
         self.engine.berths = Berths(model, rows=rows, max_tokens=300, window=9, beside=head.layers)
         self.forward = Forward(model, self.engine.berths)
         self.chain = self.forward.watcher = Chain(self.forward, head)
@@ -145,3 +146,34 @@ def test_a_chain_ends_where_it_is_told_and_a_smaller_head_drafts_frequent_tokens
     few = MtpHead(model, most=20)
     hidden = torch.randn(1, 4, 64, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(few.logits(hidden), model.head(hidden)[..., :20], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_draft_head_reads_the_layers_it_was_made_for():
+    """Its drafts in the engine are those over the whole text."""
+    model = MODELS[torch.float32]
+    words = torch.arange(0, VOCAB, 2)
+    eagle = Eagle(model.config, sizes_for(model.config, len(words)), words).initialise(model, 0)
+    played = Played(model, head=EagleHead(eagle))
+    one, two = played.begin([*range(3, 30)]), played.begin([7, 7, 9])
+    for _ in range(3):
+        got = played.chain.draft({one: 4, two: 2})
+        for request, count in ((one, 4), (two, 2)):
+            assert list(got[request].tokens) == by_head(model, eagle, request.tokens, count)
+        played.verify(one, [4, 8, 15, 16], 3)
+        played.step([two])
+    assert played.chain.calls[2, 2].recorded.may_record is (native().functions is not None)
+
+
+def by_head(model, eagle, tokens, count):
+    left = {}
+    model.hidden(torch.tensor([tokens[:-1]]), taps=[left.__setitem__])
+    seen_BTE = torch.cat([left[layer] for layer in eagle.taps], -1)
+    feature_BTD = eagle.fc(torch.cat([torch.zeros_like(seen_BTE[:, :1]), seen_BTE], 1))
+    tokens = list(tokens)
+    for _ in range(count):
+        span = place(None, None, 1, len(tokens), "cpu")
+        out_BTD = eagle(feature_BTD, model.embed(torch.tensor([tokens])), span)
+        tokens.append(int(eagle.token_ids_K[eagle.head(out_BTD[:, -1]).argmax()]))
+        feature_BTD = torch.cat([feature_BTD, out_BTD[:, -1:]], 1)
+    return tokens[-count:]
