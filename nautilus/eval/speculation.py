@@ -90,7 +90,7 @@ class Answered:
 
     def row(self) -> dict[str, Any]:
         """As values that JSON has."""
-        return finite({name: getattr(self, name) for name in self.__dataclass_fields__})
+        return {name: finite(getattr(self, name)) for name in self.__dataclass_fields__}
 
     @property
     def key(self) -> tuple[str, str]:
