@@ -203,6 +203,16 @@ def test_verdicts_without_an_attempt_or_of_other_berths_are_errors(pattern):
     assert (first.length, second.length) == (2, 0)
 
 
+def test_an_attempt_that_fails_leaves_nothing_to_accept():
+    forward = forward_of(model_of("MM"), 1)
+    berths = taken(forward, 1)
+    forward.attempt(berths, [[1, 2]])
+    with pytest.raises(RuntimeError, match="how many of them stay"):
+        forward.attempt(berths, [[3]])
+    with pytest.raises(ValueError, match="were not tried last"):
+        forward.accept(berths, [1])
+
+
 @pytest.mark.parametrize("before", range(4))
 def test_more_tokens_than_the_window_are_an_error_computed_recorded_and_replayed(before):
     """Nothing has changed then: the same requests go on."""
@@ -227,10 +237,11 @@ def test_only_attempts_of_late_stay_recorded():
         forward.accept(berths[: len(counts)], [0] * len(counts))
 
     run(2)
+    often = forward.attempts[1, 2]
     for tokens in range(2, WINDOW):
         run(*[tokens] * 8)
         run(2)
         assert sum(known for _, known in forward.attempts) <= TRIED
-    assert (1, 2) in forward.attempts and (8, 16) not in forward.attempts and (8, 8 * (WINDOW - 1)) in forward.attempts
+    assert forward.attempts[1, 2] is often and (8, 128) in forward.attempts and (8, 16) not in forward.attempts
     forward.forget()
     assert not forward.attempts
