@@ -103,7 +103,9 @@ class Folder:
 
     def index(self) -> Iterator[Header]:
         """What is there, the longest unused first. Bad files are deleted, and the log says why."""
-        files = [(entry.stat(follow_symlinks=False), entry.name) for entry in os.scandir(self.path)]
+        # A folder cannot be deleted as bad files are, and is none of this one's.
+        found = [entry for entry in os.scandir(self.path) if not entry.is_dir(follow_symlinks=False)]
+        files = [(entry.stat(follow_symlinks=False), entry.name) for entry in found]
         for info, name in sorted(files, key=lambda pair: pair[0].st_mtime_ns):
             if NAME.fullmatch(name):
                 self.sizes[name] = info.st_size

@@ -388,6 +388,13 @@ def test_a_pipe_is_not_waited_for(house):
     assert len(house.start().tree) == 0 and not house.files
 
 
+def test_a_folder_with_the_name_of_a_file_stays_and_ends_no_writing(house):
+    house.with_one_file()
+    (house.place / f"{'a' * 32}.safetensors").mkdir()
+    saved = house.start()
+    assert len(saved.tree) == 1 and not saved.folder.broken
+
+
 def test_what_is_not_ours_stays(house):
     house.with_one_file()
     (house.place / "notes.txt").write_text("mine")
