@@ -93,8 +93,9 @@ def test_in_the_memory_of_an_engine_it_computes_the_same():
         begins = torch.tensor([0, size, 2 * size], dtype=torch.int32)
         rows = Rows(begin=begins, length=torch.full((2,), end, dtype=torch.int32), table_BL=table_BL)
         lanes = Lanes(layers=(pool,), slot_B=torch.tensor([0, 1], dtype=torch.int32), rows=rows)
-        span = place(lanes, None, 2, size, "cpu")
-        found.append(head(hidden[:, begin:end], ahead[:, begin:end], span, (pool,)))
+        span = place(lanes, None, 1, 2 * size, "cpu")
+        one, two = (part[:, begin:end].reshape(1, 2 * size, -1) for part in (hidden, ahead))
+        found.append(head(one, two, span, (pool,)).view(2, size, -1))
     torch.testing.assert_close(torch.cat(found, 1), whole, rtol=1e-4, atol=1e-5)
 
 
