@@ -84,7 +84,7 @@ def costs(engine: Engine) -> dict[int, int]:
 
 def compare(text: str, plain: Engine, copying: Engine, vocab: int) -> str:
     assert copying.speculation
-    counts, ratios, speeds, same = copying.speculation.counts, [], [], 0
+    counts, ratios, speeds, same = copying.speculation.counts["cache"], [], [], 0
     before = dataclasses.replace(counts)
     for turn, asked in enumerate(questions(text, vocab, random.Random(0))):
         if text == "again":

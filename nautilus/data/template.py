@@ -10,13 +10,14 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+from pathlib import Path
 
 import jinja2
 import jinja2.ext
 
 from nautilus.config.keys import short
 from nautilus.data.bounded import METER, Sandbox, TooMuch, metered, rendered
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, read_text
 
 _TEXT = r"""
 {%- set gap = "@GAP@" -%}
@@ -137,6 +138,20 @@ def template_text(style: str = "spaced") -> str:
 
 
 TEMPLATE = template_text()
+
+
+def template_of(asked: str, own: str | None) -> str | None:
+    """The template that is asked for: a file's, or by "nemotron" the family's; the model's own where none is. UserError
+    for a file that cannot be read or is none."""
+    if not asked:
+        return own
+    if asked == "nemotron":
+        return TEMPLATE
+    if not Path(asked).is_file():
+        raise UserError(f"template={asked} was asked for; give a file with a template, or nemotron for the family's")
+    found = read_text(Path(asked))
+    compiled(found)  # now, not when somebody has begun to talk
+    return found
 
 
 def render_template(template: str, variables: dict) -> str:

@@ -14,6 +14,7 @@ from rich.console import Console
 
 import nautilus
 from nautilus.data.chat import ChatSettings, chat_tokens
+from nautilus.data.template import template_of
 from nautilus.runtime import UserError, quiet
 from nautilus.serve import AnswerStream, Engine, Sampling, opens_thinking
 from nautilus.serve.sources import PLAIN, Origins, passes
@@ -36,6 +37,7 @@ class Settings:
     thinking: bool = setting(True, "reason before answering")
     drafts: int = setting(0, "most tokens tried at once of what known text goes on with, where that is faster; 0: none")
     sources: bool = setting(False, "show which text such drafts had foretold, and in how many passes answers came")
+    template: str = setting("", "how chats are written: a file, or nemotron, the family's (as the model says)")
     raw: bool = setting(False, "continue plain text; always so for a model without a chat template")
     sampling: Sampling = Sampling(temperature=0.8, top_p=0.95, max_tokens=1024)
 
@@ -68,6 +70,7 @@ def main(settings: Settings) -> None:
         raise UserError("no model to talk to; write nautilus chat MODEL, a run, a checkpoint folder or a hub id")
     with quiet():
         model, tokenizer = nautilus.load(settings.model)
+        tokenizer.template = template_of(settings.template, tokenizer.template)
         engine = Engine(model, tokenizer, drafts=settings.drafts)
         chat = Chat(engine=engine, settings=settings, sampling=settings.sampling)
     chat.reset()

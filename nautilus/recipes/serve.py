@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import nautilus
+from nautilus.data.template import template_of
 from nautilus.data.tokenizer import load_tokenizer
 from nautilus.model.weights import local_folder
 from nautilus.runtime import UserError, installing
@@ -34,6 +35,7 @@ LIBRARIES = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "orjson")
 class Settings:
     model: str = setting("", "run, checkpoint folder or hub id")
     name: str = setting("", "what clients call it; by default the folder's name or the hub id")
+    template: str = setting("", "how chats are written: a file, or nemotron, the family's (as the model says)")
     host: str = setting("127.0.0.1", "address to listen at; 0.0.0.0 is every one of this machine")
     port: int = setting(8000, "port to listen at; 0: any that is free")
     keys: str = setting("", "file of keys, one a line, each of 16 characters or more; without it everybody may ask")
@@ -73,7 +75,7 @@ def main(settings: Settings) -> None:
     server, keys = (api_module(name) for name in ("server", "keys"))
     known = keys.keys_from(settings.keys) if settings.keys else keys.Keys()
     with server.bound(settings.host, settings.port) as listening:  # a port in use is told before the model is read
-        for warning in warnings(settings, server, keys):
+        for warning in api_module("words").warnings(settings):
             print(f"nautilus: {warning}", file=sys.stderr)
         if settings.replicas == 1:
             asyncio.run(serve(engine_of(settings), settings, known, listening))
@@ -84,6 +86,7 @@ def main(settings: Settings) -> None:
 def engine_of(settings: Settings, rank: int = 0) -> Engine:
     """The engine of one replica. What is not said of its memory is its share of the machine's."""
     model, tokenizer = nautilus.load(settings.model)
+    tokenizer.template = template_of(settings.template, tokenizer.template)
     model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
     names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
     how = {name: getattr(settings, name) for name in names}
@@ -106,18 +109,6 @@ def api_module(name: str) -> ModuleType:
         raise UserError(f"a server needs the library {bad.name!r}; {installing('serve')}") from bad
 
 
-def warnings(settings: Settings, server: ModuleType, keys: ModuleType) -> list[str]:
-    found = []
-    if not settings.keys and not server.loopback(settings.host):
-        found.append(f"everybody who reaches host={settings.host} may use this model; give keys=FILE to say who may")
-    if settings.keys and keys.others_may_read(settings.keys):
-        found.append(f"other users of this machine can read keys={settings.keys}; chmod 600 it")
-    place = settings.kv_events.removeprefix("tcp://").rpartition(":")[0]
-    if place and not server.loopback(place):
-        found.append(f"everybody who reaches kv_events={settings.kv_events} can read the tokens of all prompts")
-    return found
-
-
 def name_of(settings: Settings) -> str:
     path = Path(settings.model)
     return settings.name or (path.resolve().name if path.exists() else settings.model)
@@ -134,6 +125,7 @@ def serve_replicas(settings: Settings, keys, listening: socket.socket) -> None:
     from nautilus.serve.scale import cluster
 
     tokenizer = load_tokenizer(local_folder(nautilus.checkpoint_of(settings.model)))
+    tokenizer.template = template_of(settings.template, tokenizer.template)
     make = functools.partial(engine_of, settings)
     cluster.work_with(make, settings.replicas, tokenizer, lambda service: answer(service, settings, keys, listening))
 
@@ -146,17 +138,8 @@ async def answer(service: Any, settings: Settings, keys, listening: socket.socke
         defaults=settings.defaults, local_only=server.loopback(settings.host) and not settings.keys,
     )  # fmt: skip
     try:
-        print(greeting(service.engine, settings, listening), flush=True)
+        print(api_module("words").greeting(service.engine, settings, name_of(settings), listening), flush=True)
         running = server.Server(app.create_app(service, told), limits=settings.limits, grace=settings.grace)
         await running.serve([listening])
     finally:
         await service.close()
-
-
-def greeting(engine: Any, settings: Settings, listening: socket.socket) -> str:
-    place = api_module("server").address(settings.host, listening)
-    many = f" in {settings.replicas} replicas" if settings.replicas > 1 else ""
-    most = f"{engine.max_tokens:,} tokens of a request, {settings.rows * settings.replicas} requests together{many}"
-    who = f"keys of {settings.keys}" if settings.keys else "no keys"
-    what = "" if engine.tokenizer.template else " It has no chat template: it answers completions, not chats."
-    return f"{name_of(settings)} answers at {place}: {most}, {who}.{what} Ctrl-C ends it."

@@ -96,9 +96,7 @@ class Request:
         """More than one token is unread, or the last one of a prompt is."""
         return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
 
-    def take(
-        self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), source: str = "plain"
-    ) -> Piece:
+    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), source: str = "plain") -> Piece:
         """Add a token; what it means for the text and for the end of the request."""
         self.tokens.append(token)
         for rule in self.rules:

@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from nautilus.cli import main
+from nautilus.data.template import TEMPLATE, template_of
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.model.save import save_model
 from nautilus.presets import preset, shrink
 from nautilus.recipes import serve
 from nautilus.recipes.serve import Settings
+from nautilus.runtime import UserError
 
 torch.set_num_threads(1)
 
@@ -85,8 +87,7 @@ def test_the_settings_can_be_listed_without_the_libraries(capsys, monkeypatch):
 
 
 def test_who_may_use_the_server_is_warned_of(libraries, tmp_path):
-    server, keys = serve.api_module("server"), serve.api_module("keys")
-    told = lambda **how: serve.warnings(Settings(model="x", **how), server, keys)
+    told = lambda **how: serve.api_module("words").warnings(Settings(model="x", **how))
     file = tmp_path / "keys"
     file.write_text("k" * 40)
     file.chmod(0o600)
@@ -103,11 +104,22 @@ def test_the_name_of_the_model_is_the_folder_s_or_the_hub_s(folder):
 
 
 def test_the_greeting_says_where_chats_are_not_answered(libraries):
-    greet = lambda template: serve.greeting(
-        SimpleNamespace(tokenizer=SimpleNamespace(template=template), max_tokens=9), Settings(model="x"), here
-    )
+    engine = lambda template: SimpleNamespace(tokenizer=SimpleNamespace(template=template), max_tokens=9)
+    greet = lambda template: serve.api_module("words").greeting(engine(template), Settings(model="x"), "x", here)
     with socket.create_server(("127.0.0.1", 0)) as here:
         assert "completions, not chats" in greet(None) and "chats" not in greet("{{ messages }}")
+
+
+def test_a_model_without_a_chat_template_may_be_given_one(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages[0].content }}")
+    assert template_of("", None) is None and template_of("", "own") == "own"
+    assert template_of("nemotron", "own") == TEMPLATE and template_of(str(file), "own") == file.read_text()
+    with pytest.raises(UserError, match="give a file with a template, or nemotron"):
+        template_of(str(tmp_path / "none"), None)
+    file.write_text("{% if %}")
+    with pytest.raises(UserError):
+        template_of(str(file), None)
 
 
 @pytest.mark.slow
