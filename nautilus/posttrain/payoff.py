@@ -30,24 +30,24 @@ from nautilus.serve.draft.predictor import Header, Predictor
 KNOTS = 32  # of a calibration
 TRUST = 4.0  # rows that count for what the network says, in each part of a calibration
 ROUNDS = 3  # trainings, the first on rows of a policy that knows scores
+PARTS = 16  # updates of an epoch at least: published batches are for millions of rows
 LOOK, PATIENCE = 25, 8  # updates after which held rows are looked at, and how often without getting better
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a mode is trained: so many epochs, or more of them until there are so many updates."""
+    """How a mode is trained. batch: rows of an update, or fewer, so that an epoch has PARTS of them at least."""
 
     hidden: int
     batch: int
     epochs: int = 20
-    updates: int
     lr: float = 1e-3
     decay: float = 0.0
 
 
 PLANS = {
-    "paper": Plan(hidden=256, batch=65_536, updates=300),
-    "survival": Plan(hidden=64, batch=1024, updates=1500, lr=3e-3, decay=0.01),
+    "paper": Plan(hidden=256, batch=65_536),
+    "survival": Plan(hidden=64, batch=1024, lr=3e-3, decay=0.01),
 }
 
 
@@ -153,9 +153,8 @@ def network_of(hidden: int, outputs: int, generator: torch.Generator) -> nn.Sequ
 
 
 def batches(rows: int, plan: Plan, generator: torch.Generator) -> Iterator[Tensor]:
-    epochs = max(plan.epochs, math.ceil(plan.updates / math.ceil(rows / plan.batch)))
-    for _ in range(epochs):
-        yield from torch.randperm(rows, generator=generator).split(plan.batch)
+    for _ in range(plan.epochs):
+        yield from torch.randperm(rows, generator=generator).split(min(plan.batch, math.ceil(rows / PARTS)))
 
 
 def loss_of(

@@ -44,7 +44,7 @@ def places(tmp_path_factory):
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         for name, plan in payoff.PLANS.items():
-            patch.setitem(payoff.PLANS, name, dataclasses.replace(plan, updates=40, hidden=16))
+            patch.setitem(payoff.PLANS, name, dataclasses.replace(plan, epochs=3, hidden=16))
         yield
 
 
