@@ -20,7 +20,7 @@ from nautilus.posttrain.policies import (
     prompt_lookup,
     simulate,
     suffix_only,
-)  # fmt: skip
+)
 from nautilus.posttrain.replay import Policy, replay
 from nautilus.posttrain.rows import Rows, rows_of
 from nautilus.serve.draft.choice import TAU

@@ -85,8 +85,8 @@ def rounds(material: Material) -> Iterator[Predictor]:
         found.append(rows_of(material.traces, policy, material.spelling, most=material.most, of=of))
         rows = joined(found)
         held = rows.among(parts.calibrate)
-        predictor = fit(rows.among(parts.train), material.header("survival"), seed=material.seed, held=held)
-        predictor = calibrated(predictor, held)
+        learned, some = rows.among(parts.train), held if len(held) else None
+        predictor = calibrated(fit(learned, material.header("survival"), seed=material.seed, held=some), held)
         policy = by_rate(predictor, material.prices, material.depth)
         yield predictor
 
@@ -125,9 +125,8 @@ def fit(rows: Rows, header: Header, *, seed: int, held: Rows | None = None) -> P
 
 
 def tensors_of(rows: Rows, means: np.ndarray, scales: np.ndarray) -> list[Tensor]:
-    return [
-        torch.from_numpy(values) for values in ((rows.features - means) / scales, rows.true, rows.length, rows.weight)
-    ]
+    features_NF = (rows.features - means) / scales
+    return [torch.from_numpy(values) for values in (features_NF, rows.true, rows.length, rows.weight)]
 
 
 def state_of(network: nn.Sequential) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ def quick():
 
 
 def words(here, out, *more):
-    return ["hvd", "train", str(here / "model"), f"out={out}", "answer=60", "drafts=8", "max_tokens=160", *more]
+    return ["hvd", "train", str(here / "model"), f"out={out}", "answer=60", "drafts=9", "max_tokens=160", *more]
 
 
 @pytest.fixture(scope="module")
