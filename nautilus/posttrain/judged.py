@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from time import perf_counter
+from time import thread_time
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from nautilus.posttrain.policies import (
     prompt_lookup,
     simulate,
     suffix_only,
-)  # fmt: skip
+)
 from nautilus.posttrain.replay import Policy, replay
 from nautilus.posttrain.rows import Rows, rows_of
 from nautilus.serve.draft.choice import TAU
@@ -87,11 +87,11 @@ def qualities(material: Material, predictor: Predictor, policy: Policy) -> list[
 
 
 def timed(material: Material, policy: Policy) -> Material:
-    """With the seconds that it takes here to look for a draft and to decide."""
-    begin, cycles = perf_counter(), 0
+    """With the seconds that it takes here to look for a draft and to decide, whatever else this machine does."""
+    begin, cycles = thread_time(), 0
     for _ in replay(material.traces, policy, material.spelling, most=material.most, of=material.parts.test):
         cycles += 1
-    return replace(material, prices=replace(material.prices, look=(perf_counter() - begin) / max(1, cycles)))
+    return replace(material, prices=replace(material.prices, look=(thread_time() - begin) / max(1, cycles)))
 
 
 def outcomes(material: Material, survival: Predictor, paper: Predictor) -> list[Outcome]:

@@ -30,24 +30,24 @@ from nautilus.serve.draft.predictor import Header, Predictor
 KNOTS = 32  # of a calibration
 TRUST = 4.0  # rows that count for what the network says, in each part of a calibration
 ROUNDS = 3  # trainings, the first on rows of a policy that knows scores
+PARTS = 16  # updates of an epoch at least: published batches are for millions of rows
 LOOK, PATIENCE = 25, 8  # updates after which held rows are looked at, and how often without getting better
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How a mode is trained: so many epochs, or more of them until there are so many updates."""
+    """How a mode is trained. batch: rows of an update, or fewer, so that an epoch has PARTS of them at least."""
 
     hidden: int
     batch: int
     epochs: int = 20
-    updates: int
     lr: float = 1e-3
     decay: float = 0.0
 
 
 PLANS = {
-    "paper": Plan(hidden=256, batch=65_536, updates=300),
-    "survival": Plan(hidden=64, batch=1024, updates=1500, lr=3e-3, decay=0.01),
+    "paper": Plan(hidden=256, batch=65_536),
+    "survival": Plan(hidden=64, batch=1024, lr=3e-3, decay=0.01),
 }
 
 
@@ -85,8 +85,8 @@ def rounds(material: Material) -> Iterator[Predictor]:
         found.append(rows_of(material.traces, policy, material.spelling, most=material.most, of=of))
         rows = joined(found)
         held = rows.among(parts.calibrate)
-        predictor = fit(rows.among(parts.train), material.header("survival"), seed=material.seed, held=held)
-        predictor = calibrated(predictor, held)
+        learned, some = rows.among(parts.train), held if len(held) else None
+        predictor = calibrated(fit(learned, material.header("survival"), seed=material.seed, held=some), held)
         policy = by_rate(predictor, material.prices, material.depth)
         yield predictor
 
@@ -125,9 +125,8 @@ def fit(rows: Rows, header: Header, *, seed: int, held: Rows | None = None) -> P
 
 
 def tensors_of(rows: Rows, means: np.ndarray, scales: np.ndarray) -> list[Tensor]:
-    return [
-        torch.from_numpy(values) for values in ((rows.features - means) / scales, rows.true, rows.length, rows.weight)
-    ]
+    features_NF = (rows.features - means) / scales
+    return [torch.from_numpy(values) for values in (features_NF, rows.true, rows.length, rows.weight)]
 
 
 def state_of(network: nn.Sequential) -> dict[str, Tensor]:
@@ -153,9 +152,8 @@ def network_of(hidden: int, outputs: int, generator: torch.Generator) -> nn.Sequ
 
 
 def batches(rows: int, plan: Plan, generator: torch.Generator) -> Iterator[Tensor]:
-    epochs = max(plan.epochs, math.ceil(plan.updates / math.ceil(rows / plan.batch)))
-    for _ in range(epochs):
-        yield from torch.randperm(rows, generator=generator).split(plan.batch)
+    for _ in range(plan.epochs):
+        yield from torch.randperm(rows, generator=generator).split(min(plan.batch, math.ceil(rows / PARTS)))
 
 
 def loss_of(

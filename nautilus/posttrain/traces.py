@@ -103,7 +103,7 @@ def prompts_in(name: str, path: Path) -> Iterator[tuple[str, Prompt]]:
     if not is_jsonl(path):
         text = decode(b"".join(lines_of(path)), str(path))
         if text and text.strip():
-            yield name, text
+            yield name, text.removeprefix("\ufeff")
         return
     for number, raw in enumerate(lines_of(path), 1):
         place = f"{path} line {number}"

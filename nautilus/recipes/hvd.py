@@ -72,7 +72,7 @@ def main(settings: Settings) -> None:
     found = recorded.read_traces(settings.traces) if settings.traces else answers_of(engine, settings, run)
     material = Material(
         traces=found, parts=split(found, settings.seed), spelling=Spelling(tokenizer), prices=prices,
-        most=settings.drafts, target=fingerprint(model), tokenizer=tokenizer.fingerprint,
+        most=min(settings.drafts, max(prices.passes) - 1), target=fingerprint(model), tokenizer=tokenizer.fingerprint,
         depth=settings.depth if any(trace.depths for trace in found) else 0, seed=settings.seed,
     )  # fmt: skip
     told, console = trained(run, material, settings), Console(soft_wrap=True, highlight=False)

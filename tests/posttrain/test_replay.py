@@ -16,7 +16,7 @@ from nautilus.posttrain.policies import (
     prompt_lookup,
     simulate,
     suffix_only,
-)  # fmt: skip
+)
 from nautilus.posttrain.replay import MODEL, common, replay
 from nautilus.posttrain.traces import Trace
 from nautilus.serve.draft.choice import Choice

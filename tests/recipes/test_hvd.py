@@ -44,12 +44,12 @@ def places(tmp_path_factory):
 def quick():
     with pytest.MonkeyPatch.context() as patch:
         for name, plan in payoff.PLANS.items():
-            patch.setitem(payoff.PLANS, name, dataclasses.replace(plan, updates=40, hidden=16))
+            patch.setitem(payoff.PLANS, name, dataclasses.replace(plan, epochs=3, hidden=16))
         yield
 
 
 def words(here, out, *more):
-    return ["hvd", "train", str(here / "model"), f"out={out}", "answer=60", "drafts=8", "max_tokens=160", *more]
+    return ["hvd", "train", str(here / "model"), f"out={out}", "answer=60", "drafts=9", "max_tokens=160", *more]
 
 
 @pytest.fixture(scope="module")
