@@ -8,6 +8,9 @@ token. Whole distributions are compared; no token that was drawn is a target.
 
 Boosting of a multi-token-prediction block (report of Nemotron 3 Ultra): T = 2, K = 7, c_k = 1, and what step k is fed
 with is drawn from the outputs of all steps before it, so that the block learns from its own outputs at several depths.
+The report does not say how these are lined up. Here it is by token: step j of the chain that began k-1-j tokens later
+gives the feature of the same token. (By index, an output of an earlier token next to the embedding of a later one, the
+divergence hardly fell and fewer drafts were accepted than before.)
 A draft head in the manner of EAGLE-3 (arXiv 2503.01840): T = 1, K = 7, c_k = 0.8^(k-1), each step is fed with the one
 before it; both distributions are over the words of the head alone.
 """
@@ -20,6 +23,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
@@ -76,15 +80,17 @@ def divergence_terms(
 
 
 def delayed(out_BTD: Tensor, before: int) -> Tensor:
-    return torch.nn.functional.pad(out_BTD, (0, 0, before, 0))
+    return functional.pad(out_BTD, (0, 0, before, 0))
 
 
 def drawn(seed: int) -> Feed:
-    """For each chain one of the outputs so far, each as likely."""
+    """For each chain one of the outputs so far for the same token, each as likely."""
     generator = torch.Generator().manual_seed(seed & (1 << 63) - 1)
 
     def feed(outs: list[Tensor]) -> Tensor:
         choice_BT = torch.randint(len(outs), outs[0].shape[:2], generator=generator).to(outs[0].device)
-        return torch.stack(outs).gather(0, choice_BT[None, ..., None].expand(1, *outs[0].shape))[0]
+        later = [(len(outs) - step, out_BTD) for step, out_BTD in enumerate(outs, 1)]
+        same = [functional.pad(out_BTD[:, by:], (0, 0, 0, min(by, out_BTD.shape[1]))) for by, out_BTD in later]
+        return torch.stack(same).gather(0, choice_BT[None, ..., None].expand(1, *outs[0].shape))[0]
 
     return feed

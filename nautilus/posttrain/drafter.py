@@ -14,7 +14,7 @@ from nautilus.config import Config
 from nautilus.model.eagle import Eagle
 from nautilus.model.language import Language
 from nautilus.model.mtp import MtpBlock
-from nautilus.ops.formats import Packed, dense
+from nautilus.ops.formats import Packed
 from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.posttrain.divergence import weighted_kl
 from nautilus.posttrain.unroll import Feed, latest, parts_of, unroll
@@ -68,9 +68,9 @@ class Drafter(nn.Module):
         """Of its distributions from the model's, over the words that it can draft: see `weighted_kl`."""
         head: Tensor | Packed = self.model.head_weight
         if isinstance(self.block, Eagle):
-            words_KD, block = dense(head, last_RD.dtype)[self.block.token_ids_K], self.block
-            given = block.norm_f(out_KRD), block.lm_head.weight, last_RD, words_KD
-            return weighted_kl(*given, weight_KR, temperature=temperature)
+            numbers = head.decode(last_RD.dtype) if isinstance(head, Packed) else head
+            out_KRD, own, head = self.block.norm_f(out_KRD), self.block.lm_head.weight, numbers[self.block.token_ids_K]
+            return weighted_kl(out_KRD, own, last_RD, head, weight_KR, temperature=temperature)
         return weighted_kl(out_KRD, head, last_RD, head, weight_KR, temperature=temperature)
 
     @torch.no_grad()

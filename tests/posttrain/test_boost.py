@@ -86,10 +86,12 @@ def test_the_loss_is_the_sum_over_all_chains(coefficients, temperature):
 
 
 def test_steps_are_fed_with_any_output_before_them_and_always_the_same():
-    outs = [torch.full((40, 50, 2), float(value)) for value in range(4)]
+    index = torch.arange(50.0).expand(40, 50)
+    outs = [torch.stack([torch.full((40, 50), float(step)), index + step], dim=-1) for step in range(1, 5)]
     fed = drawn(3)(outs)
-    shares = [(fed[..., 0] == value).float().mean().item() for value in range(4)]
-    assert all(0.2 < share < 0.3 for share in shares) and torch.equal(fed[..., 0], fed[..., 1])
+    shares = [(fed[:, :46, 0] == step).float().mean().item() for step in range(1, 5)]
+    assert all(0.2 < share < 0.3 for share in shares)
+    assert torch.equal(fed[:, :46, 1], index[:, :46] + 4), "of the token that the last step is about"
     assert torch.equal(fed, drawn(3)(outs)) and not torch.equal(fed, drawn(4)(outs))
     batch, drafter = packed_rows(), mtp_drafter(random_model())
     one, same, other = (
