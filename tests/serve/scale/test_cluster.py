@@ -271,7 +271,6 @@ def test_less_than_one_replica_is_refused(folder, capsys):
 def test_events_that_anybody_could_read_are_warned_of():
     from nautilus.recipes import serve
 
-    server, keys = serve.api_module("server"), serve.api_module("keys")
-    told = lambda place: serve.warnings(serve.Settings(model="x", kv_events=place), server, keys)
+    told = lambda place: serve.api_module("words").warnings(serve.Settings(model="x", kv_events=place))
     assert told("") == told("tcp://127.0.0.1:5557") == []
     assert "can read the tokens of all prompts" in told("tcp://0.0.0.0:5557")[0]
