@@ -21,7 +21,7 @@ from nautilus.ops.loss import ELEMENTS, rows_for
 from nautilus.serve.memory import Berth, Berths, accept, plain, point, share_out, write
 from nautilus.serve.recorded import Recorded
 
-TRIED = 512  # tokens of all attempts that stay recorded: what is computed of each has its own memory
+TRIED = 512  # most tokens of all recorded attempts together: each keeps the memory of its activations and logits
 
 
 class Watcher(Protocol):

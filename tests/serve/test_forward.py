@@ -12,7 +12,7 @@ from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
 from nautilus.serve.forward import TRIED, Forward
-from nautilus.serve.memory import Berths
+from nautilus.serve.memory import Berth, Berths
 
 torch.set_num_threads(1)
 NATIVE = pytest.mark.skipif(native().functions is None, reason="only native steps are recorded")
@@ -38,8 +38,10 @@ def forward_of(model, rows, *, window=WINDOW):
     return Forward(model, Berths(model, rows=rows, max_tokens=400, window=window))
 
 
-def taken(forward, count):
-    return [forward.berths.take(400) for _ in range(count)]
+def taken(forward, count) -> list[Berth]:
+    found = [forward.berths.take(400) for _ in range(count)]
+    assert None not in found
+    return found
 
 
 class Both:
