@@ -29,6 +29,7 @@ from nautilus.train.objective import Objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
 LEAST = {"answers": 1, "measured": 1, "prompt_tokens": 1, "tokens": 2, "drafts": 1, "steps": 1, "rows": 1}
+LEAST |= {"save_every": 0, "together": 1, "seed": 0}
 GREEDY, DRAWN = "greedy", "temperature 1"
 
 
@@ -40,9 +41,7 @@ class Lesson:
     chat: bool = setting(False, "each text is a message, asked through the chat template")
     prompt_tokens: int = setting(32, "most tokens of a prompt; texts are cut behind them, longer messages left out")
     answers: int = setting(2048, "answers to learn from")
-    sampled: float = setting(
-        1.0, "temperature of these; lower where greedy ones are measured and are quite unlike them"
-    )
+    sampled: float = setting(1.0, "temperature of these; below 1 where greedy answers matter and are unlike them")
     measured: int = setting(64, "other prompts, on answers to which acceptance is measured")
     tokens: int = setting(128, "most tokens of an answer")
     drafts: int = setting(7, "tokens drafted at a time, in training and in what is measured")
@@ -104,12 +103,11 @@ def texts(run: Run, lesson: Lesson, source: str | Path, model: Language, tokeniz
     )  # fmt: skip
     to_learn, to_measure = prompts(run, engine, source, wanted)
     drawn = Manner(temperature=lesson.sampled, tokens=lesson.tokens, seed=2 * lesson.seed)
+    other = replace(drawn, seed=drawn.seed + 1)
     learnt = answers(run.state / "answers.jsonl", engine, to_learn, drawn)
     measured = {
-        GREEDY: answers(run.state / "greedy.jsonl", engine, to_measure, replace(drawn, temperature=0)),
-        DRAWN: answers(
-            run.state / "drawn.jsonl", engine, to_measure, replace(drawn, temperature=1, seed=drawn.seed + 1)
-        ),
+        GREEDY: answers(run.state / "greedy.jsonl", engine, to_measure, replace(other, temperature=0)),
+        DRAWN: answers(run.state / "drawn.jsonl", engine, to_measure, replace(other, temperature=1)),
     }
     return Texts(learnt=rows_of(learnt, length=lesson.length, pad=model.config.pad), measured=measured)
 
