@@ -7,7 +7,7 @@ the training goes on from its newest state.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +29,7 @@ from nautilus.train.objective import Objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
 LEAST = {"answers": 1, "measured": 1, "prompt_tokens": 1, "tokens": 2, "drafts": 1, "steps": 1, "rows": 1}
+LEAST |= {"save_every": 0, "together": 1, "seed": 0}
 GREEDY, DRAWN = "greedy", "temperature 1"
 
 
@@ -39,7 +40,8 @@ class Lesson:
     prompts: tuple[str, ...] = setting((), "texts to answer: place[#field]; none: beginnings, as said above")
     chat: bool = setting(False, "each text is a message, asked through the chat template")
     prompt_tokens: int = setting(32, "most tokens of a prompt; texts are cut behind them, longer messages left out")
-    answers: int = setting(2048, "answers to learn from, drawn at temperature 1")
+    answers: int = setting(2048, "answers to learn from")
+    sampled: float = setting(1.0, "temperature of these; below 1 where greedy answers matter and are unlike them")
     measured: int = setting(64, "other prompts, on answers to which acceptance is measured")
     tokens: int = setting(128, "most tokens of an answer")
     drafts: int = setting(7, "tokens drafted at a time, in training and in what is measured")
@@ -54,6 +56,8 @@ class Lesson:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        if not 0 < self.sampled < float("inf"):
+            raise UserError(f"sampled={self.sampled} must be positive and finite; 1 draws from the model as it is")
         if self.tokens <= self.drafts + 1:
             raise UserError(
                 f"tokens={self.tokens} of an answer hold no draft of drafts={self.drafts} tokens with a token before "
@@ -88,8 +92,8 @@ def open_lesson(lesson: Lesson, model: Language) -> Run:
 
 
 def texts(run: Run, lesson: Lesson, source: str | Path, model: Language, tokenizer: Tokenizer) -> Texts:
-    """What the model writes: to learn from at temperature 1, to measure on greedily and at temperature 1, where an
-    argmax draft is accepted as often as it is the token that was drawn."""
+    """What the model writes: to learn from, and to measure on greedily and at temperature 1, where an argmax draft is
+    accepted as often as it is the token that was drawn."""
     if lesson.chat and tokenizer.template is None:
         raise UserError("chat=true was asked for, but this model has no chat template; leave it out")
     engine = Engine(model, tokenizer, max_tokens=lesson.length, rows=lesson.together)
@@ -98,12 +102,12 @@ def texts(run: Run, lesson: Lesson, source: str | Path, model: Language, tokeniz
         chat=lesson.chat, seed=lesson.seed,
     )  # fmt: skip
     to_learn, to_measure = prompts(run, engine, source, wanted)
-    drawn = lambda place: Manner(temperature=1, tokens=lesson.tokens, seed=2 * lesson.seed + place)
-    greedy = Manner(temperature=0, tokens=lesson.tokens)
-    learnt = answers(run.state / "answers.jsonl", engine, to_learn, drawn(0))
+    drawn = Manner(temperature=lesson.sampled, tokens=lesson.tokens, seed=2 * lesson.seed)
+    other = replace(drawn, seed=drawn.seed + 1)
+    learnt = answers(run.state / "answers.jsonl", engine, to_learn, drawn)
     measured = {
-        GREEDY: answers(run.state / "greedy.jsonl", engine, to_measure, greedy),
-        DRAWN: answers(run.state / "drawn.jsonl", engine, to_measure, drawn(1)),
+        GREEDY: answers(run.state / "greedy.jsonl", engine, to_measure, replace(other, temperature=0)),
+        DRAWN: answers(run.state / "drawn.jsonl", engine, to_measure, replace(other, temperature=1)),
     }
     return Texts(learnt=rows_of(learnt, length=lesson.length, pad=model.config.pad), measured=measured)
 

@@ -44,7 +44,7 @@ def prompts(run: Run, engine: Engine, model: str | Path, wanted: Wanted) -> tupl
         parts = {name: [shard for shard in shards if shard.part == name] for name in ("held_out", "train")}
         found = [
             *openings(parts["held_out"], wanted.measured, wanted),
-            *openings(parts["train"], wanted.learnt, wanted),
+            *openings(parts["train"], wanted.measured + wanted.learnt, wanted),
         ]
     else:
         found = own_beginnings(run, engine, wanted)
@@ -85,25 +85,20 @@ def shards_of(run: Run) -> list[Shard]:
 
 def openings(shards: Sequence[Shard], count: int, wanted: Wanted) -> list[Tokens]:
     """How documents begin that are drawn from all shards, each as likely as any other."""
+    flats = [np.memmap(shard.path, dtype=shard.dtype, mode="r") for shard in shards]
     begins = []
-    for number, shard in enumerate(shards):
-        flat_T = np.memmap(shard.path, dtype=shard.dtype, mode="r")
+    for number, (shard, flat_T) in enumerate(zip(shards, flats, strict=True)):
         edges = np.flatnonzero(flat_T == shard.document_end)
         starts = [0, *(edges[:-1] + 1).tolist()]
         begins += [(number, start, int(end)) for start, end in zip(starts, edges, strict=True) if end > start]
     chosen = random.Random(wanted.seed).sample(begins, min(count, len(begins)))
-    flats = [np.memmap(shard.path, dtype=shard.dtype, mode="r") for shard in shards]
     return [tuple(flats[n][start : min(end, start + wanted.tokens)].tolist()) for n, start, end in chosen]
 
 
 def own_beginnings(run: Run, engine: Engine, wanted: Wanted) -> list[Tokens]:
     """What the model writes at the start of a document, at temperature 1."""
     count, start = wanted.measured + wanted.learnt, (engine.tokenizer.document_end,)
-    manner = Manner(temperature=1, tokens=max(1, wanted.tokens - 1), seed=number(wanted.seed), whole=True)
+    apart = wanted.seed + (1 << 32)  # other draws than those of the answers that follow
+    manner = Manner(temperature=1, tokens=max(1, wanted.tokens - 1), seed=apart, whole=True)
     written = answers(run.state / "beginnings.jsonl", engine, [start] * count, manner)
     return [(*start, *answer.tokens) for answer in written]
-
-
-def number(seed: int) -> int:
-    """Other draws than those of the answers that follow."""
-    return seed + (1 << 32)

@@ -1,10 +1,10 @@
 """Train a model's multi-token-prediction block on the model's own answers, so that more of its drafts are accepted.
 
-MODEL is a run, a checkpoint folder or a hub id. The model answers prompts at temperature 1; the block learns to predict
-what the model would, seven tokens ahead, fed with its own outputs, as the report of Nemotron 3 Ultra tells. All else of
-the model stays bit for bit as it is. The output folder opens with `nautilus serve`. The same command again goes on
-where an interrupted one stopped. Without prompts it is given beginnings: of the documents that the run of the model was
-trained on, or such as it writes itself.
+MODEL is a run, a checkpoint folder or a hub id. The model answers prompts; the block learns to predict what the model
+would, seven tokens ahead, fed with its own outputs, as the report of Nemotron 3 Ultra tells. All else of the model
+stays bit for bit as it is. The output folder opens with `nautilus serve`. The same command again goes on where an
+interrupted one stopped. Without prompts it is given beginnings: of the documents that the run of the model was trained
+on, or such as it writes itself.
 
 runs/demo                                        boost the model of the demo
 runs/demo prompts=questions.jsonl#question chat=true prompt_tokens=512

@@ -101,6 +101,7 @@ def test_eagle_writes_a_head_for_the_model_with_or_without_a_block(folder, tmp_p
         (["boost"], "no model to boost"),
         (["eagle"], "no model to draft for"),
         (["boost", "{folder}", "tokens=8"], "tokens=8 of an answer hold no draft of drafts=7"),
+        (["boost", "{folder}", "sampled=0"], "sampled=0.0 must be positive"),
         (["boost", "{folder}", "steps=0"], "steps=0 must be at least 1"),
         (["boost", "{folder}", "temperature=0"], "temperature=0.0 must be positive"),
         (["boost", "{folder}", "tokens=999999999"], "lower tokens or prompt_tokens"),
