@@ -40,6 +40,7 @@ PATIENCE = 64  # tokens after which a request that had no use for drafts is look
 CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
 DEEPEST = 8  # tokens of a chain at most
 FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
+BEHIND = 64  # tokens that a block is not told of before it has to catch up
 PROBE = 256  # tokens after which a block that has not been asked for so long drafts one
 
 
@@ -124,18 +125,29 @@ class Speculation:
 
     def propose(self, requests: Sequence[Request]) -> dict[Request, Proposal]:
         """What to try in the next pass over these requests, which have room for it; none for those that go plainly."""
+        self.catch_up(requests)
         step = self.costs.of(len(requests))
         if not step:
             return {}
         self.began, self.alone = time.perf_counter(), len(requests) == 1
         found = {request: offers for request in requests if (offers := [*self.candidates(request)])}
         chosen = self.choose(requests, found, step) if found else {}
-        proposals = {request: made for request, made in self.made(chosen, step).items() if made.tokens}
         looked = (time.perf_counter() - self.began) / max(1, len(found))
+        made = self.made(chosen, step / len(requests))
+        proposals = {request: proposal for request, proposal in made.items() if proposal.tokens}
         for request in found:
             if request not in proposals:
                 self.rest(self.known[request], looked, step)
         return proposals
+
+    def catch_up(self, requests: Sequence[Request]) -> None:
+        """What a block is to be told of tokens that it was not asked about is not kept for long."""
+        late = [request for request in requests if request.berth and len(request.berth.behind) >= BEHIND]
+        if self.chain is not None and late:
+            try:
+                self.chain.catch_up(late)
+            except Exception as bad:
+                self.give_up(bad)
 
     def rest(self, known: Known, looked: float, step: float) -> None:
         """A look that found nothing to try took so long: the next one is later the longer that was."""
@@ -206,8 +218,8 @@ class Speculation:
 
         return max((one for one in candidates if worth(one) > 0), key=worth, default=None)
 
-    def made(self, chosen: dict[Request, tuple[Candidate, int]], step: float) -> dict[Request, Proposal]:
-        """The drafts themselves; requests for whose tokens there are no pages go plainly."""
+    def made(self, chosen: dict[Request, tuple[Candidate, int]], each: float) -> dict[Request, Proposal]:
+        """The drafts themselves; requests for whose tokens there are no pages go plainly. each: seconds of a token."""
         berths, found, asked = self.forward.berths, dict[Request, Proposal](), dict[Request, int]()
         for request, (one, size) in chosen.items():
             if not size or request.berth is None or not berths.grow(request.berth, len(request.tokens) + size):
@@ -217,9 +229,9 @@ class Speculation:
                 found[request] = Proposal(source=one.source, tokens=tokens, whole=len(one.tokens), copied=one.copied)
             else:
                 asked[request] = size
-        return found | self.drafted(asked, step)
+        return found | self.drafted(asked, each)
 
-    def drafted(self, asked: dict[Request, int], step: float) -> dict[Request, Proposal]:
+    def drafted(self, asked: dict[Request, int], each: float) -> dict[Request, Proposal]:
         """By the block. One that fails is not asked again, as no answer depends on it."""
         if self.chain is None or not asked:
             return {}
@@ -227,10 +239,12 @@ class Speculation:
 
         def goes_on(request: Request, probs: Sequence[float]) -> bool:
             """One more token is worth the time that it takes."""
-            size = rows + len(probs)
-            more, less = self.costs.of(size + 1), self.costs.of(size)
-            survival = self.belief.survival((*probs, sum(probs) / len(probs)))[-1]
-            return more is not None and less is not None and survival * step > more - less
+            size, survival = len(probs), self.belief.survival((*probs, sum(probs) / len(probs)))[-1]
+            passes, blocks = (
+                (costs.of(at + 1) or math.inf) - (costs.of(at) or 0.0)
+                for costs, at in ((self.costs, rows + size), (self.drafting, size))
+            )
+            return survival * each > passes + blocks / rows
 
         try:
             found = self.chain.draft(asked, goes_on)

@@ -15,6 +15,7 @@ from nautilus.serve.draft.costs import Costs
 from nautilus.serve.draft.policy import PATIENCE, Candidate, Counts
 from nautilus.serve.draft.suffix import Draft
 from nautilus.serve.rules import Rule
+from tests.serve.reliability.parts import hybrid
 from tests.serve.test_scheduler import ATTENTION, MAMBA, TOKENIZER, VOCAB, assert_nothing_is_held, facts
 
 torch.set_num_threads(1)
@@ -290,3 +291,17 @@ def test_answers_are_copied_from_within_a_tenant_only():
 
     first, again, other = accepted("a"), accepted("a"), accepted("b")
     assert again > first + 20 and other == first
+
+
+@NATIVE
+def test_a_block_that_nobody_asks_is_told_of_what_was_said_now_and_then():
+    """What it has still to be told of takes memory for every token, and must not grow with an answer."""
+    engine, most = Engine(hybrid(mtp=True), TOKENIZER, max_tokens=300, drafts=4), []
+    engine.speculation.candidates = lambda request: []
+    request = engine.request([1, 2, 3], Sampling(max_tokens=200, ignore_eos=True))
+    plain = Engine(hybrid(), TOKENIZER, max_tokens=300).generate([[1, 2, 3]], request.sampling)[0]
+    engine.submit(request)
+    while not request.finished:
+        most.append(len(request.berth.behind) if request.berth else 0)
+        engine.step()
+    assert max(most) == 64 and request.completion().tokens == plain.tokens
