@@ -20,7 +20,7 @@ from itertools import accumulate
 
 Cost = Callable[[int], float | None]  # seconds by tokens; None where that is not known
 
-GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths at which pay-off is known and drafts are cut
+GRID = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)  # lengths at which pay-off is known, and numbers of tokens tried
 GAIN = 1.03  # more than a plain step by so much, or it is not tried; so much more than the arm before, or it stays
 TAU = 6.0  # expected tokens above which the paper's rule verifies
 
@@ -97,7 +97,8 @@ def share_out(survivals: Sequence[Sequence[float]], cost: Cost, *, most: int = 1
 
         (B + sum of their survivals) / C(B + their number)
 
-    largest, of equal ones the smaller. None are tried where that is not `gain` times what plain steps give.
+    largest, of equal ones the smaller; it is one of GRID, as a pass of each size is prepared before it is fast. None are
+    tried where that is not `gain` times what plain steps give.
     """
     rows, known = len(survivals), cost(len(survivals))
     plain = Shares(tokens=(0,) * rows, rate=rows / known if known else 0.0)
@@ -106,7 +107,7 @@ def share_out(survivals: Sequence[Sequence[float]], cost: Cost, *, most: int = 1
     ranked, expected, best, chosen = list(in_order(survivals)), float(rows), gain * plain.rate, 0
     for slots, (survival, _) in enumerate(ranked[:most], 1):
         expected += survival
-        seconds = cost(rows + slots)
+        seconds = cost(rows + slots) if slots in GRID else None
         if seconds and expected / seconds > best:
             best, chosen = expected / seconds, slots
     if not chosen:

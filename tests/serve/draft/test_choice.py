@@ -78,7 +78,7 @@ def best_shares(survivals, cost, most):
     rows, found = len(survivals), []
     for tokens in itertools.product(*(range(len(row) + 1) for row in survivals)):
         seconds = cost(rows + sum(tokens))
-        if seconds is not None and sum(tokens) <= most:
+        if seconds is not None and sum(tokens) <= most and sum(tokens) in (0, *GRID):
             expected = rows + sum(sum(row[:size]) for row, size in zip(survivals, tokens, strict=True))
             found.append((Fraction(expected) / Fraction(seconds), -sum(tokens)))
     plain = next((one for one in found if not one[1]), None)
