@@ -11,6 +11,7 @@ from nautilus.eval.ruler import TASKS, Question, keys, question
 from nautilus.eval.suite import Cell, share
 from nautilus.runtime import Progress, Run, UserError, read_metrics
 from nautilus.serve import Completion, Engine, Sampling, opens_thinking, split_answer
+from nautilus.serve.asking import answered
 
 GRACE = 64  # tokens that reasoning may go on for after its budget, until its line ends
 SHOWN = 200  # characters of an answer that are kept
@@ -67,25 +68,12 @@ def extra(plan: Plan) -> int:
 
 
 def answers(engine: Engine, questions: Iterable[Question], plan: Plan) -> Iterator[tuple[Question, Completion]]:
-    """As they come. Twice as many as run together are there, so that one that ends is followed at once."""
-    running, waiting = {}, iter(questions)
-    try:
-        while True:
-            while len(running) < 2 * engine.rows and (one := next(waiting, None)) is not None:
-                # What one question of a document has read the next ones need not read.
-                marks = (len(one.tokens),) if one.example.begins else ()
-                request = engine.request(one.tokens, sampling(one, plan), marks=marks)
-                engine.submit(request)
-                running[request] = one
-            if not running:
-                return
-            engine.step()
-            for request in [each for each in running if each.finished]:
-                request.raise_error()
-                yield running.pop(request), request.completion()
-    finally:
-        for request in running:
-            engine.cancel(request)
+    """As they come."""
+    # What one question of a document has read the next ones need not read.
+    marks = lambda one: (len(one.tokens),) if one.example.begins else ()  # noqa: E731
+    asked = ((one, engine.request(one.tokens, sampling(one, plan), marks=marks(one))) for one in questions)
+    for one, request in answered(engine, asked):
+        yield one, request.completion()
 
 
 def sampling(one: Question, plan: Plan) -> Sampling:

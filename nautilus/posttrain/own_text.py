@@ -6,7 +6,7 @@ whatever ran beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
 from nautilus.data.pack import pack_best_fit
 from nautilus.runtime import Progress, UserError, read_metrics
-from nautilus.serve import Completion, Engine, Sampling
-from nautilus.serve.request import Request
+from nautilus.serve import Engine, Sampling
+from nautilus.serve.asking import answered
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,9 @@ def answers(path: Path, engine: Engine, prompts: Sequence[Sequence[int]], manner
     path.parent.mkdir(parents=True, exist_ok=True)
     tokens = sum(len(answer.tokens) for answer in known.values())
     with Progress(path, len(rows) + len(left), len(rows), shown=("tokens",), unit="answer") as progress:
-        for step, (index, done) in enumerate(answered(engine, left, manner), len(rows)):
+        asked = ((index, engine.request(prompt, manner.sampling(index))) for index, prompt in left.items())
+        for step, (index, request) in enumerate(answered(engine, asked), len(rows)):
+            done = request.completion()
             known[index] = Answer(prompt=done.prompt, tokens=done.tokens)
             tokens += len(done.tokens)
             row = {"step": step, "index": index, "prompt": [*done.prompt], "answer": [*done.tokens], "tokens": tokens}
@@ -64,27 +66,6 @@ def answer_of(row: Mapping, path: Path, prompts: Sequence[Sequence[int]]) -> Ans
     if not isinstance(tokens, list) or not tokens or not all(type(token) is int for token in tokens):
         raise UserError(f"{path} holds no tokens as answer {index}; remove that line, or restore the file")
     return Answer(prompt=tuple(prompts[index]), tokens=tuple(tokens))
-
-
-def answered(engine: Engine, prompts: Mapping[int, Sequence[int]], manner: Manner) -> Iterator[tuple[int, Completion]]:
-    """As they come. Twice as many as run together are there, so that one that ends is followed at once."""
-    running: dict[Request, int] = {}
-    waiting = iter(prompts.items())
-    try:
-        while True:
-            while len(running) < 2 * engine.rows and (one := next(waiting, None)) is not None:
-                request = engine.request(one[1], manner.sampling(one[0]))
-                engine.submit(request)
-                running[request] = one[0]
-            if not running:
-                return
-            engine.step()
-            for request in [each for each in running if each.finished]:
-                request.raise_error()
-                yield running.pop(request), request.completion()
-    finally:
-        for request in running:
-            engine.cancel(request)
 
 
 def rows_of(found: Sequence[Answer], *, length: int, pad: int) -> Batch:

@@ -15,6 +15,7 @@ from typing import Any
 from nautilus.config.keys import short
 from nautilus.data.readers import Decoder, files_at, is_jsonl, lines_of, parse_row
 from nautilus.runtime import Progress, UserError, read_metrics
+from nautilus.serve.asking import answered
 from nautilus.serve.engine import Engine
 from nautilus.serve.prompt import Prompt
 from nautilus.serve.request import Request
@@ -130,41 +131,35 @@ def record(engine: Engine, questions: Sequence[Asked], path: Path) -> list[Trace
     room is left out, and the file says so."""
     rows = read_metrics(path)
     known = {row["index"] for row in rows}
-    waiting = iter([(index, one) for index, one in enumerate(questions) if index not in known])
-    running: dict[Request, tuple[int, Asked]] = {}
     with Progress(path, len(questions), len(rows), shown=("tokens",), unit="answer") as progress:
-        try:
-            while waiting is not None or running:
-                while waiting is not None and len(running) < 2 * engine.rows:
-                    if (following := next(waiting, None)) is None:
-                        waiting = None
-                    elif request := submitted(engine, following[1]):
-                        running[request] = following
-                    else:
-                        rows.append({"step": len(rows), "index": following[0], "answer": []})
-                        progress(rows[-1])
-                engine.step()
-                for request in [one for one in running if one.finished]:
-                    rows.append({"step": len(rows), **row_of(request, *running.pop(request))})
-                    progress(rows[-1])
-        finally:
-            for request in running:
-                engine.cancel(request)
+
+        def keep(row: dict) -> None:
+            rows.append({"step": len(rows), **row})
+            progress(rows[-1])
+
+        def asked() -> Iterator[tuple[tuple[int, Asked], Request]]:
+            for index, one in enumerate(questions):
+                if index in known:
+                    continue
+                if request := request_of(engine, one):
+                    yield (index, one), request
+                else:
+                    keep({"index": index, "answer": []})
+
+        for (index, one), request in answered(engine, asked()):
+            keep(row_of(request, index, one))
     by_index = sorted((row for row in rows if row["answer"]), key=lambda row: row["index"])
     return [trace_of(row, f"{path} answer {row['index']}") for row in by_index]
 
 
-def submitted(engine: Engine, asked: Asked) -> Request | None:
+def request_of(engine: Engine, asked: Asked) -> Request | None:
     tokens = engine.tokens(asked.prompt)
     if not 0 < len(tokens) < engine.max_tokens - 1:
         return None
-    request = engine.request(tokens, asked.sampling, tenant=asked.tenant)
-    engine.submit(request)
-    return request
+    return engine.request(tokens, asked.sampling, tenant=asked.tenant)
 
 
 def row_of(request: Request, index: int, asked: Asked) -> dict:
-    request.raise_error()
     answer = request.tokens[request.prompt :]
     return {
         "index": index, "tokens": len(answer), "tenant": asked.tenant, "group": asked.group, "limit": request.limit,
