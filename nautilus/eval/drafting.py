@@ -25,6 +25,7 @@ ABOUT = (
     "Gains are of the same texts, their intervals drawn text by text. By depth: of the drafts whose predecessors were "
     "all right, the share that was right."
 )
+ENOUGH = 20  # drafts of a depth that are shown as a point of a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +143,11 @@ def draw_by_depth(figure, found: Drafting) -> None:
 
 
 def depth_lines(found: Drafting) -> Sequence[Line]:
+    """Without shares of a few drafts, which say nothing."""
     lines = []
     for name, texts, each in found.cells:
-        known = [(float(depth), value) for depth, value in enumerate(each.by_depth, 1) if not math.isnan(value)]
-        lines.append(Line(f"{name}, {texts}", [depth for depth, _ in known], [value for _, value in known]))
+        counted = zip(each.reached, each.by_depth, strict=False)
+        known = [(float(depth), value) for depth, (drafts, value) in enumerate(counted, 1) if drafts >= ENOUGH]
+        if known:
+            lines.append(Line(f"{name}, {texts}", [depth for depth, _ in known], [value for _, value in known]))
     return lines

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -55,11 +56,15 @@ class Acceptance:
         return middle_95(resampled(self.walks))
 
     @property
+    def reached(self) -> list[int]:
+        """How many visits had all drafts up to depth 0, 1, 2, … right."""
+        runs = np.concatenate([walk.accepted for walk in self.walks])
+        return [int((runs >= depth).sum()) for depth in range(self.drafts + 1)]
+
+    @property
     def by_depth(self) -> list[float]:
         """Of the drafts at depth 1, 2, … whose predecessors were all right, the share that was right; nan for none."""
-        runs = np.concatenate([walk.accepted for walk in self.walks])
-        reached = [(runs >= depth).sum() for depth in range(self.drafts + 1)]
-        return [float(now / before) if before else float("nan") for before, now in zip(reached, reached[1:])]  # noqa: B905
+        return [now / before if before else float("nan") for before, now in pairwise(self.reached)]
 
 
 def middle_95(values: np.ndarray) -> tuple[float, float]:

@@ -17,8 +17,8 @@ PROMPTS = [(101, 104, 107), (105, 106), (101, 104, 107), (110,), (113, 115, 101)
 MANNER = Manner(temperature=1, tokens=9, seed=4)
 
 
-def engine(**limits):
-    return Engine(MODEL, TOKENIZER, **{"max_tokens": 32, "rows": 2} | limits)
+def engine(rows=2):
+    return Engine(MODEL, TOKENIZER, max_tokens=32, rows=rows)
 
 
 def test_answers_come_in_the_order_of_the_prompts_whatever_runs_beside_them(tmp_path):
