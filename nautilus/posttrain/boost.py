@@ -10,7 +10,7 @@ Boosting of a multi-token-prediction block (report of Nemotron 3 Ultra): T = 2, 
 with is drawn from the outputs of all steps before it, so that the block learns from its own outputs at several depths.
 How these are lined up is ours: by token, so step j of the chain that began k-1-j tokens later gives the feature of the
 same token. By index, an output for an earlier token beside the embedding of a later one, a toy came to accept fewer
-drafts at both temperatures.
+greedy drafts.
 
 A draft head in the manner of EAGLE-3 (arXiv 2503.01840): T = 1, K = 7, c_k = 0.8^(k-1), each step is fed with the one
 before it; both distributions are over the words of the head alone.

@@ -12,8 +12,9 @@ Key = TypeVar("Key")
 
 
 def answered(engine: Engine, questions: Iterable[tuple[Key, Request]]) -> Iterator[tuple[Key, Request]]:
-    """Each when it has ended; what it ended with is raised if that was an error. Twice as many as run together are there,
-    so that one that ends is followed at once; questions are taken only then. What is left at the end is cancelled."""
+    """Each when it has ended; what it ended with is raised if that was an error. Twice as many as run together are
+    there, so that one that ends is followed at once; questions are taken only then. What is left at the end is
+    cancelled."""
     running: dict[Request, Key] = {}
     waiting = iter(questions)
     try:

@@ -97,8 +97,8 @@ def share_out(survivals: Sequence[Sequence[float]], cost: Cost, *, most: int = 1
 
         (B + sum of their survivals) / C(B + their number)
 
-    largest, of equal ones the smaller; it is one of GRID, as a pass of each size is prepared before it is fast. None are
-    tried where that is not `gain` times what plain steps give.
+    largest, of equal ones the smaller; it is one of GRID, as a pass of each size is prepared before it is fast. None
+    are tried where that is not `gain` times what plain steps give.
     """
     rows, known = len(survivals), cost(len(survivals))
     plain = Shares(tokens=(0,) * rows, rate=rows / known if known else 0.0)

@@ -272,7 +272,8 @@ class Speculation:
             return
         for _ in range(min(64, len(request.tokens) - known.at - accepted - 1)):
             known.history.add("plain", 0, 0)
-        known.history.add(proposal.source, tried, accepted, trimmed=proposal.whole > tried)
+        if proposal.source != "grammar":  # of which a history has no use: it is certain
+            known.history.add(proposal.source, tried, accepted, trimmed=proposal.whole > tried)
         known.at, known.arm, known.pause, known.wait = len(request.tokens), proposal.source, 0, 0
         if proposal.copied is not None:
             known.trust.add(proposal.copied.draft.match, tried, accepted)
