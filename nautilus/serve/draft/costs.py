@@ -7,15 +7,19 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
-LATELY = 0.05  # weight of a new timing in the average of those before
+PACE, OWN = 0.05, 0.02  # weight of a new timing for all sizes, and for its own
 
 
 class Costs:
     """Seconds of a pass by its tokens, as last measured: never less for more tokens, between two sizes that are known
-    on the line between them, and beyond the largest on the line through the last two."""
+    on the line between them, and beyond the largest on the line through the last two.
+
+    pace: how much longer than measured passes take lately, of whatever size: a machine that others use is slow at all
+    of them, and those that were not tried for a while must not look cheap for it."""
 
     def __init__(self):
         self.seconds: dict[int, float] = {}
+        self.pace = 1.0
         self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, until a timing is added
 
     def measure(self, sizes: Sequence[int], run: Callable[[int], object], repeats: int = 3) -> None:
@@ -31,12 +35,21 @@ class Costs:
 
     def add(self, size: int, seconds: float) -> None:
         before = self.seconds.get(size)
-        # One timing in a while is of a machine that did something else.
-        self.seconds[size] = seconds if before is None else before + LATELY * (min(seconds, 2 * before) - before)
+        if before is None:
+            self.seconds[size] = seconds / self.pace
+        else:
+            # One timing in a while is of a machine that did something else.
+            more = min(seconds / (self.pace * before), 2.0) - 1
+            self.pace *= 1 + PACE * more
+            self.seconds[size] *= 1 + OWN * more
         self.line = None
 
     def of(self, size: int) -> float | None:
         """None below the smallest that is known, and where that is not two."""
+        found = self.measured(size)
+        return None if found is None else self.pace * found
+
+    def measured(self, size: int) -> float | None:
         if self.line is None:
             self.line = rising(self.seconds)
         sizes, seconds = self.line

@@ -262,9 +262,14 @@ def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
     costs.seconds, costs.line = {1: 1.0, 3: 2.0}, None
     assert costs.of(2) == 1.5 and costs.of(0) is None and costs.of(5) == 3.0
     costs.add(1, 100.0)
-    assert costs.of(1) == pytest.approx(1.05), "one odd timing moves it little"
-    costs.add(2, 1.01)
-    assert costs.of(2) == pytest.approx(1.05), "more tokens are never less work"
+    assert costs.of(1) == pytest.approx(1.05 * 1.02), "one odd timing moves it little"
+    assert costs.of(3) == pytest.approx(1.05 * 2.0), "but all sizes alike"
+    for _ in range(100):
+        costs.add(1, 4.0)
+        costs.add(3, 8.0)
+    assert costs.of(1) == pytest.approx(4.0, rel=0.05) and costs.of(3) == pytest.approx(8.0, rel=0.05)
+    costs.add(2, 0.1)
+    assert costs.of(2) == costs.of(1), "more tokens are never less work"
 
 
 def test_costs_are_measured_before_the_first_request_and_drafts_of_bad_sizes_refused():
