@@ -18,7 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from nautilus.eval.suite import Cell, Z
+from nautilus.eval.suite import Cell, Z, wilson
 from nautilus.runtime import UserError, installing
 from nautilus.serve import Engine
 
@@ -138,7 +138,8 @@ def reasoning(asked: Asked) -> dict[str, Any]:
 
 
 def cells_of(found: Mapping[str, Any]) -> list[Cell]:
-    """One for every metric of every task, with 1.96 standard errors to either side where there is one."""
+    """One for every metric of every task, with Wilson's interval for shares of what was right, and 1.96 standard errors
+    to either side of what else has one."""
     cells = []
     for task, metrics in found["results"].items():
         count = found.get("n-samples", {}).get(task, {}).get("effective", 0)
@@ -148,9 +149,11 @@ def cells_of(found: Mapping[str, Any]) -> list[Cell]:
                 continue
             error = metrics.get(f"{metric}_stderr,{kind}")
             half = Z * error if isinstance(error, int | float) else float("nan")
+            low, high = wilson(value, count) if metric in SHARES and 0 <= value <= 1 else (value - half, value + half)
             column = metric if kind in ("", "none") else f"{metric} ({kind})"
-            cells.append(Cell(task=task, column=column, count=count, score=value, low=value - half, high=value + half))
+            cells.append(Cell(task=task, column=column, count=count, score=value, low=low, high=high))
     return cells
 
 
+SHARES = ("acc", "acc_norm", "exact_match", "pass@1", "prompt_level_strict_acc", "prompt_level_loose_acc")
 OTHER = ("alias", "sample_len", "sample_count", "name")  # entries of a task that are no metrics

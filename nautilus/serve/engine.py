@@ -19,7 +19,7 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.state_format import StateFormat
 from nautilus.runtime import UserError
-from nautilus.serve.draft.policy import PLAIN, Proposal
+from nautilus.serve.draft.proposal import PLAIN, Proposal
 from nautilus.serve.draft.settings import Drafts
 from nautilus.serve.forward import Forward
 from nautilus.serve.limits import checked_limits, checked_weights, engine_failed

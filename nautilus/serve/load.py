@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
-from nautilus.serve.draft.policy import Counts
+from nautilus.serve.draft.proposal import Counts
 from nautilus.serve.engine import Engine
 
 

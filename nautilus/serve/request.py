@@ -23,7 +23,7 @@ class Piece:
     more), "length", "cancelled" or "error". `top` has the most probable tokens and their log-probs, where asked for.
     A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text. `prompt`
     has the log-probs of the prompt's tokens, on the first piece of an answer to which they were asked for. `source`:
-    "plain", or which kind of draft had foretold the token, as `nautilus.serve.draft.policy.SOURCES` names them.
+    "plain", or which kind of draft had foretold the token, as `nautilus.serve.draft.proposal.SOURCES` names them.
     """
 
     text: str

@@ -3,7 +3,7 @@ import pickle
 import torch
 
 from nautilus.serve import Sampling
-from nautilus.serve.draft.policy import Counts
+from nautilus.serve.draft.proposal import Counts
 from nautilus.serve.load import Load, arms_of, together
 from tests.serve.draft.test_policy import MODELS, engine_of, prompts_of
 

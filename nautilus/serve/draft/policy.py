@@ -21,65 +21,26 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from nautilus.serve.draft.chain import Chain, Foretold
-from nautilus.serve.draft.choice import Offer, choose, share_out
+from nautilus.serve.draft.chain import Chain
+from nautilus.serve.draft.choice import choose, share_out
 from nautilus.serve.draft.copies import Copied, Copies
 from nautilus.serve.draft.costs import Costs
 from nautilus.serve.draft.features import Situation, Spelling, features_of
 from nautilus.serve.draft.history import Depths, History
 from nautilus.serve.draft.predictor import Predictor
+from nautilus.serve.draft.proposal import DEEPEST, SOURCES, Candidate, Counts, Proposal
 from nautilus.serve.draft.trust import Belief, MatchTrust
 from nautilus.serve.forward import Forward
 from nautilus.serve.request import Request
 
 log = logging.getLogger("nautilus.serve")
-SOURCES = ("plain", "cache", "mtp", "eagle", "grammar")  # of tokens
 SIZES = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33)  # tokens of passes that are measured
 LOSS = 0.01  # of the time of plain steps that may be lost with looking for what is not there
 PATIENCE = 64  # tokens after which a request that had no use for drafts is looked at again at the latest
 CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
-DEEPEST = 8  # tokens of a chain at most
 FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
 BEHIND = 64  # tokens that a block is not told of before it has to catch up
 PROBE = 256  # tokens after which a block that has not been asked for so long drafts one
-
-
-@dataclass
-class Counts:
-    """Passes with a draft, tokens of them, and how many came true."""
-
-    drafts: int = 0
-    drafted: int = 0
-    accepted: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Proposal:
-    """Tokens to try. copied, foretold: where they come from; whole: tokens that the draft had before it was cut."""
-
-    source: str
-    tokens: tuple[int, ...]
-    whole: int
-    copied: Copied | None = None
-    foretold: Foretold | None = None
-
-
-PLAIN = Proposal(source="plain", tokens=(), whole=0)
-
-
-@dataclass(kw_only=True)
-class Candidate:
-    """What a source offers for the next tokens of a request; tokens are not there yet where a block drafts them."""
-
-    source: str
-    survival: Sequence[float]
-    tokens: tuple[int, ...] = ()
-    copied: Copied | None = None
-
-    def offer(self, drafting: Costs) -> Offer:
-        if self.tokens:
-            return Offer(arm=self.source, survival=self.survival)
-        return Offer(arm=self.source, survival=self.survival, lengths=range(1, DEEPEST + 1), seconds=drafting.of)
 
 
 @dataclass(kw_only=True)
@@ -236,18 +197,8 @@ class Speculation:
         if self.chain is None or not asked:
             return {}
         begin, rows = time.perf_counter(), len(asked)
-
-        def goes_on(request: Request, probs: Sequence[float]) -> bool:
-            """One more token is worth the time that it takes."""
-            size, survival = len(probs), self.belief.survival((*probs, sum(probs) / len(probs)))[-1]
-            passes, blocks = (
-                (costs.of(at + 1) or math.inf) - (costs.of(at) or 0.0)
-                for costs, at in ((self.costs, rows + size), (self.drafting, size))
-            )
-            return survival * each > passes + blocks / rows
-
         try:
-            found = self.chain.draft(asked, goes_on)
+            found = self.chain.draft(asked, lambda _, probs: self.goes_on(probs, rows, each))
         except Exception as bad:
             self.give_up(bad)
             return {}
@@ -262,6 +213,15 @@ class Speculation:
             )
             for request, one in found.items()
         }  # fmt: skip
+
+    def goes_on(self, probs: Sequence[float], rows: int, each: float) -> bool:
+        """One more token of a chain is worth the time that it takes."""
+        size, survival = len(probs), self.belief.survival((*probs, sum(probs) / len(probs)))[-1]
+        passes, blocks = (
+            (costs.of(at + 1) or math.inf) - (costs.of(at) or 0.0)
+            for costs, at in ((self.costs, rows + size), (self.drafting, size))
+        )
+        return survival * each > passes + blocks / rows
 
     # ----- what became of it ------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import pytest
 
 from nautilus.data.chat import chat_tokens, render
 from nautilus.runtime import UserError
-from nautilus.serve.draft.policy import Counts
+from nautilus.serve.draft.proposal import Counts
 
 HI = {"messages": [{"role": "user", "content": "Hi"}]}
 CHAT = "/v1/chat/completions"

@@ -12,7 +12,8 @@ from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.draft.copies import Copied
 from nautilus.serve.draft.costs import Costs
-from nautilus.serve.draft.policy import PATIENCE, Candidate, Counts
+from nautilus.serve.draft.policy import PATIENCE
+from nautilus.serve.draft.proposal import Candidate, Counts
 from nautilus.serve.draft.suffix import Draft
 from nautilus.serve.rules import Rule
 from tests.serve.reliability.parts import hybrid

@@ -6,7 +6,7 @@ import pytest
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.runtime import UserError
-from nautilus.serve.draft.policy import Counts
+from nautilus.serve.draft.proposal import Counts
 from nautilus.serve.grammar import compile_grammar
 from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
