@@ -144,7 +144,7 @@ def test_tokens_differ_from_step_to_step_and_a_seed_repeats_them():
 def test_steps_are_replayed_while_the_clock_runs(monkeypatch):
     meter = meter_of()
     with meter.ready(ONE) as ready:
-        assert ready.step.tape is not None
+        assert ready.step.recorded.tape is not None
         monkeypatch.setattr(ready.step, "compute", lambda: pytest.fail("a step was computed"))
         assert ready.turn().share > 0
 
@@ -185,8 +185,8 @@ def test_work_has_a_name():
 @pytest.mark.parametrize("format", ["bf16", "nvfp4"])
 def test_every_native_call_of_a_step_belongs_to_a_part_and_every_byte_too(format):
     with meter_of(format=format).ready(ONE) as ready:
-        before, parts = ready.step.tape, {part.part: part for part in where(ready)}
-        tape, turn = ready.step.tape, ready.turn()
+        before, parts = ready.step.recorded.tape, {part.part: part for part in where(ready)}
+        tape, turn = ready.step.recorded.tape, ready.turn()
         assert tape is not None and tape is not before and not isinstance(tape, Timed) and turn.share > 0
         assert sum(part.calls for part in parts.values()) == len(tape.names)
         assert sum(part.bytes for part in parts.values()) == ready.bytes

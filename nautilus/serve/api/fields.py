@@ -184,7 +184,8 @@ def sampling_of(asked: Asked, defaults: Sampling, tokenizer: Tokenizer, *, longe
 
 
 def biases(asked: Mapping[str, float], tokenizer: Tokenizer) -> dict[int, float]:
-    if strange := next((key for key in asked if not (key.isascii() and key.isdigit() and len(key) < 10)), None):
+    strange = next((key for key in asked if not (key.isascii() and key.isdigit() and len(key) < 10)), None)
+    if strange is not None:
         raise ApiError(400, f"logit_bias has the key {strange[:40]!r}; keys are token ids", param="logit_bias")
     known_tokens([int(key) for key in asked], tokenizer, "logit_bias")
     return {int(key): value for key, value in asked.items()}

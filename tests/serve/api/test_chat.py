@@ -289,6 +289,7 @@ def test_unknown_fields_are_left_out_with_a_message(api, caplog):
         ({"messages": [{"role": "friend", "content": "Hi"}]}, "messages.0.role", "system"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content", "valid string"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "token ids"),
+        ({"logit_bias": {"": 0}}, "logit_bias", "token ids"),
         ({"logit_bias": {"99999": 1}}, "logit_bias", "99999"),
         ({"logit_bias": {"5": 1000}}, "logit_bias", "100"),
         ({"stop_token_ids": [-1]}, "stop_token_ids", "-1"),
