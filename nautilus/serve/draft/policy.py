@@ -283,7 +283,8 @@ class Speculation:
         berths = self.forward.berths
         sizes = [size for size in SIZES if size <= 1 + self.most]
         berth = berths.take(sizes[-1] + DEEPEST)
-        if berth is None:
+        if berth is None:  # of requests so short that nothing is lost
+            log.warning("an engine of so few tokens has no room to time what drafts cost; none are made")
             return
         draw, vocab = random.Random(0), self.forward.model.config.vocab
 
