@@ -147,7 +147,8 @@ def slice_of(config: Config, layers: list[Layer]) -> Config:
 
 
 def timed(config: Config, asked: argparse.Namespace, contexts: list[int]) -> dict[tuple[int, int], float]:
-    """Seconds of a step by users and context."""
+    """Seconds of a step by users and context, at the bandwidth that all slices are told at: a slice is measured minutes
+    after another one, and memory here is now and then faster or slower by half."""
     from nautilus.eval.random_model import random_model
     from nautilus.eval.speed import Meter, Work
 
@@ -156,8 +157,11 @@ def timed(config: Config, asked: argparse.Namespace, contexts: list[int]) -> dic
     found = {}
     for work in works:
         with meter.ready(work, filled=True) as ready:
-            turns = [ready.turn().tokens_per_s for _ in range(asked.repeats)]
-        found[work.sequences, work.prompt] = work.sequences / statistics.median(turns)
+            turns = [ready.turn() for _ in range(asked.repeats)]
+        if asked.bandwidth is None:
+            asked.bandwidth = statistics.median(turn.bandwidth or 1.0 for turn in turns)
+        seconds = [(turn.bandwidth or 1.0) / asked.bandwidth / turn.tokens_per_s for turn in turns]
+        found[work.sequences, work.prompt] = work.sequences * statistics.median(seconds)
     del meter, ready
     gc.collect()  # a model and its engine know each other: they stay until somebody looks, and several are too many
     return found
@@ -213,6 +217,7 @@ def main() -> None:
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--shrink", action="store_true", help="toy twins, to try this program")
     parser.add_argument("--record", type=Path)
+    parser.set_defaults(bandwidth=None)  # bytes a second, of the first slice
     asked = parser.parse_args()
     names = {name: None for pair in PAIRS if pair.hybrid in asked.pairs for name in (pair.hybrid, pair.peer)}
     measured = {name: measure(name, asked) for name in names if name not in NO_CONFIG}

@@ -32,6 +32,7 @@ TRIED = {
     "hvd": "{model} prompts={text} answer=24 drafts=4 max_tokens=160 out={out}",
     "boost": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2",
     "eagle": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2 words=90",
+    "speculate": "{model} prompts={text} answer=24 drafts=4 max_tokens=160 each=2 repeats=1 out={out}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
 }

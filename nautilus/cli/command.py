@@ -41,6 +41,7 @@ COMMANDS = {
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
     "hvd train": Command("nautilus.recipes.hvd", "learn here which copied drafts are worth trying for a model"),
+    "speculate": Command("nautilus.recipes.speculate", "what every way to draft brings a model, side by side"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),
     "doctor": Command("nautilus.cli.doctor", "what this machine has, how fast it is, what is missing"),
     "publish": Command("nautilus.cli.publish", "send a model folder to the hub"),

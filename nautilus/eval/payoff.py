@@ -15,6 +15,7 @@ from nautilus.eval.page import chart, grid, page, paragraph, section, table, tex
 from nautilus.eval.report import environment
 from nautilus.posttrain.judged import HIGH, Quality
 from nautilus.posttrain.policies import Outcome, Prices
+from nautilus.posttrain.replay import LOOKED_UP
 from nautilus.runtime import Run, write_atomic
 from nautilus.runtime.progress import finite
 
@@ -53,7 +54,7 @@ class PayOff:
 def row_of(one: Outcome, plain: float, oracle: float) -> list[str]:
     cycles, tokens = one.cycles.total(), one.tokens.total()
     drafts = cycles - one.cycles["plain"]
-    copied = "cache" if one.cycles["cache"] else "lookup"
+    copied = next((arm for arm in ("cache", *LOOKED_UP) if one.cycles[arm]), "cache")
     return [
         one.name, f"{one.rate:,.1f}", f"{one.rate / plain:.3f}", f"{one.rate / oracle:.3f}",
         f"{1000 * cycles / tokens:.0f}", f"{one.accepted.total() / drafts:.2f}" if drafts else "–",

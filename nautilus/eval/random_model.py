@@ -24,9 +24,10 @@ WIDE = {"bf16": torch.bfloat16, "f32": torch.float32}
 SAMPLE = 16  # rows that are drawn; the others of a matrix repeat them
 
 
-def random_model(config: Config, format: str, seed: int = 0) -> Language:
+def random_model(config: Config, format: str, seed: int = 0, *, mtp: bool = False) -> Language:
     """In bf16 or f32; or in bf16 but for experts and linear matrices, which are in a format of few bits. The block of
-    multi-token prediction, which takes no part in a step, is left out. ValueError for what is no format."""
+    multi-token prediction, which takes no part in a step, is there with `mtp`. ValueError for what is no format."""
+    config = config if mtp else dataclasses.replace(config, mtp=())
     model, draw = outline(config, format), torch.Generator().manual_seed(seed)
     std = config.std
     for module in model.modules() if format in FORMATS else ():
@@ -50,7 +51,7 @@ def outline(config: Config, format: str) -> Language:
     """The model without memory."""
     if format not in WIDE and format not in FORMATS:
         raise UserError(f"random weights in {format!r} were asked for; choose one of {', '.join((*WIDE, *FORMATS))}")
-    return Language(dataclasses.replace(config, mtp=()), dtype=WIDE.get(format, torch.bfloat16), device="meta")
+    return Language(config, dtype=WIDE.get(format, torch.bfloat16), device="meta")
 
 
 def random_packed(shape: Sequence[int], format: str, std: float, draw: torch.Generator) -> Packed:

@@ -84,13 +84,14 @@ class Answered:
         number = lambda value: math.nan if value is None else value
         told = {name: row[name] for name in cls.__dataclass_fields__}
         told |= {name: number(told[name]) for name in ("copied", "coded")}
-        told["cycles"] = [Cycle(*each) for each in told["cycles"]]
+        told["cycles"] = [Cycle(*each) for *each, count in told["cycles"] for _ in range(count)]
         told["drafts"] = [Draft(number(first), *others) for first, *others in told["drafts"]]
         return cls(**told)
 
     def row(self) -> dict[str, Any]:
-        """As values that JSON has."""
-        return {name: finite(getattr(self, name)) for name in self.__dataclass_fields__}
+        """As values that JSON has; of equal cycles their number."""
+        counted = [(*cycle, count) for cycle, count in Counter(self.cycles).items()]
+        return {name: finite(getattr(self, name)) for name in self.__dataclass_fields__} | {"cycles": finite(counted)}
 
     @property
     def key(self) -> tuple[str, str]:
@@ -261,9 +262,10 @@ def shares(counts: Mapping[str, float]) -> dict[str, float]:
     return {name: count / sum(counts.values()) for name, count in counts.items()}
 
 
-def speed_up(answers: Sequence[Answered], arm: str) -> Interval:
-    mine = [one for one in answers if one.arm == arm and one.same]
-    return bootstrap(ratios(mine, [one for one in answers if one.arm == PLAIN]))
+def speed_up(answers: Sequence[Answered], arm: str, other: str = PLAIN) -> Interval:
+    """Of an arm beside another one."""
+    mine, others = ([one for one in answers if one.arm == name and one.same is not False] for name in (arm, other))
+    return bootstrap(ratios([one for one in mine if one.same], others))
 
 
 def ratios(mine: Iterable[Answered], others: Iterable[Answered]) -> list[float]:

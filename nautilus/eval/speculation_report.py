@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -23,12 +24,14 @@ from nautilus.eval.figures import picture
 from nautilus.eval.page import chart, grid, page, paragraph, section, table, text
 from nautilus.eval.report import environment
 from nautilus.eval.speculation import (
+    ALL,
     PLAIN,
     PUBLISHED,
     WIDTHS,
     Answered,
     Band,
     Draft,
+    Interval,
     Numbers,
     Payoff,
     arms_of,
@@ -37,6 +40,7 @@ from nautilus.eval.speculation import (
     medians,
     numbers,
     payoff,
+    speed_up,
 )
 from nautilus.eval.speculation_charts import draw_bands, draw_concentration, draw_matrix
 from nautilus.runtime import Run, write_atomic
@@ -48,13 +52,14 @@ HEAD = "arm", "tokens/s", "speed-up", "reading", "cycles / 1,000", "accepted", "
 
 @dataclass(frozen=True, kw_only=True)
 class Speculated:
-    """`answers` are without repeats; see `gather`."""
+    """`answers` are without repeats; see `gather`. pairs: arms that are told beside each other."""
 
     title: str
     about: str
     command: str
     answers: Sequence[Answered]
     numbers: Sequence[Numbers]
+    pairs: Sequence[tuple[str, str]] = ()
     facts: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -76,9 +81,14 @@ class Speculated:
         return {arm: drafts for arm, drafts in found.items() if drafts}
 
 
-def gather(answers: Iterable[Answered], *, title: str, about: str, command: str, **facts: str) -> Speculated:
+def gather(
+    answers: Iterable[Answered], *, title: str, about: str, command: str, pairs: Sequence[tuple[str, str]] = (),
+    facts: Mapping[str, str] = MappingProxyType({}),
+) -> Speculated:  # fmt: skip
     kept = medians(answers)
-    return Speculated(title=title, about=about, command=command, answers=kept, numbers=numbers(kept), facts=facts)
+    return Speculated(
+        title=title, about=about, command=command, answers=kept, numbers=numbers(kept), pairs=pairs, facts=facts
+    )
 
 
 def row_of(each: Numbers) -> list[str]:
@@ -110,14 +120,32 @@ def by_family(found: Speculated, target: str) -> tuple[list[str], list[list[str]
     return ["arm", *families], [[arm, *row] for arm, row in zip(arms, rows, strict=True)]
 
 
+def ratios(found: Speculated, target: str) -> dict[tuple[str, str], dict[str, Interval]]:
+    """How much faster the first of each pair is than the second, by family."""
+    mine = found.of(target)
+    families = [*dict.fromkeys(each.family for each in found.numbers if each.target == target)]
+    there = {family: [one for one in mine if family in (one.family, ALL)] for family in families}
+    return {pair: {family: speed_up(some, *pair) for family, some in there.items()} for pair in found.pairs}
+
+
+def beside(found: Speculated, target: str) -> tuple[list[str], list[list[str]]]:
+    told = ratios(found, target)
+    families = [*dict.fromkeys(family for by_family in told.values() for family in by_family)]
+    return ["", *families], [[f"{arm} / {other}", *map(str, each.values())] for (arm, other), each in told.items()]
+
+
 def summary(found: Speculated) -> Iterator[Table]:
-    """For every target its arms over all prompts, and their speed-ups by family."""
+    """For every target its arms over all prompts, their speed-ups by family, and those beside other arms."""
     for target in found.targets:
         for title, (head, rows) in {
             f"{target}: all prompts": (HEAD, [*map(row_of, found.overall(target))]),
             f"{target}: speed-up by family": by_family(found, target),
+            f"{target}: rate by that of another": beside(found, target),
         }.items():
-            shown = Table(*head, title=title, caption="ratios to plain, paired by prompt (95 % interval)")
+            if not rows:
+                continue
+            shown = Table(*head, title=title, caption="ratios, paired by prompt (95 % interval)")
+            shown.columns[0].no_wrap = True
             for row in rows:
                 shown.add_row(*row)
             yield shown
@@ -141,8 +169,12 @@ def write(run: Run, found: Speculated) -> None:
 def plain(found: Speculated) -> dict[str, Any]:
     """Everything that the report says, as values that JSON has."""
     rows = [asdict(each) | {"speed_up": each.speed_up._asdict()} for each in found.numbers]
-    drafts, structure = [], []
+    drafts, structure, pairs = [], [], []
     for target in found.targets:
+        for (arm, other), by in ratios(found, target).items():
+            pairs += [
+                {"target": target, "arm": arm, "other": other, "family": f, **each._asdict()} for f, each in by.items()
+            ]
         for arm, mine in found.drafts(target).items():
             counted = {"all": foretold(mine)._asdict(), "ran": foretold([d for d in mine if d.ran])._asdict()}
             pays = payoff(mine)
@@ -153,7 +185,7 @@ def plain(found: Speculated) -> dict[str, Any]:
                 told = each._asdict() | {"speed_up": each.speed_up._asdict()}
                 structure.append({"target": target, "arm": arm, "measure": measure} | told)
     facts = {"title": found.title, "command": found.command, "facts": dict(found.facts)}
-    return facts | {"rows": rows, "drafts": drafts, "structure": structure, "published": PUBLISHED}
+    return facts | {"rows": rows, "pairs": pairs, "drafts": drafts, "structure": structure, "published": PUBLISHED}
 
 
 def spreadsheet(rows: Sequence[Numbers]) -> str:
@@ -208,6 +240,9 @@ def speed_part(found: Speculated) -> Iterator[str]:
     yield grid(*shown)
     for target in found.targets:
         yield f"<h3>{text(target)}</h3>" + table(HEAD, [*map(row_of, found.overall(target))], kind="words")
+        if found.pairs:
+            yield paragraph("The rate of one arm by that of another, in the same way.")
+            yield table(*beside(found, target), kind="words")
 
 
 def work_part(found: Speculated) -> Iterator[str]:

@@ -89,3 +89,10 @@ def mtp_drafter(model: Language) -> Drafter:
             "head of its own with nautilus eagle"
         )
     return Drafter(model, model.mtp)
+
+
+def drafter_of(model: Language, head: Eagle | None) -> Drafter | None:
+    """With a head, or else with the model's own block, where it has one."""
+    if head is not None:
+        return Drafter(model, head)
+    return mtp_drafter(model) if model.config.mtp else None

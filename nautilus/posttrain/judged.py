@@ -13,6 +13,7 @@ from nautilus.posttrain.policies import (
     Outcome,
     by_oracle,
     by_paper,
+    by_precedence,
     by_rate,
     by_score,
     model_only,
@@ -98,7 +99,8 @@ def outcomes(material: Material, survival: Predictor, paper: Predictor) -> list[
     """How fast the requests that are reported on come under each policy; the last knows what comes true."""
     depth, prices, of = material.depth, material.prices, material.parts.test
     where = {"most": material.most, "of": of}
-    drafts = {"prompt look-up": prompt_lookup, "all copied drafts": suffix_only, "by score": by_score(depth=depth)}
+    drafts = {"prompt look-up": prompt_lookup, "all copied drafts": suffix_only}
+    drafts |= {"fixed precedence": by_precedence(depth), "by score": by_score(depth=depth)}
     ours = {"paper": by_paper(paper, depth), "by rate": by_rate(survival, prices, depth)}
     models = {f"model, {depth} tokens": model_only(depth)} if depth else {}
     found = [

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 
 from nautilus.posttrain.replay import MODEL, Moment, Policy, replay
 from nautilus.posttrain.traces import Trace
-from nautilus.serve.draft.choice import TAU, Choice, Offer, choose, whole_or_not
+from nautilus.serve.draft.choice import PLAIN, TAU, Choice, Offer, choose, whole_or_not
 from nautilus.serve.draft.costs import Costs
 from nautilus.serve.draft.features import Spelling
 from nautilus.serve.draft.predictor import Predictor
 
-PLAIN = Choice()
 SCORE = 3.0  # from which on a draft is tried without a predictor
 
 
@@ -86,8 +85,19 @@ def plain(moment: Moment) -> Choice:
 
 def prompt_lookup(moment: Moment) -> Choice:
     """What stood after the last three tokens before, in this request."""
-    tokens = len(moment.looked_up())
+    tokens = len(moment.looked_up("lookup"))
     return Choice(arm="lookup", tokens=tokens) if tokens else PLAIN
+
+
+def by_precedence(depth: int = 0) -> Policy:
+    """What stood after the last twelve tokens before, else the model: llama.cpp asks the kinds of drafts that need no
+    model first, with these sizes."""
+
+    def choice(moment: Moment) -> Choice:
+        tokens = len(moment.looked_up("ngram"))
+        return Choice(arm="ngram", tokens=tokens) if tokens else otherwise(moment, depth)
+
+    return choice
 
 
 def suffix_only(moment: Moment) -> Choice:
@@ -154,14 +164,23 @@ def by_oracle(
 ) -> Policy:  # fmt: skip
     """Knows what will come true, and takes the way through each answer that needs least time: no choice among the same
     drafts is faster. What it does not copy it does not look for."""
-    plans: dict[int, list[Choice]] = {}
+    known = plans(traces, prices, spelling, most=most, of=of, depth=depth)
+    return lambda moment: known[moment.number][moment.at - 1]
+
+
+def plans(
+    traces: Sequence[Trace], prices: Prices, spelling: Spelling, *, most: int, of: Container[int] | None = None,
+    depth: int = 0,
+) -> dict[int, list[Choice]]:  # fmt: skip
+    """By the number of a trace: the best choice at each place of its answer after the first."""
+    found: dict[int, list[Choice]] = {}
     moments: list[Moment] = []
     for moment, _ in replay(traces, plain, spelling, most=most, of=of):
         moments.append(moment)
         if moment.at == len(moment.trace.answer) - 1:
-            plans[moment.number] = shortest(moments, prices, depth)
+            found[moment.number] = shortest(moments, prices, depth)
             moments = []
-    return lambda moment: plans[moment.number][moment.at - 1]
+    return found
 
 
 def shortest(moments: Sequence[Moment], prices: Prices, depth: int) -> list[Choice]:

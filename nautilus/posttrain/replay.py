@@ -21,7 +21,7 @@ from nautilus.serve.draft.history import Depths, History
 from nautilus.serve.draft.suffix import SuffixCache
 
 MODEL = "mtp"  # the arm whose drafts come from a model
-LOOKED_UP, WORD = 10, 3  # tokens that prompt look-up copies, and that must be the same before them
+LOOKED_UP = {"lookup": (3, 10), "ngram": (12, 48)}  # tokens that must be the same, and that are copied then
 DEEPEST = 8  # of a model's drafts
 
 
@@ -52,18 +52,13 @@ class Moment:
         assert self.copied
         return features_of(self.copied, self.situation, self.history)
 
-    def looked_up(self) -> Sequence[int]:
-        """The draft of prompt look-up: what came after the latest place of the last three tokens in this request."""
-        tokens = self.own.tokens
-        for place in self.own.rows[-1].places(tokens):
-            if place < len(tokens) - 1 and tokens[place + 1 - WORD : place + 1] == tokens[-WORD:]:
-                return tokens[place + 1 : place + 1 + min(LOOKED_UP, self.room)]
-        return ()
+    def looked_up(self, arm: str) -> Sequence[int]:
+        return looked_up(self.own, self.room, *LOOKED_UP[arm])
 
     def accepted(self, choice: Choice) -> int:
         """How many of the chosen draft tokens come true."""
-        if choice.arm == "lookup":
-            return common(self.looked_up()[: choice.tokens], self.trace.answer, self.at)
+        if choice.arm in LOOKED_UP:
+            return common(self.looked_up(choice.arm)[: choice.tokens], self.trace.answer, self.at)
         return min(choice.tokens, {"cache": self.true, MODEL: self.depth}.get(choice.arm, 0))
 
 
@@ -136,6 +131,15 @@ class Replayed:
         self.tokens += following
         self.situation.read(following)
         self.at = at
+
+
+def looked_up(own: SuffixCache, room: int, word: int = 3, most: int = 10) -> Sequence[int]:
+    """The draft of prompt look-up: what came after the latest place of the last `word` tokens in a request's text."""
+    tokens, rows = own.tokens, next(rows for rows in own.rows if rows.width <= word)
+    for place in rows.places(tokens):
+        if place < len(tokens) - 1 and tokens[max(0, place + 1 - word) : place + 1] == tokens[-word:]:
+            return tokens[place + 1 : place + 1 + min(most, room)]
+    return ()
 
 
 def common(draft: Sequence[int], answer: Sequence[int], at: int) -> int:

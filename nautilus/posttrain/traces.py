@@ -7,14 +7,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nautilus.config.keys import short
 from nautilus.data.readers import Decoder, files_at, is_jsonl, lines_of, parse_row
-from nautilus.runtime import Progress, UserError, read_metrics
+from nautilus.runtime import Progress, UserError, read_metrics, write_atomic
 from nautilus.serve.asking import answered
 from nautilus.serve.engine import Engine
 from nautilus.serve.prompt import Prompt
@@ -60,6 +61,10 @@ def read_traces(path: Path) -> list[Trace]:
     if not found:
         raise UserError(f"{path} holds no traces; give a JSONL file of prompts and answers as token ids")
     return found
+
+
+def write_traces(path: Path, traces: Sequence[Trace]) -> None:
+    write_atomic(path, "".join(json.dumps(asdict(trace)) + "\n" for trace in traces))
 
 
 def trace_of(row: Any, place: str) -> Trace:

@@ -2,7 +2,8 @@
 
 MODEL, a run, a checkpoint folder or a hub id, answers prompts; the answers are replayed with the drafts that an engine
 would have had, and a small network learns how many tokens of a draft come true. The same command again goes on where an
-interrupted one stopped. The predictor (payoff.safetensors), the report and its picture are in out.
+interrupted one stopped. The predictor (payoff.safetensors), the report and its picture are in out; paper.safetensors is
+one in the manner of the paper, for comparison.
 
 prompts=texts,questions.jsonl      files that are a prompt each; of JSONL every line's `prompt` or `messages`
 traces=served.jsonl                recorded answers in place of prompts; nautilus/posttrain/traces.py has their form
@@ -20,7 +21,10 @@ from rich.console import Console
 
 import nautilus
 from nautilus.eval import payoff as report
+from nautilus.model.eagle import load_eagle
 from nautilus.posttrain import traces as recorded
+from nautilus.posttrain.depths import with_depths
+from nautilus.posttrain.drafter import drafter_of
 from nautilus.posttrain.judged import outcomes, qualities, timed
 from nautilus.posttrain.payoff import ROUNDS, Material, rounds, train_paper
 from nautilus.posttrain.policies import Prices, by_paper, by_rate
@@ -29,10 +33,12 @@ from nautilus.runtime import Progress, Run, UserError, continue_or_create, progr
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.draft.costs import Costs
 from nautilus.serve.draft.features import Spelling
+from nautilus.serve.draft.proposal import DEEPEST
+from nautilus.serve.draft.settings import Drafts
 from nautilus.serve.prefixes import fingerprint
 from nautilus.train.optim import setting
 
-FILE = "payoff.safetensors"
+FILE, PAPER = "payoff.safetensors", "paper.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +51,8 @@ class Settings:
     answer: int = setting(512, "most tokens of an answer")
     max_tokens: int = setting(8192, "most tokens of a prompt with its answer; longer prompts are left out")
     drafts: int = setting(32, "most tokens of a draft")
-    depth: int = setting(3, "tokens of a model's drafts, where traces tell of them")
-    depth_seconds: float = setting(0.0, "seconds of each of these")
+    depth: int = setting(3, "tokens of the drafts of a model's block or of a head")
+    eagle: Path | None = setting(None, "a draft head in the place of the model's block")
     rows: int = setting(8, "most requests that run together")
     seed: int = setting(0, "of the answers, of which are trained on, and of the training")
 
@@ -67,9 +73,13 @@ def main(settings: Settings) -> None:
     run = continue_or_create(settings.out, {**identity, "weights": fingerprint(model)})
     run.state.mkdir(exist_ok=True)  # from here on other settings are refused
     longest = min(settings.max_tokens, model.config.positions)
-    engine = Engine(model, tokenizer, max_tokens=longest, rows=settings.rows, drafts=settings.drafts)
-    prices = Prices.of(costs_of(engine, run.state / "costs.json"), model=settings.depth_seconds)
+    head = load_eagle(settings.eagle, model) if settings.eagle else None
+    drafts = Drafts(most=settings.drafts, eagle=head)
+    engine = Engine(model, tokenizer, max_tokens=longest, rows=settings.rows, drafts=drafts)
+    prices = prices_of(engine, run.state / "costs.json")
     found = recorded.read_traces(settings.traces) if settings.traces else answers_of(engine, settings, run)
+    if drafter := drafter_of(model, head):
+        found = with_depths(found, drafter, DEEPEST, run.state / "depths.jsonl")
     material = Material(
         traces=found, parts=split(found, settings.seed), spelling=Spelling(tokenizer), prices=prices,
         most=min(settings.drafts, max(prices.passes) - 1), target=fingerprint(model), tokenizer=tokenizer.fingerprint,
@@ -82,15 +92,15 @@ def main(settings: Settings) -> None:
     console.print(f"predictor {run.folder / FILE}\nreport {run.report}")
 
 
-def costs_of(engine: Engine, path: Path) -> Costs:
-    """What passes cost here, measured once."""
+def prices_of(engine: Engine, path: Path) -> Prices:
+    """What passes and tokens of a block cost here, measured once."""
     assert engine.speculation
-    if path.is_file():
-        costs = Costs()
-        costs.seconds = {int(size): float(seconds) for size, seconds in read_json(path).items()}
-        return costs
-    write_atomic(path, json.dumps(engine.speculation.costs.seconds) + "\n")
-    return engine.speculation.costs
+    if not path.is_file():
+        costs, block = engine.speculation.costs, engine.speculation.drafting.of(DEEPEST)
+        write_atomic(path, json.dumps({"passes": costs.seconds, "block": (block or 0.0) / DEEPEST}) + "\n")
+    known, costs = read_json(path), Costs()
+    costs.seconds = {int(size): float(seconds) for size, seconds in known["passes"].items()}
+    return Prices.of(costs, model=known["block"])
 
 
 def answers_of(engine: Engine, settings: Settings, run: Run) -> list[recorded.Trace]:
@@ -113,6 +123,7 @@ def trained(run: Run, material: Material, settings: Settings) -> report.PayOff:
         predictor = predictors[-1]
         predictor.save(run.folder / FILE)
         ours, paper = by_rate(predictor, material.prices, material.depth), train_paper(material)
+        paper.save(run.folder / PAPER)
         progress({"step": ROUNDS})
         judged = {"ours": qualities(material, predictor, ours)}
         progress({"step": ROUNDS + 1})

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nautilus.ops.cpu.tape import CannotRecord, Tape, record
+from nautilus.ops.cpu.tape import Tape, record
 
 log = logging.getLogger("nautilus.serve")
 
@@ -33,10 +33,10 @@ class Recorded:
         if not (self.warm and self.may_record):
             self.warm = True
             return self.compute()
-        try:
-            self.tape = record(self.compute, self.inputs)
-            return self.tape.result
-        except CannotRecord as reason:
-            log.info("steps are not replayed, because %s", reason)
+        tape = record(self.compute, self.inputs)
+        if tape.broken:
+            log.info("steps are not replayed, because %s", tape.broken)
             self.may_record = False
-            return self.compute()
+        else:
+            self.tape = tape
+        return tape.result

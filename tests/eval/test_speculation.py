@@ -181,7 +181,7 @@ def study():
 
 
 def test_the_report_has_every_arm_of_every_target_and_family(tmp_path):
-    found = gather([*study()] * 2, title="HVD <1>", about="About.", command="nautilus …", machine="m")
+    found = gather([*study()] * 2, title="HVD <1>", about="About.", command="nautilus …", facts={"machine": "m"})
     write(Run(tmp_path), found)
     page = (tmp_path / "report.html").read_text()
     assert "HVD &lt;1&gt;" in page and "la&lt;rge: speed-up" in page and "la<rge" not in page and "nan" not in page

@@ -146,7 +146,7 @@ def test_prompt_lookup_copies_ten_tokens_from_the_latest_place():
     trace = Trace(prompt=text, answer=[1, 2, 3, *range(60, 75)], limit=99)
     drafts = {}
     for moment, _ in replay([trace], plain, SPELLING, most=30):
-        drafts[moment.at] = [*moment.looked_up()]
+        drafts[moment.at] = [*moment.looked_up("lookup")]
         if moment.at == 3:
             assert [moment.accepted(Choice(arm="lookup", tokens=size)) for size in (10, 4)] == [10, 4]
     assert drafts[1] == drafts[2] == [] and drafts[3] == [*range(60, 70)]

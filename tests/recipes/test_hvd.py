@@ -69,7 +69,16 @@ def test_the_report_has_every_policy_and_both_counts(done):
     run = Run.open(done)
     found = json.loads((done / "results.json").read_text())
     names = [one["name"] for one in found["outcomes"]]
-    assert names == ["plain", "prompt look-up", "all copied drafts", "by score", "paper", "by rate", "oracle"]
+    assert names == [
+        "plain",
+        "prompt look-up",
+        "all copied drafts",
+        "fixed precedence",
+        "by score",
+        "paper",
+        "by rate",
+        "oracle",
+    ]
     assert [one["counted"] for both in found["qualities"].values() for one in both] == ["place", "cycle"] * 2
     assert all(one["rate"] > 0 for one in found["outcomes"]) and len(found["prices"]["passes"]) == 9
     page = run.report.read_text()

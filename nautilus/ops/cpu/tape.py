@@ -31,18 +31,16 @@ class Replay(ctypes.Structure):
     _fields_ = [("entries", ctypes.c_void_p), ("count", ctypes.c_int64), ("failed", ctypes.c_int64)]
 
 
-class CannotRecord(RuntimeError):
-    """Something in between was computed by PyTorch, which a replay would not repeat."""
-
-
 class Tape:
-    """Native calls in order. It keeps the memory that they touch, `result` included."""
+    """Native calls in order. It keeps the memory that they touch, `result` included. broken: what PyTorch computed in
+    between, if anything: a replay would not repeat that, so there can be none."""
 
     def __init__(self):
         self.names: list[str] = []
         self.arguments: list[ctypes.Structure] = []
         self.memory: dict[int, Tensor] = {}  # by the address of its storage
         self.result: Any = None
+        self.broken = ""
         self.program: Replay | None = None
         self.entries: ctypes.Array | None = None
 
@@ -69,7 +67,7 @@ class Tape:
 
 
 class Watch(TorchDispatchMode):
-    """Refuses every op of PyTorch on what a native call has touched: its result would not be made again."""
+    """Looks for ops of PyTorch on what a native call has touched: their results would not be made again."""
 
     def __init__(self, tape: Tape):
         super().__init__()
@@ -86,7 +84,7 @@ class Watch(TorchDispatchMode):
         # Some that may be views are copies for some inputs.
         moved = not func.is_view or not addresses(result) <= read
         if read and moved and func.overloadpacket.__name__ not in METADATA:
-            raise CannotRecord(f"{func} is computed by PyTorch, between native calls")
+            self.tape.broken = self.tape.broken or f"{func} is computed by PyTorch, between native calls"
         return result
 
 
@@ -95,7 +93,8 @@ def addresses(tree: Any) -> set[int]:
 
 
 def record(function: Callable[[], Any], inputs: Sequence[Tensor] = ()) -> Tape:
-    """Runs the function once. CannotRecord if anything but native calls works on `inputs` or on what native calls made.
+    """Runs the function once, to its end: what it changes in memory is changed once, whether it can be replayed or not.
+    The tape is broken where anything but native calls works on `inputs` or on what native calls made.
 
     What is to be done only once, packing a matrix for example, must have happened before.
     """

@@ -45,6 +45,9 @@ class Choice:
     rate: float = 0.0
 
 
+PLAIN = Choice()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shares:
     """Draft tokens of each request that have one pass together, and the tokens per second expected of it."""

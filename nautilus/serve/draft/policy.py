@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from nautilus.serve.draft.chain import Chain
 from nautilus.serve.draft.choice import choose, share_out
 from nautilus.serve.draft.copies import Copied, Copies
@@ -140,11 +142,15 @@ class Speculation:
         """Of a copied draft, by the predictor that was trained for the model, or by what came true before."""
         if self.judge is None:
             return known.trust.survival(copied.draft)
+        return self.judge.predictor.survival(self.features(request, known, copied), len(copied.draft.tokens))
+
+    def features(self, request: Request, known: Known, copied: Copied) -> np.ndarray:
+        """What a predictor is told of a draft. There must be a judge."""
+        assert self.judge
         if known.situation is None:
             known.situation = Situation(self.judge.spelling, request.tokens[: request.prompt], request.limit)
         known.situation.read(request.tokens[known.situation.length :])
-        features_F = features_of(copied, known.situation, known.history)
-        return self.judge.predictor.survival(features_F, len(copied.draft.tokens))
+        return features_of(copied, known.situation, known.history)
 
     def of(self, request: Request) -> Known:
         known = self.known.get(request)

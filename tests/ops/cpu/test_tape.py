@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nautilus.ops.cpu.packs import packed_once
-from nautilus.ops.cpu.tape import CannotRecord, record
+from nautilus.ops.cpu.tape import record
 from nautilus.ops.linear import linear
 from nautilus.ops.norm import rms_norm
 from nautilus.ops.residual import add, embed
@@ -37,13 +37,14 @@ def test_a_replay_repeats_the_calls_on_what_the_memory_now_holds(step):
 
 def test_what_pytorch_computes_in_between_cannot_be_recorded(step):
     run, tokens = step
-    with pytest.raises(CannotRecord, match="mul"):
-        record(lambda: run() * 2)
-    with pytest.raises(CannotRecord, match="contiguous"):
-        record(lambda: run().mT.contiguous())
-    with pytest.raises(CannotRecord, match="add"):
-        record(lambda: embed(tokens + 1, torch.ones(9, 4), torch.float32), inputs=[tokens])
-    record(lambda: run().view(-1)[3:])  # a view moves nothing
+    assert "mul" in record(lambda: run() * 2).broken
+    assert (
+        "contiguous" in record(lambda: run().mT.contiguous()).broken
+        or "clone" in record(lambda: run().mT.contiguous()).broken
+    )
+    assert "add" in record(lambda: embed(tokens + 1, torch.ones(9, 4), torch.float32), inputs=[tokens]).broken
+    assert torch.equal(record(lambda: run() * 2).result, run() * 2)  # it has run to its end all the same
+    assert not record(lambda: run().view(-1)[3:]).broken  # a view moves nothing
     run()  # and nothing is recorded any more
 
 

@@ -1,0 +1,98 @@
+"""Recorded answers under the measured costs of slices of Nano and Super: what each way to speculate would bring there.
+
+    python benchmarks/verification.py nano super --record costs.jsonl
+    python benchmarks/speculation.py                                         # answers of three models trained here
+    python benchmarks/replayed.py runs/speculation/* --costs costs.jsonl
+
+No model of that size can be trained here: how much of a draft comes true is that of small models, and what a pass costs
+that of the slices. Told are rates by that of plain steps. `--record FILE` appends the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from serve import words_of  # noqa: E402
+from train_step import machine  # noqa: E402
+
+import nautilus  # noqa: E402
+from nautilus.posttrain.policies import (  # noqa: E402
+    Prices,
+    by_oracle,
+    by_paper,
+    by_precedence,
+    by_rate,
+    by_score,
+    model_only,
+    plain,
+    prompt_lookup,
+    simulate,
+    suffix_only,
+)
+from nautilus.posttrain.traces import Trace, read_traces  # noqa: E402
+from nautilus.serve.draft.costs import Costs  # noqa: E402
+from nautilus.serve.draft.features import Spelling  # noqa: E402
+from nautilus.serve.draft.predictor import load_predictor  # noqa: E402
+from nautilus.serve.prefixes import fingerprint  # noqa: E402
+
+DEPTHS, DEPTH, DEEPEST = (1, 2, 3, 4), 3, 8
+
+
+def prices_of(row: dict) -> Prices:
+    """In plain steps."""
+    costs = Costs()
+    costs.seconds = {int(size): ratio for size, (ratio, *_) in row["ratios"].items()}
+    return Prices.of(costs, model=row["drafted"]["32768"])
+
+
+def rates(traces: list[Trace], folder: Path, prices: Prices, spelling: Spelling, **mine: str) -> dict[str, float]:
+    predictor, paper = (load_predictor(folder / name, **mine) for name in ("payoff.safetensors", "paper.safetensors"))
+    most, depth = max(prices.passes) - 1, DEPTH if any(trace.depths for trace in traces) else 0
+    policies = {
+        "plain": plain, "prompt look-up": prompt_lookup, "all copied drafts": suffix_only,
+        **{f"model {count}": model_only(count) for count in DEPTHS if depth},
+        "fixed precedence": by_precedence(depth), "by score": by_score(depth=depth),
+        "paper": by_paper(paper, depth), "ours": by_rate(predictor, prices, DEEPEST if depth else 0),
+        "oracle": by_oracle(traces, prices, spelling, most=most, depth=DEEPEST if depth else 0),
+    }  # fmt: skip
+    found = {
+        name: simulate(name, traces, policy, prices, spelling, most=most).rate for name, policy in policies.items()
+    }
+    return {name: rate / found["plain"] for name, rate in found.items()}
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="+", type=Path, help="folders with model, hvd and speculate, each a run")
+    parser.add_argument("--costs", type=Path, required=True, help="what verification.py recorded")
+    parser.add_argument("--record", type=Path)
+    asked = parser.parse_args(words)
+    costs = {row["shape"]: row for line in asked.costs.read_text().splitlines() for row in json.loads(line)["rows"]}
+    rows = []
+    for folder in (folder for folder in asked.targets if (folder / "speculate").is_dir()):
+        model, tokenizer = nautilus.load(folder / "model")
+        mine = {"target": fingerprint(model), "tokenizer": tokenizer.fingerprint}
+        traces, spelling = read_traces(folder / "speculate" / "traces.jsonl"), Spelling(tokenizer)
+        for shape, row in costs.items():
+            found = rates(traces, folder / "hvd", prices_of(row), spelling, **mine)
+            rows.append(
+                {"target": folder.name, "shape": shape, **{name: round(rate, 4) for name, rate in found.items()}}
+            )
+            print(f"{folder.name} under the costs of {shape}: " + ", ".join(f"{n} {r:.2f}" for n, r in found.items()))
+    if asked.record:
+        line = {
+            "command": shlex.join(["python", "benchmarks/replayed.py", *words_of(words)]), "machine": machine(),
+            "date": f"{datetime.date.today()}", "rows": rows,
+        }  # fmt: skip
+        with asked.record.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,145 @@
+"""Every way to speculate, on three models trained here: a hybrid with multi-token prediction, a dense one, a Llama.
+
+    python benchmarks/speculation.py                       # all three, some hours; begun again it goes on
+    python benchmarks/speculation.py hybrid --each 8       # one of them, fewer prompts
+
+Each is trained on documents of six families (`nautilus/eval/made.py`), then a head and predictors are trained on its
+own answers, and it answers other prompts of the same families with every arm (`nautilus speculate`). Told are speed-ups
+with 95 % intervals, and beside them what was aimed at:
+
+    plain        the lower end of ours / plain, least of all families       0.98
+    model        ours / the best of the block's or head's depths alone      1.5 on edits and agents
+    oracle       ours / who knows what comes true                           0.9 over all prompts
+    predictor    precision and recall of six tokens or more                 the paper: 0.78-0.88, 0.61-0.80
+
+`--record FILE` appends the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from serve import words_of  # noqa: E402
+from train_step import machine  # noqa: E402
+
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, Rotary, lay  # noqa: E402
+from nautilus.eval.families import FAMILIES  # noqa: E402
+from nautilus.eval.made import prompts, training_documents  # noqa: E402
+from nautilus.recipes import eagle, hvd, pretrain, speculate  # noqa: E402
+from nautilus.runtime import Run, write_atomic  # noqa: E402
+from nautilus.train.optim import OptimConfig  # noqa: E402
+
+MAMBA = Mamba(heads=8, head_width=48, state=64, groups=1, chunk=64)
+ATTENTION = Attention(heads=4, groups=2, head_width=48)
+EXPERTS = Experts(experts=8, active=2, hidden=192, shared=384, scale=2.5)
+WIDTH, VOCAB, LENGTH = 192, 1024, 1344
+
+
+def targets() -> dict[str, Config]:
+    sizes = {"vocab": VOCAB, "width": WIDTH, "positions": 1 << 16}
+    mlp, turned = Mlp(hidden=768), Attention(heads=4, groups=2, head_width=48, rotary=Rotary())
+    return {
+        "hybrid": Config(**sizes, layers=lay("ME*EME*E", MAMBA, ATTENTION, EXPERTS), mtp=lay("*E", ATTENTION, EXPERTS)),
+        "dense": Config(**sizes, layers=lay("M-*-M-*-", MAMBA, ATTENTION, mlp)),
+        "llama": Config(**sizes, layers=lay("*-" * 5, turned, Mlp(hidden=512, gated=True))),
+    }  # fmt: skip
+
+
+def text(folder: Path, count: int) -> Path:
+    path = folder / "documents.jsonl"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, "".join(json.dumps({"text": each}) + "\n" for each in training_documents(count)))
+    return path
+
+
+def asked(folder: Path, each: int) -> Path:
+    """Prompts that predictors and heads learn from: none of those that are evaluated."""
+    path = folder / "prompts.jsonl"
+    if not path.is_file():
+        found = [one for family in FAMILIES for one in prompts(family, each, seed=1)]
+        write_atomic(path, "".join(json.dumps({"prompt": one.prompt}) + "\n" for one in found))
+    return path
+
+
+def carried_through(name: str, config: Config, wanted: argparse.Namespace) -> dict:
+    """From text to the report."""
+    folder, documents = wanted.folder / name, text(wanted.folder, wanted.documents)
+    model, head, payoff, out = (folder / part for part in ("model", "eagle", "hvd", "speculate"))
+    optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=50, decay=wanted.steps // 3)
+    if not (model / "report.html").is_file():
+        pretrain.main(pretrain.Settings(
+            model=config, data=(str(documents),), out=model, steps=wanted.steps, rows=8, length=LENGTH, optim=optim,
+            mtp_depths=2 if config.mtp else 0, save_every=200, prompts=(),
+        ))  # fmt: skip
+    learnt = str(asked(wanted.folder, wanted.learnt))
+    if not (head / "report.html").is_file():
+        eagle.main(eagle.Settings(
+            model=str(model), out=head, prompts=(f"{learnt}#prompt",), prompt_tokens=LENGTH, tokens=256, answers=480,
+            measured=32, words=VOCAB, steps=400, rows=4, together=8,
+        ))  # fmt: skip
+    if not (payoff / "payoff.safetensors").is_file():
+        hvd.main(hvd.Settings(model=str(model), prompts=(learnt,), out=payoff, answer=256, drafts=wanted.drafts))
+    speculate.main(speculate.Settings(
+        model=str(model), eagle=head / "model", hvd=payoff, out=out, each=wanted.each, repeats=wanted.repeats,
+        drafts=wanted.drafts, answer=384,
+    ))  # fmt: skip
+    return json.loads((Run(out).folder / "results.json").read_text())
+
+
+def rows_of(name: str, found: dict) -> Iterator[dict]:
+    """What was aimed at, for every arm of ours."""
+    numbers = {(row["arm"], row["family"]): row for row in found["rows"]}
+    families = [*dict.fromkeys(row["family"] for row in found["rows"])]
+    for arm in [*dict.fromkeys(row["arm"] for row in found["rows"] if row["arm"].startswith("ours"))]:
+        lows = {family: numbers[arm, family]["speed_up"]["low"] for family in families}
+        beside = [pair for pair in found["pairs"] if pair["arm"] == arm and pair["other"] != "oracle"]
+        best = {
+            family: min((pair["mean"] for pair in beside if pair["family"] == family), default=math.nan)
+            for family in families
+        }
+        yield {
+            "target": name, "arm": arm, "plain, lower end": lows, "model": best,
+            "plain": {family: numbers[arm, family]["speed_up"]["mean"] for family in families},
+            "oracle": numbers[arm, families[-1]]["of_oracle"],
+            "predictor": [one["predictor"]["all"] for one in found["drafts"] if one["arm"] == arm],
+        }  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="*", default=[*targets()], choices=[*targets(), []])
+    parser.add_argument("--folder", type=Path, default=Path("runs/speculation"))
+    parser.add_argument("--steps", type=int, default=1500, help="of training a model")
+    parser.add_argument("--documents", type=int, default=40_000, help="that models are trained on")
+    parser.add_argument(
+        "--learnt", type=int, default=80, help="prompts of a family that predictors and heads learn from"
+    )
+    parser.add_argument("--each", type=int, default=20, help="prompts of a family that are evaluated")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--drafts", type=int, default=16, help="most tokens that are tried at once")
+    parser.add_argument("--record", type=Path)
+    wanted = parser.parse_args(words)
+    rows = [row for name in wanted.targets for row in rows_of(name, carried_through(name, targets()[name], wanted))]
+    for row in rows:
+        lows = {family: round(value, 3) for family, value in row["plain, lower end"].items()}
+        print(f"{row['target']}, {row['arm']}: plain {lows}, model {row['model']}, oracle {row['oracle']:.3f}")
+    if wanted.record:
+        line = {
+            "command": shlex.join(["python", "benchmarks/speculation.py", *words_of(words)]), "machine": machine(),
+            "date": f"{datetime.date.today()}", "rows": rows,
+        }  # fmt: skip
+        with open(wanted.record, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
