@@ -116,6 +116,7 @@ class Timed(Costs):
     def __init__(self, of: Costs):
         super().__init__()
         self.seconds, self.pace, self.total = dict(of.seconds), of.pace, 0.0
+        self.each, self.apiece = of.each, of.apiece
 
     def add(self, size: int, seconds: float) -> None:
         self.total += seconds

@@ -50,7 +50,7 @@ class Berths:
         state: StateFormat = EXACT, window: int = 0, beside: Sequence[Layer] = (),
     ):  # fmt: skip
         config, device = replace(model.config, layers=(*model.config.layers, *beside)), model.head_weight.device
-        pages = pages_for(max_tokens)
+        pages, self.max_tokens = pages_for(max_tokens), max_tokens
         per_token = bytes_per_token(config, 1 if cache in ("fp8", "int8") else model.compute.itemsize)
         most = SHARE * memory_bytes() if cache_bytes is None else cache_bytes
         affordable = int(most / per_token) // PAGE if per_token else rows * pages

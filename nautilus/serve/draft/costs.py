@@ -15,31 +15,43 @@ class Costs:
     on the line between them, and beyond the largest on the line through the last two.
 
     pace: how much longer than measured passes take lately, of whatever size: a machine that others use is slow at all
-    of them, and those that were not tried for a while must not look cheap for it."""
+    of them, and those that were not tried for a while must not look cheap for it.
+
+    What is measured is at the beginning of a text. Of `context` tokens before, in the mean of `rows` requests, a pass
+    reads keys and values, which takes it
+
+        context * (each * rows + apiece * tokens)
+
+    seconds more: to read them once for each request, and to compare each of its tokens with them."""
 
     def __init__(self):
         self.seconds: dict[int, float] = {}
         self.pace = 1.0
+        self.rows, self.context, self.each, self.apiece = 1, 0.0, 0.0, 0.0
         self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, until a timing is added
 
     def measure(self, sizes: Sequence[int], run: Callable[[int], object], repeats: int = 3) -> None:
         """run(size) is called until it no longer prepares itself: the first call computes, the second is recorded."""
         for size in sorted(sizes):
-            timings = []
-            for _ in range(2 + repeats):
-                begin = time.perf_counter()
-                run(size)
-                timings.append(time.perf_counter() - begin)
-            self.seconds[size] = statistics.median(timings[2:])
+            self.seconds[size] = timed(run, size, repeats)
         self.line = None
+
+    def measure_context(self, context: int, size: int, run: Callable[[int], object], repeats: int = 3) -> None:
+        """The same behind so many tokens, of a pass over one token and one over `size`, which were measured before."""
+        one, many = (max(0.0, timed(run, tokens, repeats) - self.seconds[tokens]) / context for tokens in (1, size))
+        self.apiece = max(0.0, min(one, (many - one) / (size - 1)))
+        self.each = one - self.apiece
+
+    def longer(self, size: int) -> float:
+        return self.context * (self.each * self.rows + self.apiece * size)
 
     def add(self, size: int, seconds: float) -> None:
         before = self.seconds.get(size)
         if before is None:
-            self.seconds[size] = seconds / self.pace
+            self.seconds[size] = max(seconds / self.pace - self.longer(size), 0.1 * seconds / self.pace)
         else:
             # One timing in a while is of a machine that did something else.
-            more = min(seconds / (self.pace * before), 2.0) - 1
+            more = min(seconds / (self.pace * (before + self.longer(size))), 2.0) - 1
             self.pace *= 1 + PACE * more
             self.seconds[size] *= 1 + OWN * more
         self.line = None
@@ -47,7 +59,7 @@ class Costs:
     def of(self, size: int) -> float | None:
         """None below the smallest that is known, and where that is not two."""
         found = self.measured(size)
-        return None if found is None else self.pace * found
+        return None if found is None else self.pace * (found + self.longer(size))
 
     def measured(self, size: int) -> float | None:
         if self.line is None:
@@ -61,6 +73,15 @@ class Costs:
         less, more = (at - 1, at) if at < len(sizes) else (-2, -1)
         slope = (seconds[more] - seconds[less]) / (sizes[more] - sizes[less])
         return seconds[less] + slope * (size - sizes[less])
+
+
+def timed(run: Callable[[int], object], size: int, repeats: int) -> float:
+    timings = []
+    for _ in range(2 + repeats):
+        begin = time.perf_counter()
+        run(size)
+        timings.append(time.perf_counter() - begin)
+    return statistics.median(timings[2:])
 
 
 def rising(seconds: dict[int, float]) -> tuple[list[int], list[float]]:

@@ -42,6 +42,7 @@ PATIENCE = 64  # tokens after which a request that had no use for drafts is look
 CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
 FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
 BEHIND = 64  # tokens that a block is not told of before it has to catch up
+FAR, NEAR = 4096, 512  # tokens before a pass that is measured far behind the beginning, and fewest of them
 PROBE = 256  # tokens after which a block that has not been asked for so long drafts one
 
 
@@ -89,6 +90,8 @@ class Speculation:
     def propose(self, requests: Sequence[Request]) -> dict[Request, Proposal]:
         """What to try in the next pass over these requests, which have room for it; none for those that go plainly."""
         self.catch_up(requests)
+        self.costs.rows = len(requests)
+        self.costs.context = sum(len(request.tokens) for request in requests) / len(requests)
         step = self.costs.of(len(requests))
         if not step:
             return {}
@@ -285,17 +288,20 @@ class Speculation:
     # ----- before the first request -----------------------------------------------------------------------------------
 
     def measure(self) -> None:
-        """What passes cost, over random tokens at the beginning of a text; of a block, also each more token of it."""
-        berths = self.forward.berths
+        """What passes cost, over random tokens at the beginning of a text and far behind it; of a block, also each more
+        token of it."""
         sizes = [size for size in SIZES if size <= 1 + self.most]
-        berth = berths.take(sizes[-1] + DEEPEST)
+        berths, room = self.forward.berths, sizes[-1] + DEEPEST
+        far = min(FAR, berths.max_tokens - room)
+        berth = berths.take(room + max(0, far))
         if berth is None:  # of requests so short that nothing is lost
             log.warning("an engine of so few tokens has no room to time what drafts cost; none are made")
             return
-        draw, vocab = random.Random(0), self.forward.model.config.vocab
+        draw, vocab, at = random.Random(0), self.forward.model.config.vocab, 0
 
         def run(size: int) -> None:
             tokens = [draw.randrange(vocab) for _ in range(size)]
+            berth.length = at
             if size == 1:
                 self.forward.step([berth], tokens)
             else:
@@ -307,5 +313,8 @@ class Speculation:
             self.costs.measure(sizes, run)
             if self.chain is not None:
                 self.chain.measure(self.drafting, berth, min(self.most, DEEPEST))
+            if far >= NEAR and len(sizes) > 1:
+                at = far
+                self.costs.measure_context(far, sizes[-1], run)
         finally:
             berths.give_back(berth)

@@ -24,14 +24,15 @@ NATIVE = pytest.mark.skipif(native().functions is None, reason="torch adds in an
 DRAFTS = 8
 
 
-def model_of(pattern, dtype=torch.float32):
+def model_of(pattern, dtype=torch.float32, positions=320):
     layers = lay(pattern, MAMBA, ATTENTION, Experts(experts=6, active=2, hidden=32))
-    model = Language(Config(vocab=VOCAB, width=64, positions=320, layers=layers), dtype=dtype).initialise(3)
+    model = Language(Config(vocab=VOCAB, width=64, positions=positions, layers=layers), dtype=dtype).initialise(3)
     model.head_weight.data *= 6  # so that greedy answers run into circles, which can be copied
     return model.requires_grad_(False).eval()
 
 
 MODELS = {pattern: model_of(pattern) for pattern in ("ME*M", "MM", "*E*")}
+LONG = model_of("*E*", positions=8192)
 
 
 def engine_of(model, drafts=DRAFTS, *, cheap=True, **limits):
@@ -48,6 +49,7 @@ def make_cheap(speculation):
 
 def price(speculation, seconds):
     speculation.costs.seconds, speculation.costs.line = seconds, None
+    speculation.costs.each = speculation.costs.apiece = 0.0
     speculation.costs.add = speculation.drafting.add = lambda *_: None
     speculation.drafting.seconds, speculation.drafting.line = dict.fromkeys(range(1, 9), 0.0), None
 
@@ -271,6 +273,35 @@ def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
     assert costs.of(1) == pytest.approx(4.0, rel=0.05) and costs.of(3) == pytest.approx(8.0, rel=0.05)
     costs.add(2, 0.1)
     assert costs.of(2) == costs.of(1), "more tokens are never less work"
+
+
+def test_tokens_before_a_pass_make_it_longer(monkeypatch):
+    """By what is read once for each request, and by what each of its tokens is compared with."""
+    monkeypatch.setattr("nautilus.serve.draft.costs.timed", lambda run, size, repeats: run(size))
+    costs = Costs()
+    costs.measure([1, 5], {1: 1.0, 5: 3.0}.get)
+    costs.measure_context(100, 5, {1: 1.0 + 100 * 0.003, 5: 3.0 + 100 * 0.007}.get)
+    assert (costs.each, costs.apiece) == pytest.approx((0.002, 0.001))
+    assert costs.of(1) == 1.0
+    costs.context = 500
+    assert costs.of(1) == pytest.approx(1 + 500 * 0.003) and costs.of(5) == pytest.approx(3 + 500 * 0.007)
+    costs.rows = 3
+    assert costs.of(5) == pytest.approx(3 + 500 * 0.011)
+    costs.add(5, 3 + 500 * 0.011)
+    assert costs.pace == pytest.approx(1) and costs.seconds[5] == pytest.approx(3), "as foretold: nothing is learned"
+    costs.measure_context(100, 5, {1: 0.9, 5: 2.0}.get)
+    assert costs.each == costs.apiece == 0, "nothing is faster for it, whatever a noisy machine says"
+
+
+def test_costs_are_measured_far_behind_the_beginning_too_where_requests_may_be_long():
+    engine = engine_of(MODELS["*E*"], 4, cheap=False)
+    assert engine.speculation.costs.each == engine.speculation.costs.apiece == 0, "300 tokens are nothing"
+    long = Engine(LONG, TOKENIZER, max_tokens=6000, rows=1, drafts=4)
+    costs = long.speculation.costs
+    assert costs.each + costs.apiece > 0
+    costs.context = 5000
+    assert costs.of(5) > costs.seconds[5]
+    assert len(long.generate([[1, 2, 3]], Sampling(temperature=0, max_tokens=20))[0].tokens) == 20
 
 
 def test_costs_are_measured_before_the_first_request_and_drafts_of_bad_sizes_refused():
