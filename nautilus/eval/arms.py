@@ -40,7 +40,7 @@ class Arm(Speculation):
     the last one. answer, plan: of the request under way, for those who know them."""
 
     def __init__(self, base: Speculation, rule: Rule | None = None, *, judge: Judge | None = None):
-        super().__init__(base.forward, base.most, base.chain, judge)
+        super().__init__(base.forward, base.most, base.chain, judge, base.copies.corpus)
         self.costs, self.drafting, self.rule = Timed(base.costs), deepcopy(base.drafting), rule
         self.answer, self.plan = list[int](), list[Choice]()
         self.begin()

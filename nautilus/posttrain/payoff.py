@@ -102,8 +102,11 @@ def fit(rows: Rows, header: Header, *, seed: int, held: Rows | None = None) -> P
     plan, generator = PLANS[header.mode], torch.Generator().manual_seed(seed)
     rows = rows.thinned(seed) if header.mode == "survival" else rows
     means, scales = rows.features.mean(0), rows.features.std(0)
-    scales = np.where(scales > 1e-6, scales, 1).astype(np.float32)
+    varied = scales > 1e-6
+    scales = np.where(varied, scales, 1).astype(np.float32)
     network = network_of(plan.hidden, 1 if header.mode == "paper" else len(header.grid), generator)
+    first = next(iter(network.parameters()))
+    first.data[:, torch.from_numpy(~varied)] = 0  # of what is always the same here nothing is learned, nor guessed
     optimizer = torch.optim.AdamW(network.parameters(), lr=plan.lr, weight_decay=plan.decay)
     learned, asked = (tensors_of(some, means, scales) if some is not None else None for some in (rows, held))
     assert learned is not None

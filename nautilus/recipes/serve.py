@@ -49,6 +49,7 @@ class Settings:
     drafts: int = setting(0, "most tokens tried at once of what may come next, where that is faster; 0: none")
     eagle: Path | None = setting(None, "with drafts: head of `nautilus eagle`, in place of the model's own block")
     predictor: Path | None = setting(None, "with drafts: payoff.safetensors of `nautilus hvd train`")
+    corpus: tuple[str, ...] = setting((), "with drafts: text files or folders that answers may be copied from, for all")
     replicas: int = setting(1, "processes that answer, each with such an engine of its own; several run on Ray Serve")
     kv_events: str = setting("", "where to tell routers of known prefixes, such as tcp://127.0.0.1:5557 (none)")
     kv_replay: str = setting("", "where they ask for what they missed, such as tcp://127.0.0.1:6557 (none)")
@@ -90,7 +91,8 @@ def engine_of(settings: Settings, rank: int = 0) -> Engine:
     model.requires_grad_(False)  # of weights that could change the engine forgets all prefixes between two requests
     names = "rows max_tokens cache cache_gb saved_gb saved_folder saved_folder_gb step_seconds".split()
     how = {name: getattr(settings, name) for name in names}
-    how["drafts"] = drafts_of(settings.drafts, settings.eagle, settings.predictor, model, tokenizer)
+    drafting = {"eagle": settings.eagle, "predictor": settings.predictor, "corpus": settings.corpus}
+    how["drafts"] = drafts_of(settings.drafts, model, tokenizer, **drafting)
     if settings.replicas > 1:
         how["cache_gb"] = settings.cache_gb or SHARE * memory_bytes() / settings.replicas / 1e9
         how["saved_folder"] = settings.saved_folder and settings.saved_folder / f"replica-{rank}"

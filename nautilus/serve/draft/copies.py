@@ -1,4 +1,5 @@
-"""Where drafts are copied from: a request's own tokens, and the latest answers to the same tenant before it."""
+"""Where drafts are copied from: a request's own tokens, the latest answers to the same tenant before it, and a corpus
+that is known to all tenants."""
 
 from __future__ import annotations
 
@@ -13,25 +14,28 @@ TENANTS, SHARED = 32, 1 << 15  # whose answers are known, the latest tokens of e
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """A draft, and whether it comes from another answer."""
+    """A draft, and where it comes from: "own", "tenant" (another answer) or "corpus"."""
 
     draft: Draft
-    shared: bool
+    origin: str
 
 
 class Copies:
-    """Of all requests that are under way, and of those before. Serving and replay draft from the same."""
+    """Of all requests that are under way, and of those before. Serving and replay draft from the same. What is in the
+    corpus can be told from how fast answers come, by everybody."""
 
-    def __init__(self):
+    def __init__(self, corpus: SuffixCache | None = None):
+        self.corpus = corpus
         self.own: dict[Hashable, SuffixCache] = {}  # by request
         self.shared: OrderedDict[str, SuffixCache] = OrderedDict()  # by tenant
 
     def draft(self, request: Hashable, tenant: str, tokens: Sequence[int], most: int) -> Copied | None:
         """At most so many tokens after these, which are all of the request so far: the draft of the higher score."""
         own = self.text(request, tokens)
-        found = [Copied(draft=draft, shared=False)] if (draft := own.draft(own.tokens, most)) else []
-        if tenant in self.shared and (draft := self.shared[tenant].draft(tokens[-MATCH:], most)):
-            found.append(Copied(draft=draft, shared=True))
+        found = [Copied(draft=draft, origin="own")] if (draft := own.draft(own.tokens, most)) else []
+        for origin, known in (("tenant", self.shared.get(tenant)), ("corpus", self.corpus)):
+            if known is not None and (draft := known.draft(tokens[-MATCH:], most)):
+                found.append(Copied(draft=draft, origin=origin))
         return max(found, key=lambda copied: copied.draft.score, default=None)
 
     def text(self, request: Hashable, tokens: Sequence[int]) -> SuffixCache:

@@ -22,14 +22,15 @@ from nautilus.serve.draft.copies import Copied
 from nautilus.serve.draft.history import History
 from nautilus.serve.markers import THINK, THOUGHT
 
-VERSION = 1  # of the features: a predictor of another one does not fit
+VERSION = 2  # of the features: a predictor of another one does not fit
 AHEAD = 8  # first tokens of a draft over whose probabilities the least and the mean are taken
 LOOKED = 16  # first tokens of a draft whose kinds are counted
 CALL, CALLED = "<tool_call>", "</tool_call>"
 TICK = ord("`")
 KINDS = ("letters", "digits", "blanks", "lines", "brackets", "quotes", "marks", "control")
 NAMES = (
-    "score", "match", "length", "first_prob", "least_prob", "mean_prob", "kinds", "entropy", "places", "shared", "age",
+    "score", "match", "length", "first_prob", "least_prob", "mean_prob", "kinds", "entropy", "places", "shared",
+    "corpus", "age",
     "prompt", "answered", "answered_share", "reasoning", "code",
     "chosen_16", "chosen_64", "accepted_1", "accepted_4", "accepted_share", "since_wrong", "model_first", "trimmed",
     *KINDS,
@@ -118,7 +119,8 @@ def features_of(copied: Copied, situation: Situation, history: History) -> np.nd
     return np.array(
         [
             draft.score, log(draft.match), log(len(draft.tokens)), probs[0], min(probs), sum(probs) / len(probs),
-            log(draft.kinds), draft.entropy, log(draft.places), copied.shared, log(draft.age),
+            log(draft.kinds), draft.entropy, log(draft.places), copied.origin == "tenant",
+            copied.origin == "corpus", log(draft.age),
             log(situation.prompt), log(answered), answered / max(1, situation.limit - situation.prompt),
             situation.reasoning, situation.call or situation.fenced,
             (history.chosen & 0xFFFF).bit_count() / 16, history.chosen.bit_count() / 64,

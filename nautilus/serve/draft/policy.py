@@ -2,7 +2,7 @@
 
 | source | drafts |
 |---|---|
-| cache | copied from the request itself and from answers before it of the same tenant (`copies.py`) |
+| cache | copied from the request itself, from answers before it of the same tenant, from a corpus (`copies.py`) |
 | mtp, eagle | of a small block beside the model (`chain.py`) |
 | grammar | what a rule of the request leaves no choice of |
 
@@ -31,6 +31,7 @@ from nautilus.serve.draft.features import Situation, Spelling, features_of
 from nautilus.serve.draft.history import Depths, History
 from nautilus.serve.draft.predictor import Predictor
 from nautilus.serve.draft.proposal import DEEPEST, SOURCES, Candidate, Counts, Proposal
+from nautilus.serve.draft.suffix import SuffixCache
 from nautilus.serve.draft.trust import Belief, MatchTrust
 from nautilus.serve.forward import Forward
 from nautilus.serve.request import Request
@@ -77,10 +78,13 @@ class Judge:
 class Speculation:
     """For one engine. costs: of passes by their tokens, plain steps included; drafting: of a block by its tokens."""
 
-    def __init__(self, forward: Forward, most: int, chain: Chain | None = None, judge: Judge | None = None):
+    def __init__(
+        self, forward: Forward, most: int, chain: Chain | None = None, judge: Judge | None = None,
+        corpus: SuffixCache | None = None,
+    ):  # fmt: skip
         self.forward, self.most, self.chain, self.judge = forward, most, chain, judge
         self.costs, self.drafting = Costs(), Costs()
-        self.copies, self.depths, self.belief = Copies(), Depths(DEEPEST), Belief()
+        self.copies, self.depths, self.belief = Copies(corpus), Depths(DEEPEST), Belief()
         self.counts = {source: Counts() for source in SOURCES[1:]}
         self.known: dict[Request, Known] = {}
         self.began, self.alone = 0.0, False  # when the cycle under way did, and whether it is of one request

@@ -33,7 +33,7 @@ def named(copied, situation, history):
 
 def test_every_feature_is_what_its_name_says():
     probs = [1.0, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25, 0.2]
-    copied = Copied(draft=draft_of(tokens_of("ab 1\n({'`+"), [*probs, 0.2]), shared=True)
+    copied = Copied(draft=draft_of(tokens_of("ab 1\n({'`+"), [*probs, 0.2]), origin="tenant")
     situation = Situation(SPELLING, tokens_of("<think>x"), 22)
     situation.read(tokens_of("</think><tool_call>abc"))
     history = History()
@@ -47,7 +47,7 @@ def test_every_feature_is_what_its_name_says():
     want = {
         "score": sum(probs) + 0.2, "match": math.log(8), "length": math.log(11), "first_prob": 1.0,
         "least_prob": 0.25, "mean_prob": sum(probs[:8]) / 8, "kinds": math.log(3), "entropy": 0.5,
-        "places": math.log(4), "shared": 1.0, "age": math.log(12),
+        "places": math.log(4), "shared": 1.0, "corpus": 0.0, "age": math.log(12),
         "prompt": math.log(3), "answered": math.log(6), "answered_share": 5 / 20, "reasoning": 0.0, "code": 1.0,
         "chosen_16": 14 / 16, "chosen_64": 22 / 64, "accepted_1": math.log(5), "accepted_4": math.log(1 + 5 / 4),
         "accepted_share": (7 + 0.25) / 8, "since_wrong": math.log(1 + 1 + 5), "model_first": PRIOR * (1 - LATELY),
@@ -59,7 +59,7 @@ def test_every_feature_is_what_its_name_says():
 
 
 def test_a_request_that_begins_has_no_history():
-    found = named(Copied(draft=draft_of([5]), shared=False), Situation(SPELLING, [1, 2], 9), History())
+    found = named(Copied(draft=draft_of([5]), origin="own"), Situation(SPELLING, [1, 2], 9), History())
     assert all(found[name] == 0 for name in NAMES[16:22]) and found["model_first"] == pytest.approx(PRIOR)
     assert found["answered"] == found["shared"] == found["reasoning"] == found["code"] == 0
 

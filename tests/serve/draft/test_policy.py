@@ -130,7 +130,7 @@ def candidate_of(tokens, rate=1.0):
     named = {"match": 20, "places": 1, "kinds": 1, "entropy": 0.0, "age": 1}
     draft = Draft(tokens=tuple(tokens), probs=(1.0,) * len(tokens), **named)
     survival = [rate ** (at + 1) for at in range(len(tokens))]
-    copied = Copied(draft=draft, shared=False)
+    copied = Copied(draft=draft, origin="own")
     return Candidate(source="cache", survival=survival, tokens=draft.tokens, copied=copied)
 
 
