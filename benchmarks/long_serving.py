@@ -4,8 +4,8 @@
     python benchmarks/long_serving.py nano 262112 users=2 fill=random      # the slice of Nano, its pages filled at once
 
 The formula: for each token the keys and values of all attention layers, in whole pages of 16 tokens, and once for each
-user the states of all Mamba layers. Measured is what of the process becomes resident when a user's prompt is read, less
-what the second reading of the same prompt adds, which is scratch. With fill=random pages are taken and filled with
+user the states of all Mamba layers. Measured is what of the process becomes resident with the last of the users: what
+is computed with lies there already for those before. With fill=random pages are taken and filled with
 random numbers and no prompt is read: what a token costs then is measured, not how long reading would take.
 """
 

@@ -35,6 +35,7 @@ from peers.servers import Server, chat, said  # noqa: E402
 from train_step import machine  # noqa: E402
 
 WORKS = {"chat": (512, 128), "agent": (4096, 256), "decode": (16, 128)}  # tokens in and out
+AWAKE = (512, 2)  # asked of a server that was stopped, before the clock starts: memory that lies idle can get slow
 USERS = (1, 4, 16)
 
 
@@ -130,6 +131,7 @@ def compare(found: list[Server], name: str, users: int, asked: argparse.Namespac
         turn = []
         for server in found:
             server.go_on()
+            asyncio.run(work(server, 1, 1, AWAKE, draw, vocab))
             turn.append(asyncio.run(work(server, users, asked.requests, asked.size or WORKS[name], draw, vocab)))
             server.stop()
         rounds.append(turn)
