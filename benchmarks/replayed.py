@@ -48,7 +48,7 @@ def prices_of(row: dict) -> Prices:
     """In plain steps."""
     costs = Costs()
     costs.seconds = {int(size): ratio for size, (ratio, *_) in row["ratios"].items()}
-    return Prices.of(costs, model=row["drafted"]["32768"])
+    return Prices.of(costs, model=row["drafted"]["quarter"])
 
 
 def rates(traces: list[Trace], folder: Path, prices: Prices, spelling: Spelling, **mine: str) -> dict[str, float]:

@@ -42,6 +42,7 @@ class Arm(Speculation):
     def __init__(self, base: Speculation, rule: Rule | None = None, *, judge: Judge | None = None):
         super().__init__(base.forward, base.most, base.chain, judge, base.copies.corpus)
         self.costs, self.drafting, self.rule = Timed(base.costs), deepcopy(base.drafting), rule
+        self.catching = base.catching
         self.answer, self.plan = list[int](), list[Choice]()
         self.begin()
 
@@ -71,7 +72,6 @@ class Arm(Speculation):
         return found
 
     def ruled(self, request: Request) -> dict[Request, Proposal]:
-        self.catch_up([request])
         self.of(request)
         assert self.rule
         pick = self.rule(self, request) if self.room(request) > 0 else None

@@ -348,7 +348,7 @@ class Engine:
     def settle(self, request: Request) -> None:
         """A request that has got its last token leaves, and what it has read is kept."""
         if request.finished and request.berth:  # what led to an error is not to be gone on from, and has left
-            if self.speculation:
+            if self.speculation and self.prefixes.saved:
                 self.speculation.leave(request)
             if request.scores is None:  # nor would another that is scored go on from it
                 self.prefixes.keep(request)

@@ -31,14 +31,14 @@ SHARE = 0.25  # of the machine's memory that keys and values may take
 class Berth:
     """Where a running request's memory lies; `length` tokens are in it. awake: for the calls that read its prompt.
     mixed: the weights have changed since it was taken. behind: what was seen of its latest tokens that a
-    drafter has not read yet."""
+    drafter has not read yet; None: none follows it any more."""
 
     slot: int
     pages: list[int]
     length: int = 0
     awake: Lanes | None = None
     mixed: bool = False
-    behind: list[Tensor] = field(default_factory=list)
+    behind: list[Tensor] | None = field(default_factory=list)
 
 
 class Berths:

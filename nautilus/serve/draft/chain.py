@@ -29,11 +29,13 @@ from nautilus.ops.formats import Packed
 from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
 from nautilus.ops.peak import peak
-from nautilus.serve.draft.costs import Costs
+from nautilus.serve.draft.costs import Costs, timed
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berth, share_out, write
 from nautilus.serve.recorded import Recorded
 from nautilus.serve.request import Request
+
+CAUGHT = 16  # tokens whose catching up is timed
 
 
 class Head(Protocol):
@@ -133,21 +135,25 @@ class Chain:
         self.tops.clear()
 
     @torch.inference_mode()
-    def measure(self, costs: Costs, berth: Berth, most: int) -> None:
-        """Of drafts of one to so many tokens, from the beginning of a text."""
-        like_RD = torch.zeros(1, self.forward.model.config.width, dtype=self.forward.model.compute)
+    def measure(self, costs: Costs, berth: Berth, most: int) -> float:
+        """Of drafts of one to so many tokens, from the beginning of a text; seconds of each token that is caught up."""
+        model = self.forward.model
+        like_ND = torch.zeros(CAUGHT, model.config.width, dtype=model.compute, device=self.berths.device)
 
         def run(size: int) -> None:
-            hidden_RD = like_RD.to(self.berths.device)
+            hidden_RD = like_ND[:1]
             for at in range(size):
                 hidden_RD = self.call([berth], [1], [1 + at], [0], hidden_RD)
                 self.top(hidden_RD)
 
         costs.measure(range(1, most + 1), run)
+        catch = lambda size: self.call([berth], [size], [size], [0] * size, like_ND[:size])
+        return max(0.0, timed(catch, CAUGHT) - timed(catch, 1)) / (CAUGHT - 1)
 
     def see(self, berth: Berth, seen_ND: Tensor) -> None:
         """What the model made of the next tokens of a berth."""
-        berth.behind.append(seen_ND.clone())
+        if berth.behind is not None:
+            berth.behind.append(seen_ND.clone())
 
     @torch.inference_mode()
     def read(self, berth: Berth, tokens_1N: Tensor, seen_ND: Tensor) -> None:
@@ -284,4 +290,5 @@ def behind(request: Request) -> Tensor:
     """What was seen since the block last caught up, of the tokens before each of as many last ones."""
     assert request.berth is not None
     seen = request.berth.behind
+    assert seen is not None
     return seen[0] if len(seen) == 1 else torch.cat(seen)

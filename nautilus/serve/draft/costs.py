@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 PACE, OWN = 0.05, 0.02  # weight of a new timing for all sizes, and for its own
+SOME = 16  # timings after which the line through all of them is drawn anew
 
 
 class Costs:
@@ -28,7 +29,8 @@ class Costs:
         self.seconds: dict[int, float] = {}
         self.pace = 1.0
         self.rows, self.context, self.each, self.apiece = 1, 0.0, 0.0, 0.0
-        self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, until a timing is added
+        self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, as of some timings ago
+        self.added = 0
 
     def measure(self, sizes: Sequence[int], run: Callable[[int], object], repeats: int = 3) -> None:
         """run(size) is called until it no longer prepares itself: the first call computes, the second is recorded."""
@@ -54,7 +56,9 @@ class Costs:
             more = min(seconds / (self.pace * (before + self.longer(size))), 2.0) - 1
             self.pace *= 1 + PACE * more
             self.seconds[size] *= 1 + OWN * more
-        self.line = None
+        self.added += 1
+        if before is None or self.added % SOME == 0:
+            self.line = None
 
     def of(self, size: int) -> float | None:
         """None below the smallest that is known, and where that is not two."""
@@ -75,7 +79,7 @@ class Costs:
         return seconds[less] + slope * (size - sizes[less])
 
 
-def timed(run: Callable[[int], object], size: int, repeats: int) -> float:
+def timed(run: Callable[[int], object], size: int, repeats: int = 3) -> float:
     timings = []
     for _ in range(2 + repeats):
         begin = time.perf_counter()

@@ -42,9 +42,10 @@ LOSS = 0.01  # of the time of plain steps that may be lost with looking for what
 PATIENCE = 64  # tokens after which a request that had no use for drafts is looked at again at the latest
 CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
 FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
-BEHIND = 64  # tokens that a block is not told of before it has to catch up
+FOLLOWED = 256  # tokens after which a block that was not asked about a request follows it no longer
+SPREAD = 16  # drafts that have to make up for what a block was not told before
 FAR, NEAR = 4096, 512  # tokens before a pass that is measured far behind the beginning, and fewest of them
-PROBE = 256  # tokens after which a block that has not been asked for so long drafts one
+PROBE = 256  # cycles after which a block that nobody has asked for so long drafts a token
 
 
 @dataclass(kw_only=True)
@@ -88,18 +89,22 @@ class Speculation:
         self.counts = {source: Counts() for source in SOURCES[1:]}
         self.known: dict[Request, Known] = {}
         self.began, self.alone = 0.0, False  # when the cycle under way did, and whether it is of one request
+        self.catching, self.quiet = 0.0, 0  # seconds in which a block catches up a token; cycles since it was asked
 
     # ----- what to try ------------------------------------------------------------------------------------------------
 
     def propose(self, requests: Sequence[Request]) -> dict[Request, Proposal]:
         """What to try in the next pass over these requests, which have room for it; none for those that go plainly."""
-        self.catch_up(requests)
+        if self.all_wait(requests):
+            return {}
+        self.leave_off(requests)
         self.costs.rows = len(requests)
         self.costs.context = sum(len(request.tokens) for request in requests) / len(requests)
         step = self.costs.of(len(requests))
         if not step:
             return {}
         self.began, self.alone = time.perf_counter(), len(requests) == 1
+        self.quiet += 1
         found = {request: offers for request in requests if (offers := [*self.candidates(request)])}
         chosen = self.choose(requests, found, step) if found else {}
         looked = (time.perf_counter() - self.began) / max(1, len(found))
@@ -110,14 +115,22 @@ class Speculation:
                 self.rest(self.known[request], looked, step)
         return proposals
 
-    def catch_up(self, requests: Sequence[Request]) -> None:
-        """What a block is to be told of tokens that it was not asked about is not kept for long."""
-        late = [request for request in requests if request.berth and len(request.berth.behind) >= BEHIND]
-        if self.chain is not None and late:
-            try:
-                self.chain.catch_up(late)
-            except Exception as bad:
-                self.give_up(bad)
+    def all_wait(self, requests: Sequence[Request]) -> bool:
+        """Nobody is to look for a draft in this cycle, as in most of those in which nothing is to be had."""
+        known = [self.known.get(request) for request in requests]
+        if not all(one is not None and one.wait > 0 for one in known):
+            return False
+        for one in known:
+            assert one
+            one.wait -= 1
+        return True
+
+    def leave_off(self, requests: Sequence[Request]) -> None:
+        """What a block was not asked about is not kept for long, and is not worth telling it then."""
+        for request in requests if self.chain is not None else ():
+            known, berth = self.known.get(request), request.berth
+            if berth and berth.behind and known and len(request.tokens) - known.asked > FOLLOWED:
+                berth.behind = None
 
     def rest(self, known: Known, looked: float, step: float) -> None:
         """A look that found nothing to try took so long: the next one is later the longer that was."""
@@ -139,11 +152,13 @@ class Speculation:
         if copied := self.copies.draft(request, request.tenant, request.tokens, room):
             survival = self.survival(request, known, copied)
             yield Candidate(source="cache", survival=survival, tokens=copied.draft.tokens, copied=copied)
-        if self.chain is not None:
-            survival = known.depths.survival()[:room]
-            if len(request.tokens) - known.asked >= PROBE:
-                survival = [1.0]
-            yield Candidate(source=self.chain.head.source, survival=survival)
+        if self.chain is not None and request.berth and request.berth.behind is not None:
+            survival = known.depths.survival()[:room] if self.quiet < PROBE else [1.0]
+            yield Candidate(source=self.chain.head.source, survival=survival, late=self.late(request) / SPREAD)
+
+    def late(self, request: Request) -> float:
+        """Seconds that a block takes to catch up, beyond those of a token."""
+        return self.catching * max(0, len(request.tokens) - self.known[request].asked - 1)
 
     def survival(self, request: Request, known: Known, copied: Copied) -> list[float]:
         """Of a copied draft, by the predictor that was trained for the model, or by what came true before."""
@@ -187,8 +202,8 @@ class Speculation:
 
         def worth(one: Candidate) -> float:
             size = min(len(one.survival), DEEPEST)
-            drafting = 0.0 if one.tokens else self.drafting.of(size) or math.inf
-            return sum(one.survival[:size]) - drafting / step
+            drafting = one.seconds(self.drafting, size)
+            return sum(one.survival[:size]) - (math.inf if drafting is None else drafting) / step
 
         return max((one for one in candidates if worth(one) > 0), key=worth, default=None)
 
@@ -216,8 +231,9 @@ class Speculation:
             self.give_up(bad)
             return {}
         if rows == 1:
-            (size,) = (len(one.tokens) for one in found.values())
-            self.drafting.add(size, time.perf_counter() - begin)
+            ((request, one),) = found.items()
+            self.drafting.add(len(one.tokens), max(0.0, time.perf_counter() - begin - self.late(request)))
+        self.quiet = 0
         for request in asked:
             self.known[request].asked = len(request.tokens)
         return {
@@ -316,7 +332,7 @@ class Speculation:
         try:
             self.costs.measure(sizes, run)
             if self.chain is not None:
-                self.chain.measure(self.drafting, berth, min(self.most, DEEPEST))
+                self.catching = self.chain.measure(self.drafting, berth, min(self.most, DEEPEST))
             if far >= NEAR and len(sizes) > 1:
                 at = far
                 self.costs.measure_context(far, sizes[-1], run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nautilus.serve.draft.chain import Foretold
 from nautilus.serve.draft.choice import Offer
@@ -39,14 +40,24 @@ PLAIN = Proposal(source="plain", tokens=(), whole=0)
 
 @dataclass(kw_only=True)
 class Candidate:
-    """What a source offers for the next tokens of a request; tokens are not there yet where a block drafts them."""
+    """What a source offers for the next tokens of a request; tokens are not there yet where a block drafts them. late:
+    seconds that a draft has to make up for, of what the block has yet to be told."""
 
     source: str
     survival: Sequence[float]
     tokens: tuple[int, ...] = ()
     copied: Copied | None = None
+    late: float = 0.0
+
+    def seconds(self, drafting: Costs, size: int) -> float | None:
+        """Of drafting so many tokens."""
+        if self.tokens:
+            return 0.0
+        found = drafting.of(size)
+        return None if found is None else found + self.late
 
     def offer(self, drafting: Costs) -> Offer:
         if self.tokens:
             return Offer(arm=self.source, survival=self.survival)
-        return Offer(arm=self.source, survival=self.survival, lengths=range(1, DEEPEST + 1), seconds=drafting.of)
+        lengths, seconds = range(1, DEEPEST + 1), partial(self.seconds, drafting)
+        return Offer(arm=self.source, survival=self.survival, lengths=lengths, seconds=seconds)

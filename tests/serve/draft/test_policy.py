@@ -12,7 +12,7 @@ from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.draft.copies import Copied
 from nautilus.serve.draft.costs import Costs
-from nautilus.serve.draft.policy import PATIENCE
+from nautilus.serve.draft.policy import FOLLOWED, PATIENCE, SPREAD
 from nautilus.serve.draft.proposal import Candidate, Counts
 from nautilus.serve.draft.suffix import Draft
 from nautilus.serve.rules import Rule
@@ -331,14 +331,38 @@ def test_answers_are_copied_from_within_a_tenant_only():
 
 
 @NATIVE
-def test_a_block_that_nobody_asks_is_told_of_what_was_said_now_and_then():
+def test_a_block_that_nobody_asks_follows_no_longer():
     """What it has still to be told of takes memory for every token, and must not grow with an answer."""
-    engine, most = Engine(hybrid(mtp=True), TOKENIZER, max_tokens=300, drafts=4), []
-    engine.speculation.candidates = lambda request: []
-    request = engine.request([1, 2, 3], Sampling(max_tokens=200, ignore_eos=True))
-    plain = Engine(hybrid(), TOKENIZER, max_tokens=300).generate([[1, 2, 3]], request.sampling)[0]
+    engine, most = Engine(hybrid(mtp=True), TOKENIZER, max_tokens=500, drafts=4), []
+    engine.speculation.choose = lambda *_: {}
+    request = engine.request([1, 2, 3], Sampling(max_tokens=450, ignore_eos=True))
+    plain = Engine(hybrid(), TOKENIZER, max_tokens=500).generate([[1, 2, 3]], request.sampling)[0]
     engine.submit(request)
     while not request.finished:
-        most.append(len(request.berth.behind) if request.berth else 0)
+        most.append(request.berth and request.berth.behind and len(request.berth.behind))
         engine.step()
-    assert max(most) == 64 and request.completion().tokens == plain.tokens
+    counts = [count for count in most if count]
+    assert FOLLOWED - 2 <= max(counts) <= FOLLOWED + PATIENCE + 1 and most[-1] is None
+    assert request.completion().tokens == plain.tokens
+    again = engine.generate([[5, 4, 3]], Sampling(max_tokens=20, ignore_eos=True))[0]
+    assert len(again.tokens) == 20
+
+
+@NATIVE
+def test_what_a_block_has_yet_to_be_told_counts_against_its_drafts():
+    engine = Engine(hybrid(mtp=True), TOKENIZER, max_tokens=300, drafts=4)
+    make_cheap(engine.speculation)
+    request = engine.request([1, 2, 3], Sampling(max_tokens=100, ignore_eos=True))
+    engine.submit(request)
+    while len(request.tokens) < 10:
+        engine.step()
+    offered = lambda: next(one for one in engine.speculation.candidates(request) if one.source == "mtp")
+    engine.speculation.of(request).asked = len(request.tokens) - 21
+    engine.speculation.catching = 0.0
+    assert offered().late == 0
+    engine.speculation.catching = 0.8
+    assert offered().late == pytest.approx(20 * 0.8 / SPREAD)
+    assert offered().seconds(engine.speculation.drafting, 2) == pytest.approx(1.0)
+    request.berth.behind = None
+    assert all(one.source != "mtp" for one in engine.speculation.candidates(request))
+    engine.cancel(request)
