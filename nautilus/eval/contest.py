@@ -121,27 +121,35 @@ class Contest:
 
     # ----- what is right ----------------------------------------------------------------------------------------------
 
-    def references(self, run: Run, questions: Sequence[Question], tokens: int) -> list[Reference]:
+    def references(self, run: Run, questions: Sequence[Question], tokens: int) -> list[tuple[Question, Reference]]:
+        """Of those whose answers are long enough to be timed; UserError where none is."""
         prompts = [question.tokens for question in questions]
         found = answers(run.state / "plain.jsonl", self.plain, prompts, Manner(temperature=0, tokens=tokens))
-        drafter = drafter_of(self.model, None if self.main == "mtp" else self.means.eagle)
-        traces = []
-        for question, answer in zip(questions, found, strict=True):
-            right = depths(drafter, answer, DEEPEST) if drafter else ()
-            limit = len(question.tokens) + tokens
-            traces.append(
-                Trace(prompt=answer.prompt, answer=answer.tokens, limit=limit, tenant=question.prompt.set, depths=right)
+        pairs = [pair for pair in zip(questions, found, strict=True) if len(pair[1].tokens) >= self.means.most + 3]
+        if not pairs:
+            raise UserError(
+                f"none of {len(questions)} plain answers is longer than a draft of {self.means.most} tokens, so there "
+                "is nothing to time; ask for longer ones, or give other prompts"
             )
+        traces = [*self.traces(pairs, tokens)]
         write_traces(run.folder / "traces.jsonl", traces)
+        best = plans(traces, self.prices(), self.spelling, most=self.means.most, depth=DEEPEST)
+        return [
+            (question, Reference(answer=answer, plan=best[number], **self.structure(question, answer)))
+            for number, (question, answer) in enumerate(pairs)
+        ]
+
+    def traces(self, pairs: Sequence[tuple[Question, Answer]], tokens: int) -> Iterator[Trace]:
+        drafter = drafter_of(self.model, None if self.main == "mtp" else self.means.eagle)
+        for question, answer in pairs:
+            limit, right = len(question.tokens) + tokens, depths(drafter, answer, DEEPEST) if drafter else ()
+            named = {"tenant": question.prompt.set, "group": question.prompt.family}
+            yield Trace(prompt=answer.prompt, answer=answer.tokens, limit=limit, depths=right, **named)
+
+    def prices(self) -> Prices:
         base = self.engines[self.main].speculation
         assert base
-        each = (base.drafting.of(DEEPEST) or 0.0) / DEEPEST if drafter else 0.0
-        prices = Prices.of(base.costs, model=each)
-        best = plans(traces, prices, self.spelling, most=self.means.most, depth=DEEPEST)
-        return [
-            Reference(answer=answer, plan=best.get(number, ()), **self.structure(question, answer))
-            for number, (question, answer) in enumerate(zip(questions, found, strict=True))
-        ]
+        return Prices.of(base.costs, model=(base.drafting.of(DEEPEST) or 0.0) / DEEPEST)
 
     def structure(self, question: Question, answer: Answer) -> dict[str, float]:
         words = self.tokenizer.decode(answer.tokens)
@@ -150,17 +158,11 @@ class Contest:
     # ----- the contest ------------------------------------------------------------------------------------------------
 
     def hold(self, run: Run, questions: Sequence[Question], *, tokens: int, repeats: int) -> list[Answered]:
-        """All answers, those that the run has already included. UserError where no plain answer is long enough."""
+        """All answers, those that the run has already included."""
         known = self.references(run, questions, tokens)
-        asked = [number for number, one in enumerate(known) if len(one.answer.tokens) >= self.means.most + 3]
-        if not asked:
-            raise UserError(
-                f"none of {len(questions)} plain answers is longer than a draft of {self.means.most} tokens, so there "
-                "is nothing to time; ask for longer ones, or give other prompts"
-            )
         path, contestants = run.state / "answers.jsonl", self.contestants()
         rows = read_metrics(path)
-        steps = [*self.steps(asked, [*contestants], repeats)]
+        steps = [*turns(len(known), [*contestants], repeats)]
         made: dict[str, Arm | None] = {}
         with Progress(path, len(steps), len(rows), shown=("tokens_per_s",), unit="answer") as progress:
             for step, (begins, number, name) in enumerate(steps):
@@ -168,20 +170,12 @@ class Contest:
                 if begins:
                     made[name] = one.arm() if one.arm else None
                 if step < len(rows):
-                    remember(made[name], questions[number], known[number])
+                    remember(made[name], *known[number])
                     continue
-                engine, arm = one.engine, made[name]
-                found = self.answered(name, engine, arm, questions[number], known[number], tokens)
+                found = self.answered(name, one.engine, made[name], *known[number], tokens)
                 rows.append({"step": step, "tokens_per_s": found.rate, **found.row()})
                 progress(rows[-1])
         return [Answered.of_row(row) for row in rows]
-
-    def steps(self, asked: Sequence[int], names: Sequence[str], repeats: int) -> Iterator[tuple[bool, int, str]]:
-        """Whether an arm begins anew, the number of a question, the arm."""
-        for repeat in range(repeats):
-            for place, number in enumerate(asked):
-                turn = (place + repeat) % len(names)
-                yield from ((place == 0, number, name) for name in (*names[turn:], *names[:turn]))
 
     def answered(
         self, name: str, engine: Engine, arm: Arm | None, question: Question, known: Reference, most: int
@@ -220,3 +214,11 @@ def remember(arm: Arm | None, question: Question, known: Reference) -> None:
     """As if it had answered just now."""
     if arm:
         arm.copies.finish(None, question.prompt.set, known.answer.tokens)
+
+
+def turns(questions: int, names: Sequence[str], repeats: int) -> Iterator[tuple[bool, int, str]]:
+    """Whether an arm begins anew, the number of a question, the arm."""
+    for repeat in range(repeats):
+        for number in range(questions):
+            turn = (number + repeat) % len(names)
+            yield from ((number == 0, number, name) for name in (*names[turn:], *names[:turn]))

@@ -101,7 +101,7 @@ def test_rules_try_what_they_say(held):
 def test_depths_are_what_an_engine_accepts(held):
     one, run, _ = held
     drafter, asked = mtp_drafter(one.model), [*questions()]
-    for question, known in zip(asked, one.references(run, asked, TOKENS), strict=True):
+    for question, known in one.references(run, asked, TOKENS):
         right = depths(drafter, known.answer, 8)
         assert len(right) == len(known.answer.tokens) and right[0] == 0
         arm = arms.Arm(one.engines["mtp"].speculation, arms.block(4))
