@@ -91,7 +91,7 @@ def test_drafts_are_those_of_a_cache_that_knows_the_past_only():
         if moment.copied:
             seen += 1
             tokens = moment.copied.draft.tokens
-            assert moment.copied.shared == (best is not both[0])
+            assert (moment.copied.origin == "tenant") == (best is not both[0])
             follows = trace.answer[moment.at : moment.at + len(tokens)]
             assert tuple(follows[: moment.true]) == tokens[: moment.true]
             assert (
@@ -105,7 +105,7 @@ def test_requests_that_are_not_gone_through_are_still_copied_from():
     alone = [moment for moment, _ in replay(traces, plain, SPELLING, most=MOST, of={4})]
     together = [moment for moment, _ in replay(traces, plain, SPELLING, most=MOST) if moment.number == 4]
     assert [moment.copied for moment in alone] == [moment.copied for moment in together] and len(alone) > 9
-    assert any(moment.copied and moment.copied.shared for moment in alone)
+    assert any(moment.copied and moment.copied.origin == "tenant" for moment in alone)
 
 
 def test_moments_between_cycles_change_no_cycle():

@@ -8,7 +8,6 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 PACE, OWN = 0.05, 0.02  # weight of a new timing for all sizes, and for its own
-SOME = 16  # timings after which the line through all of them is drawn anew
 
 
 class Costs:
@@ -29,8 +28,7 @@ class Costs:
         self.seconds: dict[int, float] = {}
         self.pace = 1.0
         self.rows, self.context, self.each, self.apiece = 1, 0.0, 0.0, 0.0
-        self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, as of some timings ago
-        self.added = 0
+        self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, until a timing is added
 
     def measure(self, sizes: Sequence[int], run: Callable[[int], object], repeats: int = 3) -> None:
         """run(size) is called until it no longer prepares itself: the first call computes, the second is recorded."""
@@ -56,9 +54,7 @@ class Costs:
             more = min(seconds / (self.pace * (before + self.longer(size))), 2.0) - 1
             self.pace *= 1 + PACE * more
             self.seconds[size] *= 1 + OWN * more
-        self.added += 1
-        if before is None or self.added % SOME == 0:
-            self.line = None
+        self.line = None
 
     def of(self, size: int) -> float | None:
         """None below the smallest that is known, and where that is not two."""
