@@ -24,6 +24,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -37,20 +38,20 @@ from nautilus.recipes import eagle, hvd, pretrain, speculate  # noqa: E402
 from nautilus.runtime import Run, write_atomic  # noqa: E402
 from nautilus.train.optim import OptimConfig  # noqa: E402
 
-MAMBA = Mamba(heads=8, head_width=48, state=64, groups=1, chunk=64)
-ATTENTION = Attention(heads=4, groups=2, head_width=48)
-EXPERTS = Experts(experts=8, active=2, hidden=192, shared=384, scale=2.5)
-WIDTH, VOCAB, LENGTH = 192, 1024, 1344
+MAMBA = Mamba(heads=8, head_width=32, state=32, groups=1, chunk=64)
+ATTENTION = Attention(heads=4, groups=2, head_width=32)
+EXPERTS = Experts(experts=8, active=2, hidden=128, shared=128, scale=2.5)
+SIZES, LENGTH = {"vocab": 1024, "width": 128, "positions": 1 << 16}, 768  # LENGTH: of a row in training
 
 
 def targets() -> dict[str, Config]:
-    sizes = {"vocab": VOCAB, "width": WIDTH, "positions": 1 << 16}
-    mlp, turned = Mlp(hidden=768), Attention(heads=4, groups=2, head_width=48, rotary=Rotary())
+    """About a million weights each."""
+    turned = replace(ATTENTION, rotary=Rotary())
     return {
-        "hybrid": Config(**sizes, layers=lay("ME*EME*E", MAMBA, ATTENTION, EXPERTS), mtp=lay("*E", ATTENTION, EXPERTS)),
-        "dense": Config(**sizes, layers=lay("M-*-M-*-", MAMBA, ATTENTION, mlp)),
-        "llama": Config(**sizes, layers=lay("*-" * 5, turned, Mlp(hidden=512, gated=True))),
-    }  # fmt: skip
+        "hybrid": Config(**SIZES, layers=lay("M*EM*E", MAMBA, ATTENTION, EXPERTS), mtp=lay("*E", ATTENTION, EXPERTS)),
+        "dense": Config(**SIZES, layers=lay("M*-M*-", MAMBA, ATTENTION, Mlp(hidden=512))),
+        "llama": Config(**SIZES, layers=lay("*-" * 4, turned, Mlp(hidden=352, gated=True))),
+    }
 
 
 def text(folder: Path, count: int) -> Path:
@@ -74,7 +75,7 @@ def carried_through(name: str, config: Config, wanted: argparse.Namespace) -> di
     """From text to the report."""
     folder, documents = wanted.folder / name, text(wanted.folder, wanted.documents)
     model, head, payoff, out = (folder / part for part in ("model", "eagle", "hvd", "speculate"))
-    optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=50, decay=wanted.steps // 3)
+    optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=50, decay=0.3)
     if not (model / "report.html").is_file():
         pretrain.main(pretrain.Settings(
             model=config, data=(str(documents),), out=model, steps=wanted.steps, rows=8, length=LENGTH, optim=optim,
@@ -84,7 +85,7 @@ def carried_through(name: str, config: Config, wanted: argparse.Namespace) -> di
     if not (head / "report.html").is_file():
         eagle.main(eagle.Settings(
             model=str(model), out=head, prompts=(f"{learnt}#prompt",), prompt_tokens=LENGTH, tokens=256, answers=480,
-            measured=32, words=VOCAB, steps=400, rows=4, together=8,
+            measured=32, words=SIZES["vocab"], steps=400, rows=4, together=8,
         ))  # fmt: skip
     if not (payoff / "payoff.safetensors").is_file():
         hvd.main(hvd.Settings(model=str(model), prompts=(learnt,), out=payoff, answer=256, drafts=wanted.drafts))
@@ -118,7 +119,7 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=[*targets()], choices=[*targets(), []])
     parser.add_argument("--folder", type=Path, default=Path("runs/speculation"))
-    parser.add_argument("--steps", type=int, default=1500, help="of training a model")
+    parser.add_argument("--steps", type=int, default=1000, help="of training a model")
     parser.add_argument("--documents", type=int, default=40_000, help="that models are trained on")
     parser.add_argument(
         "--learnt", type=int, default=80, help="prompts of a family that predictors and heads learn from"

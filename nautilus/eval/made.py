@@ -35,7 +35,7 @@ KINDS: dict[str, dict[str, Make]] = {
     "long": {"summary": made_texts.summary, "minutes": made_texts.minutes},
     "open": {"story": made_texts.story, "ideas": made_texts.ideas},
 }
-SIZES = {"agentic": 1024, "code": 1024, "structured": 768, "multihop": 1024, "long": 4096, "open": 512}  # bytes
+SIZES = {"agentic": 1024, "code": 1024, "structured": 768, "multihop": 1024, "long": 2048, "open": 512}  # bytes
 SMALLEST, STEPS = 200, 3  # the shortest text to train on, and the most steps
 HELD_OUT = 4  # one prompt in so many is for evaluation
 END = "\n\nAnswer:\n"
