@@ -105,6 +105,7 @@ PAIRS = (
         known="GB200 in NVFP4, taken as eight",
     ),
 )
+MEASURED = "step_ms", "tokens_per_s", "slice_ms", "check"
 NO_CONFIG = {"qwen3.5_122b_a10b": QWEN35, "glm_5.1": GLM51}
 
 
@@ -147,8 +148,7 @@ def slice_of(config: Config, layers: list[Layer]) -> Config:
 
 
 def timed(config: Config, asked: argparse.Namespace, contexts: list[int]) -> dict[tuple[int, int], float]:
-    """Seconds of a step by users and context, at the bandwidth that all slices are told at: a slice is measured minutes
-    after another one, and memory here is now and then faster or slower by half."""
+    """Seconds of a step by users and context."""
     from nautilus.eval.random_model import random_model
     from nautilus.eval.speed import Meter, Work
 
@@ -157,17 +157,24 @@ def timed(config: Config, asked: argparse.Namespace, contexts: list[int]) -> dic
     found = {}
     for work in works:
         with meter.ready(work, filled=True) as ready:
-            turns = [ready.turn() for _ in range(asked.repeats)]
-        if asked.bandwidth is None:
-            asked.bandwidth = statistics.median(turn.bandwidth or 1.0 for turn in turns)
-        seconds = [(turn.bandwidth or 1.0) / asked.bandwidth / turn.tokens_per_s for turn in turns]
-        found[work.sequences, work.prompt] = work.sequences * statistics.median(seconds)
+            turns = [ready.turn().tokens_per_s for _ in range(asked.repeats)]
+        found[work.sequences, work.prompt] = work.sequences / statistics.median(turns)
     del meter, ready
     gc.collect()  # a model and its engine know each other: they stay until somebody looks, and several are too many
     return found
 
 
 def measure(name: str, asked: argparse.Namespace) -> list[dict]:
+    """Medians of several rounds: a slice is timed a minute after another one, and a machine that others use is faster
+    or slower by half from one minute to the next."""
+    rounds = [measure_once(name, asked) for _ in range(asked.rounds)]
+    return [
+        same[0] | {key: statistics.median(row[key] for row in same) for key in MEASURED}
+        for same in zip(*rounds, strict=True)
+    ]
+
+
+def measure_once(name: str, asked: argparse.Namespace) -> list[dict]:
     """A row for each number of users and context: the whole model's step, and how well a slice was foretold."""
     config = shrink(config_of(name)) if asked.shrink else config_of(name)
     kinds, first = kinds_of(config), asked.contexts[0]
@@ -213,11 +220,11 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 16384, 32768, 65536])
     parser.add_argument("--users", type=int, nargs="*", default=[1, 8])
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="timings of a slice in a round")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--format", default="nvfp4")
     parser.add_argument("--shrink", action="store_true", help="toy twins, to try this program")
     parser.add_argument("--record", type=Path)
-    parser.set_defaults(bandwidth=None)  # bytes a second, of the first slice
     asked = parser.parse_args()
     names = {name: None for pair in PAIRS if pair.hybrid in asked.pairs for name in (pair.hybrid, pair.peer)}
     measured = {name: measure(name, asked) for name in names if name not in NO_CONFIG}

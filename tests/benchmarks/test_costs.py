@@ -118,13 +118,25 @@ def test_slices_add_up_to_the_model_that_takes_what_they_say(headline, monkeypat
 
     monkeypatch.setattr(headline, "timed", timed)
     monkeypatch.setattr(headline, "config_of", lambda name: config)
-    asked = argparse.Namespace(users=[1, 3], contexts=[100, 400], shrink=False)
+    asked = argparse.Namespace(users=[1, 3], contexts=[100, 400], shrink=False, rounds=2)
     rows = headline.measure("tiny", asked)
     assert [(row["users"], row["context"]) for row in rows] == [(1, 100), (1, 400), (3, 100), (3, 400)]
     for row in rows:
         whole = 2 * 5 + 3 * 1.0 + 3 * 2.0 + row["users"] * row["context"] / 100
         assert row["step_ms"] == pytest.approx(1e3 * whole) and row["check"] == pytest.approx(1)
         assert row["tokens_per_s"] == pytest.approx(row["users"] / whole)
+
+
+def test_rounds_give_their_medians(headline, monkeypatch):
+    rounds = iter([3.0, 1.0, 2.0])
+
+    def once(name, asked):
+        return [{"users": users, **dict.fromkeys(headline.MEASURED, users * factor)} for users in (1, 8)
+                for factor in [next(rounds) if users == 1 else 5.0]]  # fmt: skip
+
+    monkeypatch.setattr(headline, "measure_once", once)
+    rows = headline.measure("tiny", argparse.Namespace(rounds=3))
+    assert [(row["users"], row["step_ms"], row["check"]) for row in rows] == [(1, 2.0, 2.0), (8, 40.0, 40.0)]
 
 
 def test_reported_pairs_by_sizes_alone(headline, capsys):
