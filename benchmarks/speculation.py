@@ -21,6 +21,7 @@ import argparse
 import datetime
 import json
 import math
+import random
 import shlex
 import sys
 from collections.abc import Iterator
@@ -41,7 +42,8 @@ from nautilus.train.optim import OptimConfig  # noqa: E402
 MAMBA = Mamba(heads=8, head_width=32, state=32, groups=1, chunk=64)
 ATTENTION = Attention(heads=4, groups=2, head_width=32)
 EXPERTS = Experts(experts=8, active=2, hidden=128, shared=128, scale=2.5)
-SIZES, LENGTH = {"vocab": 1024, "width": 128, "positions": 1 << 16}, 768  # LENGTH: of a row in training
+SIZES, LENGTH = {"vocab": 1024, "width": 128, "positions": 1 << 16}, 512  # LENGTH: of a row in training
+LINE, LONG = (8, 24), 14  # words of a line that comes twice, letters of a word that is too long for it
 
 
 def targets() -> dict[str, Config]:
@@ -54,12 +56,18 @@ def targets() -> dict[str, Config]:
     }
 
 
-def text(folder: Path, count: int) -> Path:
-    path = folder / "documents.jsonl"
-    if not path.is_file():
+def text(folder: Path, count: int) -> list[Path]:
+    """Documents of the families, and lines of words that come twice: from these a model learns within minutes to go on
+    as what stood there before did, which takes it far longer from the others alone."""
+    found = [folder / "documents.jsonl", folder / "twice.jsonl"]
+    if not all(path.is_file() for path in found):
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, "".join(json.dumps({"text": each}) + "\n" for each in training_documents(count)))
-    return path
+        documents, draw = [*training_documents(count)], random.Random(0)
+        words = sorted({word for each in documents[:2000] for word in each.split() if len(word) < LONG})
+        lines = (" ".join(draw.choices(words, k=draw.randint(*LINE))) + "\n" for _ in range(count))
+        for path, texts in zip(found, (documents, (2 * line for line in lines)), strict=True):
+            write_atomic(path, "".join(json.dumps({"text": each}) + "\n" for each in texts))
+    return found
 
 
 def asked(folder: Path, each: int) -> Path:
@@ -73,19 +81,19 @@ def asked(folder: Path, each: int) -> Path:
 
 def carried_through(name: str, config: Config, wanted: argparse.Namespace) -> dict:
     """From text to the report."""
-    folder, documents = wanted.folder / name, text(wanted.folder, wanted.documents)
+    folder, documents = wanted.folder / name, [*map(str, text(wanted.folder, wanted.documents))]
     model, head, payoff, out = (folder / part for part in ("model", "eagle", "hvd", "speculate"))
     optim = OptimConfig(lr=3e-3, min_lr=1e-4, warmup=50, decay=0.3)
     if not (model / "report.html").is_file():
         pretrain.main(pretrain.Settings(
-            model=config, data=(str(documents),), out=model, steps=wanted.steps, rows=8, length=LENGTH, optim=optim,
+            model=config, data=tuple(documents), out=model, steps=wanted.steps, rows=8, length=LENGTH, optim=optim,
             mtp_depths=2 if config.mtp else 0, save_every=200, prompts=(),
         ))  # fmt: skip
     learnt = str(asked(wanted.folder, wanted.learnt))
     if not (head / "report.html").is_file():
         eagle.main(eagle.Settings(
-            model=str(model), out=head, prompts=(f"{learnt}#prompt",), prompt_tokens=LENGTH, tokens=256, answers=480,
-            measured=32, words=SIZES["vocab"], steps=400, rows=4, together=8,
+            model=str(model), out=head, prompts=(f"{learnt}#prompt",), prompt_tokens=768, tokens=256, answers=360,
+            measured=32, words=SIZES["vocab"], steps=300, rows=2, together=8,
         ))  # fmt: skip
     if not (payoff / "payoff.safetensors").is_file():
         hvd.main(hvd.Settings(model=str(model), prompts=(learnt,), out=payoff, answer=256, drafts=wanted.drafts))
@@ -119,7 +127,7 @@ def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="*", default=[*targets()], choices=[*targets(), []])
     parser.add_argument("--folder", type=Path, default=Path("runs/speculation"))
-    parser.add_argument("--steps", type=int, default=1000, help="of training a model")
+    parser.add_argument("--steps", type=int, default=2400, help="of training a model")
     parser.add_argument("--documents", type=int, default=40_000, help="that models are trained on")
     parser.add_argument(
         "--learnt", type=int, default=80, help="prompts of a family that predictors and heads learn from"
