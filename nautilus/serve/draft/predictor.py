@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -80,10 +81,11 @@ class Predictor:
     def survival(self, features_F: np.ndarray, length: int) -> list[float]:
         """In survival mode: the probabilities that the first, the first two .. of `length` draft tokens come true. Of
         lengths beyond the grid nothing is known, and nothing is told."""
-        found, last, before = [], 1.0, 0
-        for size, raw, (said, stood_for) in zip(
-            self.header.grid, self.uncalibrated(features_F).tolist(), self.knots, strict=True
+        found, last, before, raw = [], 1.0, 0, 1.0
+        for size, logit, (said, stood_for) in zip(
+            self.header.grid, self.outputs(features_F).tolist(), self.knots, strict=True
         ):
+            raw /= 1 + math.exp(min(max(logit, -STEEP), STEEP))
             value = min(last, on_line(raw, said, stood_for))
             step = (value - last) / (size - before)
             found += [*(last + step * ahead for ahead in range(1, size - before)), value]

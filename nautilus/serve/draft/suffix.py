@@ -16,11 +16,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 WIDTHS = (8, 3)  # of what is looked up: tokens in a row, the longer first
 PLACES = 32  # the latest ones of each width
 MATCH = 64  # tokens over which a match is measured
 LEAST = 0.1  # share of the places that agree, below which a draft ends
 BETWEEN = -1  # stands between texts; no token is equal to it
+STRIDE = 8  # tokens that are compared at once
+MANY = 24  # tokens that are added, from which on their keys are computed at once
 BASE, MASK = 0x9E3779B97F4A7C15, (1 << 64) - 1
 
 
@@ -56,13 +60,24 @@ class Rows:
 
     def add(self, tokens: Sequence[int], begin: int) -> None:
         """Those from `begin` on."""
-        width, oldest, key, latest, before = self.width, self.oldest, self.key, self.latest, self.before
+        latest, before = self.latest, self.before
+        for place, key in enumerate(self.keys(tokens, begin), begin):
+            before.append(latest.get(key, -1))
+            latest[key] = place
+            self.key = key
+
+    def keys(self, tokens: Sequence[int], begin: int) -> Iterable[int]:
+        """Of the last tokens at each place from `begin` on, modulo 2^64; before the first there are noughts."""
+        if len(tokens) - begin >= MANY:
+            return keys_of(tokens[max(0, begin - self.width + 1) :], self.width)[-(len(tokens) - begin) :].tolist()
+        return self.rolled(tokens, begin)
+
+    def rolled(self, tokens: Sequence[int], begin: int) -> Iterator[int]:
+        width, oldest, key = self.width, self.oldest, self.key
         for place in range(begin, len(tokens)):
             left = tokens[place - width] if place >= width else 0
             key = ((key - left * oldest) * BASE + tokens[place]) & MASK
-            before.append(latest.get(key, -1))
-            latest[key] = place
-        self.key = key
+            yield key
 
     def places(self, context: Sequence[int]) -> Iterator[int]:
         """The latest first. Different tokens may have one key, so these are places to look at, no more."""
@@ -75,6 +90,15 @@ class Rows:
         while place >= 0:
             yield place
             place = self.before[place]
+
+
+def keys_of(tokens: Sequence[int], width: int) -> np.ndarray:
+    """sum_i tokens[t - i] BASE^i over `width` tokens, modulo 2^64, for every t at once."""
+    tokens_T = np.array(tokens, np.int64).view(np.uint64)
+    keys_T = tokens_T.copy()
+    for back in range(1, width):
+        keys_T[back:] += tokens_T[:-back] * np.uint64(pow(BASE, back, 1 << 64))
+    return keys_T
 
 
 class SuffixCache:
@@ -136,9 +160,19 @@ class SuffixCache:
     def common(self, context: Sequence[int], place: int) -> int:
         tokens, end = self.tokens, len(context) - 1
         length, most = 0, min(MATCH, end + 1, place + 1)
+        while length + STRIDE <= most:
+            mine, theirs = place - length, end - length
+            if tokens[mine + 1 - STRIDE : mine + 1] != context[theirs + 1 - STRIDE : theirs + 1]:
+                break
+            length += STRIDE
         while length < most and tokens[place - length] == context[end - length]:
             length += 1
         return length
+
+    def following(self, place: int, most: int) -> list[int]:
+        """At most so many tokens from this place on, to the end of its text."""
+        found = self.tokens[place : place + most]
+        return found[: found.index(BETWEEN)] if BETWEEN in found else found
 
     def vote(self, places: list[int], match: int, most: int) -> Draft | None:
         """What most of the places go on with, token by token; of equally many the latest."""
@@ -147,6 +181,12 @@ class SuffixCache:
         live, chosen, probs = places, list[int](), list[float]()
         kinds, entropy = 0, 0.0
         for ahead in range(1, most + 1):
+            if len(live) == 1 and ahead > 1:
+                if 1 / count >= LEAST:
+                    rest = self.following(live[0] + ahead, most + 1 - ahead)
+                    chosen += rest
+                    probs += [1 / count] * len(rest)
+                break
             votes = Counter(tokens[place + ahead] for place in live if place + ahead < size)
             votes.pop(BETWEEN, None)
             if ahead == 1:

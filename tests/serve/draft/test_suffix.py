@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from nautilus.serve.draft.suffix import BETWEEN, LEAST, MATCH, PLACES, WIDTHS, SuffixCache
+from nautilus.serve.draft.suffix import BETWEEN, LEAST, MANY, MATCH, PLACES, WIDTHS, Rows, SuffixCache
 
 few = st.integers(0, 2)
 texts = st.lists(st.lists(few, max_size=40), min_size=1, max_size=5)
@@ -117,3 +117,17 @@ def test_only_the_latest_texts_are_kept_and_they_are_found_as_ever(texts, most):
     whole.extend(bounded.tokens)
     for context in ([0, 1, 2], [0, 0, 0, 0], bounded.tokens[-9:]):
         assert told(bounded.draft(context, 6)) == told(whole.draft(context, 6))
+
+
+@pytest.mark.parametrize("width", [3, 8])
+def test_many_tokens_at_once_are_known_as_if_they_had_come_one_by_one(width):
+    draw = random.Random(width)
+    text = [draw.choice([0, 1, 2, 131_071, BETWEEN]) for _ in range(400)]
+    slow, fast, at = Rows(width), Rows(width), 0
+    for size in range(1, len(text) + 1):
+        slow.add(text[:size], size - 1)
+    while at < len(text):
+        size = min(len(text), at + draw.choice([1, 2, MANY - 1, MANY, 90]))
+        fast.add(text[:size], at)
+        at = size
+    assert (fast.before, fast.latest, fast.key) == (slow.before, slow.latest, slow.key)
