@@ -88,16 +88,15 @@ def asked(folder: Path, each: int) -> Path:
     return path
 
 
-def widened(folder: Path, out: Path, times: int) -> None:
+def widened(model: Language, times: int) -> Language:
     """The model with every hidden unit so many times: what comes out of each is divided by that."""
-    model, tokenizer = nautilus.load(folder)
     factor = lambda name: max(1, times // PART) if name.startswith("mtp.") else times
     weights = {name: wider(name, tensor, factor(name)) for name, tensor in model.state_dict().items()}
     layers = tuple(wide_layer(layer, times) for layer in model.config.layers)
     block = tuple(wide_layer(layer, max(1, times // PART)) for layer in model.config.mtp)
     other = Language(replace(model.config, layers=layers, mtp=block))
     other.load_state_dict(weights)
-    other.save(out, precision="bf16", tokenizer=tokenizer)
+    return other
 
 
 def wide_layer(layer: Layer, times: int) -> Layer:
@@ -123,7 +122,8 @@ def carried_through(name: str, config: Config, wanted: argparse.Namespace) -> di
             mtp_depths=2 if config.mtp else 0, save_every=200, prompts=(),
         ))  # fmt: skip
     if not model.is_dir():
-        widened(small, model, TIMES[name])
+        trained, tokenizer = nautilus.load(small)
+        widened(trained, TIMES[name]).save(model, precision="bf16", tokenizer=tokenizer)
     learnt = str(asked(wanted.folder, wanted.learnt))
     if not (head / "report.html").is_file():
         eagle.main(eagle.Settings(

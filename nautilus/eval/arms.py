@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 
@@ -49,7 +49,7 @@ class Arm(Speculation):
     def begin(self) -> None:
         """What follows is to be told of."""
         self.cycles, self.looked = list[Cycle](), list[tuple[int, tuple[int, ...], float]]()
-        self.seconds, self.costs.total = Counter[str](), 0.0
+        self.seconds, self.costs.total = defaultdict[str, float](float), 0.0
 
     def drafts(self) -> list[Draft]:
         """The copied drafts that were looked at, and how much of them comes true."""

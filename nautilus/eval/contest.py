@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import arms
@@ -82,9 +83,8 @@ class Contest:
             drafts["mtp"] = Drafts(most=means.most)
         if means.eagle is not None:
             drafts["eagle"] = Drafts(most=means.most, eagle=means.eagle)
-        limits = {"max_tokens": longest, "rows": 1}
-        self.plain = Engine(model, tokenizer, **limits)
-        self.engines = {name: Engine(model, tokenizer, drafts=one, **limits) for name, one in drafts.items()}
+        engine = partial(Engine, model, tokenizer, max_tokens=longest, rows=1)
+        self.plain, self.engines = engine(), {name: engine(drafts=one) for name, one in drafts.items()}
         self.longest, self.spelling = longest, Spelling(tokenizer)
 
     @property
@@ -183,7 +183,7 @@ class Contest:
         prompt, sampling = question.prompt, Sampling(temperature=0, max_tokens=most)
         request = engine.request(question.tokens, sampling, tenant=prompt.set)
         if arm:
-            arm.answer, arm.plan = [*known.answer.tokens], known.plan
+            arm.answer, arm.plan = [*known.answer.tokens], [*known.plan]
         engine.speculation = None
         engine.submit(request)
         while not request.pieces:

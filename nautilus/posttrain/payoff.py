@@ -102,11 +102,10 @@ def fit(rows: Rows, header: Header, *, seed: int, held: Rows | None = None) -> P
     plan, generator = PLANS[header.mode], torch.Generator().manual_seed(seed)
     rows = rows.thinned(seed) if header.mode == "survival" else rows
     means, scales = rows.features.mean(0), rows.features.std(0)
-    varied = scales > 1e-6
-    scales = np.where(varied, scales, 1).astype(np.float32)
-    network = network_of(plan.hidden, 1 if header.mode == "paper" else len(header.grid), generator)
-    first = next(iter(network.parameters()))
-    first.data[:, torch.from_numpy(~varied)] = 0  # of what is always the same here nothing is learned, nor guessed
+    same = scales <= 1e-6
+    scales = np.where(same, 1, scales).astype(np.float32)
+    outputs = 1 if header.mode == "paper" else len(header.grid)
+    network = network_of(plan.hidden, outputs, generator, torch.from_numpy(same))
     optimizer = torch.optim.AdamW(network.parameters(), lr=plan.lr, weight_decay=plan.decay)
     learned, asked = (tensors_of(some, means, scales) if some is not None else None for some in (rows, held))
     assert learned is not None
@@ -143,7 +142,8 @@ def predictor_of(network: nn.Sequential, header: Header, means: np.ndarray, scal
     return Predictor(header, tensors)
 
 
-def network_of(hidden: int, outputs: int, generator: torch.Generator) -> nn.Sequential:
+def network_of(hidden: int, outputs: int, generator: torch.Generator, same_F: Tensor) -> nn.Sequential:
+    """same: features that are always the same here, of which nothing is learned, nor guessed."""
     widths, layers = [len(NAMES), hidden, hidden, outputs], []
     for inside, out in zip(widths, widths[1:], strict=False):
         layer = nn.Linear(inside, out)
@@ -151,6 +151,7 @@ def network_of(hidden: int, outputs: int, generator: torch.Generator) -> nn.Sequ
         nn.init.zeros_(layer.bias)
         layers += [layer, nn.ReLU()]
     nn.init.zeros_(layers[-2].weight)  # at first nothing is known of any draft
+    layers[0].weight.data[:, same_F] = 0
     return nn.Sequential(*layers[:-1])
 
 

@@ -15,10 +15,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 import nautilus
+from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import speculation_report as report
 from nautilus.eval.contest import Contest, Means, Question
 from nautilus.eval.families import FAMILIES, Prompt, chosen
@@ -26,12 +28,14 @@ from nautilus.eval.made import prompts as made
 from nautilus.eval.public_sets import SETS, read_set
 from nautilus.eval.speculation import ORACLE
 from nautilus.model.eagle import load_eagle
+from nautilus.model.language import Language
 from nautilus.posttrain.traces import read_prompts
 from nautilus.runtime import UserError, continue_or_create, program
 from nautilus.serve.draft.predictor import load_predictor
 from nautilus.serve.prefixes import fingerprint
 from nautilus.train.optim import setting
 
+ABOUT = "The same prompts answered plainly and with every way to draft that there is."
 LEAST = {"each": 1, "answer": 1, "drafts": 1, "depth": 1, "repeats": 1, "max_tokens": 2}
 
 
@@ -61,19 +65,11 @@ def main(settings: Settings) -> None:
         raise UserError("no model was named; write nautilus speculate MODEL, a run, a checkpoint folder or a hub id")
     model, tokenizer = nautilus.load(settings.model)
     model.requires_grad_(False).eval()
-    mine = {"target": fingerprint(model), "tokenizer": tokenizer.fingerprint}
     identity = {name: value for name, value in asdict(settings).items() if name not in ("out", "repeats")}
-    run = continue_or_create(settings.out, {**identity, "weights": mine["target"]})
+    run = continue_or_create(settings.out, {**identity, "weights": fingerprint(model)})
     run.state.mkdir(exist_ok=True)  # from here on other settings are refused
-    means = Means(
-        most=settings.drafts, depth=settings.depth,
-        eagle=load_eagle(settings.eagle, model) if settings.eagle else None,
-        predictor=load_predictor(settings.hvd / "payoff.safetensors", **mine) if settings.hvd else None,
-        paper=load_predictor(settings.hvd / "paper.safetensors", **mine) if settings.hvd else None,
-    )  # fmt: skip
-    contest = Contest(
-        Path(settings.model).name, model, tokenizer, means, min(settings.max_tokens, model.config.positions)
-    )
+    longest = min(settings.max_tokens, model.config.positions)
+    contest = Contest(Path(settings.model).name, model, tokenizer, means_of(settings, model, tokenizer), longest)
     questions = [*questions_of(contest, settings)]
     if not questions:
         raise UserError(
@@ -82,7 +78,7 @@ def main(settings: Settings) -> None:
         )
     answers = contest.hold(run, questions, tokens=settings.answer, repeats=settings.repeats)
     found = report.gather(
-        answers, title=f"{contest.target}: what speculation brings", about=__doc__.split("\n")[0],
+        answers, title=f"{contest.target}: what speculation brings", about=ABOUT,
         command=f"{program()} {shlex.join(sys.argv[1:])}", facts=facts(contest, settings),
         pairs=pairs([*contest.contestants()]),
     )  # fmt: skip
@@ -91,6 +87,16 @@ def main(settings: Settings) -> None:
     for table in report.summary(found):
         console.print(table)
     console.print(f"report {run.report}")
+
+
+def means_of(settings: Settings, model: Language, tokenizer: Tokenizer) -> Means:
+    mine = {"target": fingerprint(model), "tokenizer": tokenizer.fingerprint}
+    predictors = {} if settings.hvd is None else {
+        name: load_predictor(settings.hvd / file, **mine)
+        for name, file in (("predictor", "payoff.safetensors"), ("paper", "paper.safetensors"))
+    }  # fmt: skip
+    head = load_eagle(settings.eagle, model) if settings.eagle else None
+    return Means(most=settings.drafts, depth=settings.depth, eagle=head, **predictors)
 
 
 def questions_of(contest: Contest, settings: Settings) -> Iterator[Question]:
@@ -118,8 +124,8 @@ def prompts_of(settings: Settings) -> Iterator[Prompt]:
 def given(place: str) -> Iterator[Prompt]:
     """A user's own, whose family is not known."""
     for id, prompt in read_prompts([place]):
-        words = {"prompt": prompt} if isinstance(prompt, str) else {"messages": tuple(prompt)}
-        yield Prompt(id=id, family="open", set=Path(place).name, **words)
+        named: dict[str, Any] = {"prompt" if isinstance(prompt, str) else "messages": prompt}
+        yield Prompt(id=id, family="open", set=Path(place).name, **named)
 
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -37,14 +36,12 @@ from nautilus.serve.forward import Forward
 from nautilus.serve.request import Request
 
 log = logging.getLogger("nautilus.serve")
-SIZES = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33)  # tokens of passes that are measured
 LOSS = 0.01  # of the time of plain steps that may be lost with looking for what is not there
 PATIENCE = 64  # tokens after which a request that had no use for drafts is looked at again at the latest
 CERTAIN = 0.98  # how often a token comes that a rule leaves no choice of
 FORGET, LEAST, WORST = 1 / 32, 32, 0.97  # of what drafts gained; after so many, less than this is a loss
 FOLLOWED = 256  # tokens after which a block that was not asked about a request follows it no longer
 SPREAD = 16  # drafts that have to make up for what a block was not told before
-FAR, NEAR = 4096, 512  # tokens before a pass that is measured far behind the beginning, and fewest of them
 PROBE = 256  # cycles after which a block that nobody has asked for so long drafts a token
 
 
@@ -304,37 +301,3 @@ class Speculation:
         """The weights have changed."""
         if self.chain is not None:
             self.chain.forget()
-
-    # ----- before the first request -----------------------------------------------------------------------------------
-
-    def measure(self) -> None:
-        """What passes cost, over random tokens at the beginning of a text and far behind it; of a block, also each more
-        token of it."""
-        sizes = [size for size in SIZES if size <= 1 + self.most]
-        berths, room = self.forward.berths, sizes[-1] + DEEPEST
-        far = min(FAR, berths.max_tokens - room)
-        berth = berths.take(room + max(0, far))
-        if berth is None:  # of requests so short that nothing is lost
-            log.warning("an engine of so few tokens has no room to time what drafts cost; none are made")
-            return
-        draw, vocab, at = random.Random(0), self.forward.model.config.vocab, 0
-
-        def run(size: int) -> None:
-            tokens = [draw.randrange(vocab) for _ in range(size)]
-            berth.length = at
-            if size == 1:
-                self.forward.step([berth], tokens)
-            else:
-                self.forward.attempt([berth], [tokens])
-                self.forward.accept([berth], [0])
-            berth.length, berth.behind = 0, []
-
-        try:
-            self.costs.measure(sizes, run)
-            if self.chain is not None:
-                self.catching = self.chain.measure(self.drafting, berth, min(self.most, DEEPEST))
-            if far >= NEAR and len(sizes) > 1:
-                at = far
-                self.costs.measure_context(far, sizes[-1], run)
-        finally:
-            berths.give_back(berth)

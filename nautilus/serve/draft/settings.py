@@ -13,6 +13,7 @@ from nautilus.runtime import UserError
 from nautilus.serve.draft.chain import Chain, EagleHead, Head, MtpHead
 from nautilus.serve.draft.corpus import corpus_of
 from nautilus.serve.draft.features import Spelling
+from nautilus.serve.draft.measure import measure
 from nautilus.serve.draft.policy import Judge, Speculation
 from nautilus.serve.draft.predictor import Predictor, load_predictor
 from nautilus.serve.draft.suffix import SuffixCache
@@ -42,7 +43,7 @@ class Drafts:
             judge = Judge(predictor=self.predictor, spelling=Spelling(tokenizer))
         chain = forward.watcher = None if head is None else Chain(forward, head)
         speculation = Speculation(forward, self.most, chain, judge, self.corpus)
-        speculation.measure()
+        measure(speculation)
         return speculation
 
     def head(self, model: Language) -> Head | None:

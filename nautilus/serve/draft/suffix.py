@@ -182,10 +182,8 @@ class SuffixCache:
         kinds, entropy = 0, 0.0
         for ahead in range(1, most + 1):
             if len(live) == 1 and ahead > 1:
-                if 1 / count >= LEAST:
-                    rest = self.following(live[0] + ahead, most + 1 - ahead)
-                    chosen += rest
-                    probs += [1 / count] * len(rest)
+                rest = self.following(live[0] + ahead, most + 1 - ahead) if 1 / count >= LEAST else []
+                chosen, probs = chosen + rest, probs + [1 / count] * len(rest)
                 break
             votes = Counter(tokens[place + ahead] for place in live if place + ahead < size)
             votes.pop(BETWEEN, None)
