@@ -23,7 +23,7 @@ from tests.posttrain.small import FIRST, TOKENIZER, WORDS, counted, counter
 
 torch.set_num_threads(1)
 NATIVE = pytest.mark.skipif(native().functions is None, reason="torch adds in another order in other chunks")
-PROMPTS, MOST, ANSWER = 200, 12, 40
+PROMPTS, MOST, ANSWER = 200, 12, 32
 
 
 def model_of(kind):
@@ -66,7 +66,7 @@ def arms_of(engine, model):
 
 @pytest.mark.slow
 @NATIVE
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "nvfp4", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "nvfp4"])
 def test_answers_are_the_same(kind):
     model = model_of(kind)
     engine = Engine(model, TOKENIZER, max_tokens=200, rows=1, chunk=32, drafts=MOST, saved_gb=0.01)
