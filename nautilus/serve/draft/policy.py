@@ -100,6 +100,8 @@ class Speculation:
         step = self.costs.of(len(requests))
         if not step:
             return {}
+        for request in requests:  # what is done once for a request is not what a look takes
+            self.of(request)
         self.began, self.alone = time.perf_counter(), len(requests) == 1
         self.quiet += 1
         found = {request: offers for request in requests if (offers := [*self.candidates(request)])}
@@ -165,9 +167,7 @@ class Speculation:
 
     def features(self, request: Request, known: Known, copied: Copied) -> np.ndarray:
         """What a predictor is told of a draft. There must be a judge."""
-        assert self.judge
-        if known.situation is None:
-            known.situation = Situation(self.judge.spelling, request.tokens[: request.prompt], request.limit)
+        assert self.judge and known.situation
         known.situation.read(request.tokens[known.situation.length :])
         return features_of(copied, known.situation, known.history)
 
@@ -176,6 +176,9 @@ class Speculation:
         if known is None:
             at = len(request.tokens)
             known = self.known[request] = Known(depths=Depths(DEEPEST, self.depths), at=at, asked=at)
+            self.copies.text(request, request.tokens)
+            if self.judge is not None:
+                known.situation = Situation(self.judge.spelling, request.tokens[: request.prompt], request.limit)
         return known
 
     def choose(
@@ -184,7 +187,8 @@ class Speculation:
         """How many tokens of which candidate."""
         if len(requests) == 1:
             (request, candidates), *_ = found.items()
-            offers = [one.offer(self.drafting) for one in candidates]
+            look = time.perf_counter() - self.began
+            offers = [one.offer(self.drafting, look) for one in candidates]
             choice = choose(offers, self.costs.of, before=self.known[request].arm)
             taken = next((one for one in candidates if one.source == choice.arm), None)
             return {request: (taken, choice.tokens)} if taken else {}

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from nautilus.serve.draft.chain import Foretold
-from nautilus.serve.draft.choice import Offer
+from nautilus.serve.draft.choice import GRID, Offer
 from nautilus.serve.draft.copies import Copied
 from nautilus.serve.draft.costs import Costs
 
@@ -56,8 +55,12 @@ class Candidate:
         found = drafting.of(size)
         return None if found is None else found + self.late
 
-    def offer(self, drafting: Costs) -> Offer:
-        if self.tokens:
-            return Offer(arm=self.source, survival=self.survival)
-        lengths, seconds = range(1, DEEPEST + 1), partial(self.seconds, drafting)
+    def offer(self, drafting: Costs, look: float = 0.0) -> Offer:
+        """look: seconds in which it was found. A draft has to pay for them too, or the next look had better wait."""
+
+        def seconds(size: int) -> float | None:
+            found = self.seconds(drafting, size)
+            return None if found is None else found + look
+
+        lengths = GRID if self.tokens else range(1, DEEPEST + 1)
         return Offer(arm=self.source, survival=self.survival, lengths=lengths, seconds=seconds)
