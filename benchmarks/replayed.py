@@ -29,6 +29,7 @@ from nautilus.posttrain.policies import (  # noqa: E402
     by_precedence,
     by_rate,
     by_score,
+    by_truth,
     model_only,
     plain,
     prompt_lookup,
@@ -59,7 +60,8 @@ def rates(traces: list[Trace], folder: Path, prices: Prices, spelling: Spelling,
         **{f"model {count}": model_only(count) for count in DEPTHS if depth},
         "fixed precedence": by_precedence(depth), "by score": by_score(depth=depth),
         "paper": by_paper(paper, depth), "ours": by_rate(predictor, prices, DEEPEST if depth else 0),
-        "oracle": by_oracle(traces, prices, spelling, most=most, depth=DEEPEST if depth else 0),
+        "all-knowing": by_oracle(traces, prices, spelling, most=most, depth=DEEPEST if depth else 0),
+        "oracle": by_truth(prices, DEEPEST if depth else 0),
     }  # fmt: skip
     found = {
         name: simulate(name, traces, policy, prices, spelling, most=most).rate for name, policy in policies.items()

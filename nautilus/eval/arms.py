@@ -7,7 +7,7 @@
 | `block(k)` | k tokens of the model's block or head |
 | `by_score(k)` | a copied draft whose score promises three tokens, as a whole, else k tokens of the block |
 | `by_paper(predictor, k)` | the same where more than six are expected: Hybrid Verified Decoding (arXiv 2606.01019) |
-| `planned` | what comes true as a whole, by the fastest way through the answer, which must be known |
+| `planned` | what was planned by who knows the answer |
 
 Such rules try at every token, whatever it costs. Without a rule an arm is what `nautilus serve` runs.
 """

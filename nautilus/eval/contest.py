@@ -1,14 +1,14 @@
 """Arms side by side: every prompt is answered by each of them in turn, greedily, in another order each time.
 
-The plain answers are taken down first: they say what is right, and the oracle plans with them. For each repeat what the
-arms have seen begins anew, or they would copy from their own answers to the same prompts. Timed is decoding, from the
-second token on: the first one comes of reading the prompt, and takes a plain step with it.
+The plain answers are taken down first: they say what is right, and from them those know the future who are to know it.
+For each repeat what the arms have seen begins anew, or they would copy from their own answers to the same prompts.
+Timed is decoding, from the second token on: the first one comes of reading the prompt, and takes a plain step with it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +23,7 @@ from nautilus.model.language import Language
 from nautilus.posttrain.depths import depths
 from nautilus.posttrain.drafter import drafter_of
 from nautilus.posttrain.own_text import Answer, Manner, answers
-from nautilus.posttrain.policies import Prices, plans
+from nautilus.posttrain.policies import Prices, by_truth, followed, plans
 from nautilus.posttrain.traces import Trace, write_traces
 from nautilus.runtime import Progress, Run, UserError, read_metrics
 from nautilus.serve import Engine, Sampling
@@ -35,6 +35,7 @@ from nautilus.serve.draft.proposal import DEEPEST
 from nautilus.serve.draft.settings import Drafts
 
 MTP_DEPTHS = 1, 2, 3, 4
+ALL_KNOWING = "all-knowing"  # plans with all that will come true; the oracle knows that of copied drafts alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +66,10 @@ class Contestant:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """The plain answer to a question, and the oracle's way through it."""
+    """The plain answer to a question, and the ways through it of those who know, by their arm."""
 
     answer: Answer
-    plan: Sequence[Choice]
+    plans: Mapping[str, Sequence[Choice]]
     copied: float
     coded: float
 
@@ -116,6 +117,7 @@ class Contest:
             if means.predictor:
                 add(named("ours", source), source, predictor=means.predictor)
         add("ours, untrained", self.main)
+        add(ALL_KNOWING, self.main, arms.planned)
         add(ORACLE, self.main, arms.planned)
         return found
 
@@ -133,11 +135,16 @@ class Contest:
             )
         traces = [*self.traces(pairs, tokens)]
         write_traces(run.folder / "traces.jsonl", traces)
-        best = plans(traces, self.prices(), self.spelling, most=self.means.most, depth=DEEPEST)
-        return [
-            (question, Reference(answer=answer, plan=best[number], **self.structure(question, answer)))
-            for number, (question, answer) in enumerate(pairs)
-        ]
+        prices, most = self.prices(), self.means.most
+        known = {
+            ORACLE: followed(traces, by_truth(prices, DEEPEST), self.spelling, most=most),
+            ALL_KNOWING: plans(traces, prices, self.spelling, most=most, depth=DEEPEST),
+        }
+        found = []
+        for number, (question, answer) in enumerate(pairs):
+            ways = {name: each[number] for name, each in known.items()}
+            found.append((question, Reference(answer=answer, plans=ways, **self.structure(question, answer))))
+        return found
 
     def traces(self, pairs: Sequence[tuple[Question, Answer]], tokens: int) -> Iterator[Trace]:
         drafter = drafter_of(self.model, None if self.main == "mtp" else self.means.eagle)
@@ -183,7 +190,7 @@ class Contest:
         prompt, sampling = question.prompt, Sampling(temperature=0, max_tokens=most)
         request = engine.request(question.tokens, sampling, tenant=prompt.set)
         if arm:
-            arm.answer, arm.plan = [*known.answer.tokens], [*known.plan]
+            arm.answer, arm.plan = [*known.answer.tokens], [*known.plans.get(name, ())]
         engine.speculation = None
         engine.submit(request)
         while not request.pieces:

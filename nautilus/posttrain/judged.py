@@ -16,6 +16,7 @@ from nautilus.posttrain.policies import (
     by_precedence,
     by_rate,
     by_score,
+    by_truth,
     model_only,
     plain,
     prompt_lookup,
@@ -96,18 +97,24 @@ def timed(material: Material, policy: Policy) -> Material:
 
 
 def outcomes(material: Material, survival: Predictor, paper: Predictor) -> list[Outcome]:
-    """How fast the requests that are reported on come under each policy; the last knows what comes true."""
+    """How fast the requests that are reported on come under each policy; the last knows what copied drafts come true,
+    the one before the paper's all that will."""
     depth, prices, of = material.depth, material.prices, material.parts.test
     where = {"most": material.most, "of": of}
-    drafts = {"prompt look-up": prompt_lookup, "all copied drafts": suffix_only}
-    drafts |= {"fixed precedence": by_precedence(depth), "by score": by_score(depth=depth)}
-    ours = {"paper": by_paper(paper, depth), "by rate": by_rate(survival, prices, depth)}
+    looking = {
+        "prompt look-up": prompt_lookup, "all copied drafts": suffix_only, "fixed precedence": by_precedence(depth),
+        "by score": by_score(depth=depth),
+    }  # fmt: skip
     models = {f"model, {depth} tokens": model_only(depth)} if depth else {}
-    found = [
-        simulate(name, material.traces, policy, prices, material.spelling, **where, look=name in {**drafts, **ours})
-        for name, policy in ({"plain": plain} | drafts | models | ours).items()
-    ]
-    oracle = by_oracle(material.traces, prices, material.spelling, **where, depth=depth)
-    best = simulate("oracle", material.traces, oracle, prices, material.spelling, **where, look=False)
-    best.seconds += prices.look * best.cycles["cache"]
-    return [*found, best]
+    knowing = {
+        "all-knowing": by_oracle(material.traces, prices, material.spelling, **where, depth=depth),
+        "oracle": by_truth(prices, depth),
+    }
+    ours = {"paper": by_paper(paper, depth), "by rate": by_rate(survival, prices, depth)}
+    found = []
+    for name, policy in ({"plain": plain} | looking | models | knowing | ours).items():
+        look = name in looking or name in ours
+        found.append(simulate(name, material.traces, policy, prices, material.spelling, **where, look=look))
+        if name in knowing:  # what they do not copy they do not look for
+            found[-1].seconds += prices.look * found[-1].cycles["cache"]
+    return sorted(found, key=lambda one: one.name == "oracle")

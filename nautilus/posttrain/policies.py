@@ -158,6 +158,20 @@ def by_rate(predictor: Predictor, prices: Prices, depth: int = 0) -> Policy:
     return choice
 
 
+def by_truth(prices: Prices, depth: int = 0) -> Policy:
+    """Knows of every copied draft how much of it comes true, and of the model's drafts no more than others: the oracle
+    of Hybrid Verified Decoding, with what gives most tokens in a second in the place of its rule."""
+
+    def choice(moment: Moment) -> Choice:
+        offers = [Offer(arm="cache", survival=[1.0] * moment.true, lengths=range(1, moment.true + 1))]
+        if deepest := otherwise(moment, depth).tokens:
+            survival, lengths = moment.model.survival()[:deepest], range(1, deepest + 1)
+            offers.append(Offer(arm=MODEL, survival=survival, lengths=lengths, seconds=prices.drafting))
+        return choose(offers, prices.passes.get, gain=1.0)
+
+    return choice
+
+
 def by_oracle(
     traces: Sequence[Trace], prices: Prices, spelling: Spelling, *, most: int, of: Container[int] | None = None,
     depth: int = 0,
@@ -166,6 +180,16 @@ def by_oracle(
     drafts is faster. What it does not copy it does not look for."""
     known = plans(traces, prices, spelling, most=most, of=of, depth=depth)
     return lambda moment: known[moment.number][moment.at - 1]
+
+
+def followed(
+    traces: Sequence[Trace], policy: Policy, spelling: Spelling, *, most: int
+) -> dict[int, list[Choice]]:  # fmt: skip
+    """By the number of a trace: what the policy chose at each place of its answer after the first; nothing between."""
+    found = {number: [PLAIN] * len(trace.answer) for number, trace in enumerate(traces)}
+    for moment, choice in replay(traces, policy, spelling, most=most):
+        found[moment.number][moment.at - 1] = choice or PLAIN
+    return found
 
 
 def plans(

@@ -2,8 +2,8 @@
 
 MODEL, a run, a checkpoint folder or a hub id, answers prompts; the answers are replayed with the drafts that an engine
 would have had, and a small network learns how many tokens of a draft come true. The same command again goes on where an
-interrupted one stopped. The predictor (payoff.safetensors), the report and its picture are in out; paper.safetensors is
-one in the manner of the paper, for comparison.
+interrupted one stopped. In out are the predictor (payoff.safetensors), one in the manner of the paper for comparison
+(paper.safetensors), the answers (traces.jsonl), the report and its picture.
 
 prompts=texts,questions.jsonl      files that are a prompt each; of JSONL every line's `prompt` or `messages`
 traces=served.jsonl                recorded answers in place of prompts; nautilus/posttrain/traces.py has their form
@@ -80,6 +80,7 @@ def main(settings: Settings) -> None:
     found = recorded.read_traces(settings.traces) if settings.traces else answers_of(engine, settings, run)
     if drafter := drafter_of(model, head):
         found = with_depths(found, drafter, DEEPEST, run.state / "depths.jsonl")
+    recorded.write_traces(run.folder / "traces.jsonl", found)
     material = Material(
         traces=found, parts=split(found, settings.seed), spelling=Spelling(tokenizer), prices=prices,
         most=min(settings.drafts, max(prices.passes) - 1), target=fingerprint(model), tokenizer=tokenizer.fingerprint,

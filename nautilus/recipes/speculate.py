@@ -22,7 +22,7 @@ from rich.console import Console
 import nautilus
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import speculation_report as report
-from nautilus.eval.contest import Contest, Means, Question
+from nautilus.eval.contest import ALL_KNOWING, Contest, Means, Question
 from nautilus.eval.families import FAMILIES, Prompt, chosen
 from nautilus.eval.made import prompts as made
 from nautilus.eval.public_sets import SETS, read_set
@@ -130,7 +130,7 @@ def given(place: str) -> Iterator[Prompt]:
 
 def pairs(arms: Sequence[str]) -> list[tuple[str, str]]:
     """Which arm is told beside which other ones than the plain one."""
-    others = [name for name in arms if name == ORACLE or name.partition(" ")[0] in ("mtp", "eagle")]
+    others = [name for name in arms if name in (ORACLE, ALL_KNOWING) or name.partition(" ")[0] in ("mtp", "eagle")]
     return [(name, other) for name in arms if name.startswith("ours") for other in others]
 
 

@@ -1,6 +1,7 @@
 """A replay sees what an engine would have seen, and nothing of what came later."""
 
 import random
+from collections import Counter
 
 import hypothesis.strategies as st
 import pytest
@@ -10,7 +11,10 @@ from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.posttrain.policies import (
     Prices,
     by_oracle,
+    by_precedence,
     by_score,
+    by_truth,
+    followed,
     model_only,
     plain,
     prompt_lookup,
@@ -168,3 +172,23 @@ def test_nothing_is_faster_than_who_knows_what_comes_true(seed):
 
 def test_common_beginnings():
     assert common((1, 2, 3), (9, 1, 2, 4), 1) == 2 and common((1,), (1,), 1) == 0 and common((), (1,), 0) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_knows_of_copied_drafts_alone_tries_no_token_of_them_in_vain(seed):
+    traces, prices = traces_of(seed, depths=seed % 2 > 0), prices_of(seed)
+    found = simulate("oracle", traces, by_truth(prices, 3), prices, SPELLING, most=MOST, look=False)
+    assert found.accepted["cache"] == found.drafted["cache"] > 0
+    assert found.accepted[MODEL] <= found.drafted[MODEL] and (found.drafted[MODEL] > 0) == (seed % 2 > 0)
+    planned = followed(traces, by_truth(prices, 3), SPELLING, most=MOST)
+    chosen = Counter(choice.arm for plan in planned.values() for choice in plan)
+    assert {arm: chosen[arm] for arm in ("cache", MODEL)} == {arm: found.cycles[arm] for arm in ("cache", MODEL)}
+    assert [len(plan) for plan in planned.values()] == [len(trace.answer) for trace in traces]
+
+
+def test_a_fixed_precedence_copies_after_twelve_tokens_and_else_asks_the_model():
+    text = [*range(40, 60), 7, 7, *range(40, 52)]
+    trace = Trace(prompt=text, answer=[52, 53, 54, 55, 9, 9, 9, 9], limit=99, depths=[0, 0, 0, 0, 0, 2, 1, 0])
+    chosen = {moment.at: choice for moment, choice in replay([trace], by_precedence(2), SPELLING, most=30)}
+    assert chosen[1].arm == "ngram" and chosen[1].tokens == len(text) + 1 - text.index(53), "all that stands behind it"
+    assert chosen[5].arm == MODEL and chosen[5].tokens == 2

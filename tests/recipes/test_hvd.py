@@ -75,6 +75,7 @@ def test_the_report_has_every_policy_and_both_counts(done):
         "all copied drafts",
         "fixed precedence",
         "by score",
+        "all-knowing",
         "paper",
         "by rate",
         "oracle",
@@ -108,7 +109,7 @@ def test_recorded_answers_do_as_well_as_prompts(done, places, tmp_path, monkeypa
     out = tmp_path / "again"
     assert main(words(places, out, f"traces={tmp_path / 'traces.jsonl'}")) == 0
     names = [one["name"] for one in json.loads((out / "results.json").read_text())["outcomes"]]
-    assert len(names) == 8
+    assert len(names) == 9
     told = [{**row, "depths": [1] * (len(row["answer"]) - 1) + [0]} for row in rows]
     (tmp_path / "deep.jsonl").write_text("\n".join(map(json.dumps, told)))
     deep = tmp_path / "deep"

@@ -47,7 +47,7 @@ def test_the_report_has_every_arm_and_every_set(folder, tmp_path, capsys):
     assert arms[0] == "plain" and arms[-1] == "oracle" and "ours, untrained" in arms and "mtp 4" in arms
     assert [*dict.fromkeys(row["family"] for row in found["rows"])][-1] == "all"
     assert {(pair["arm"], pair["other"]) for pair in found["pairs"]} == {
-        ("ours, untrained", other) for other in ("mtp 1", "mtp 2", "mtp 3", "mtp 4", "oracle")
+        ("ours, untrained", other) for other in ("mtp 1", "mtp 2", "mtp 3", "mtp 4", "all-knowing", "oracle")
     }
     page = (tmp_path / "out" / "report.html").read_text()
     assert "made_code" in page and "own.jsonl" in page and "gsm8k" in page and "passes by their tokens" in page

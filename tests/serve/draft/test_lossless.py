@@ -20,6 +20,7 @@ from nautilus.serve.draft.features import Spelling
 from nautilus.serve.draft.policy import Judge
 from tests.eval.test_contest import predictor_of
 from tests.posttrain.small import FIRST, TOKENIZER, WORDS, counted, counter
+from tests.serve.draft.test_policy import make_cheap
 
 torch.set_num_threads(1)
 NATIVE = pytest.mark.skipif(native().functions is None, reason="torch adds in another order in other chunks")
@@ -55,12 +56,14 @@ def prompts():
 
 def arms_of(engine, model):
     judge = Judge(predictor=predictor_of(model), spelling=Spelling(TOKENIZER))
+    ours = Arm(engine.speculation, judge=judge)
+    make_cheap(ours)
     return {
         "plain": None,
         "copies": Arm(engine.speculation, arms.copies),
         "mtp 3": Arm(engine.speculation, arms.block(3)),
         "paper": Arm(engine.speculation, arms.by_paper(predictor_of(model, "paper"), 3), judge=judge),
-        "ours": Arm(engine.speculation, judge=judge),
+        "ours": ours,
     }
 
 
