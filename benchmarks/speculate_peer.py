@@ -61,7 +61,7 @@ def contestants(asked: argparse.Namespace, mtp: bool) -> dict[tuple[str, str], S
     found: dict[tuple[str, str], Server] = {}
     gguf = exported(asked.model / "model", asked.folder / "model-f32.gguf")
     ours = [Path(sys.executable).with_name("nautilus"), "serve", asked.model, "port=PORT", "max_tokens=4096", "rows=1"]
-    ours.append("template=nemotron")  # for the first sign of life alone, which is a chat
+    ours += ["name=bench", "template=nemotron"]  # a template for the first sign of life alone, which is a chat
     predictor = [f"predictor={asked.hvd / 'payoff.safetensors'}"] if asked.hvd else []
     for name, more in {"plain": [], "ours": [f"drafts={asked.drafts}", *predictor]}.items():
         log = asked.folder / f"{OURS}-{name}.log"
