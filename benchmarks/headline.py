@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import gc
-import json
-import shlex
 import statistics
 import sys
 from collections import Counter
@@ -31,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from costs import Bytes, Device, Sizes, most_users, parts, sizes_of, tokens_per_second, user_bytes  # noqa: E402
-from serve import words_of  # noqa: E402
+from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
 from nautilus.config import Attention, Config, Layer  # noqa: E402
@@ -231,14 +228,8 @@ def main() -> None:
     print(machine())
     show_models(measured)
     told = [tell(pair, measured) for pair in PAIRS]
-    if asked.record:
-        record = {
-            "command": shlex.join(["python", "benchmarks/headline.py", *words_of(sys.argv[1:])]),
-            "machine": machine(), "date": str(datetime.date.today()),
-            "rows": [row for rows in measured.values() for row in rows], "pairs": told,
-        }  # fmt: skip
-        with asked.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+    rows = [row for rows in measured.values() for row in rows]
+    append(asked.record, "headline.py", sys.argv[1:], rows, pairs=told)
 
 
 def show_models(measured: dict[str, list[dict]]) -> None:

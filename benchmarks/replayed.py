@@ -11,15 +11,12 @@ that of the slices. Told are rates by that of plain steps. `--record FILE` appen
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import shlex
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from serve import words_of  # noqa: E402
-from train_step import machine  # noqa: E402
+from recorded import append  # noqa: E402
 
 import nautilus  # noqa: E402
 from nautilus.posttrain.policies import (  # noqa: E402
@@ -87,13 +84,7 @@ def main(words: list[str]) -> None:
                 {"target": folder.name, "shape": shape, **{name: round(rate, 4) for name, rate in found.items()}}
             )
             print(f"{folder.name} under the costs of {shape}: " + ", ".join(f"{n} {r:.2f}" for n, r in found.items()))
-    if asked.record:
-        line = {
-            "command": shlex.join(["python", "benchmarks/replayed.py", *words_of(words)]), "machine": machine(),
-            "date": f"{datetime.date.today()}", "rows": rows,
-        }  # fmt: skip
-        with asked.record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    append(asked.record, "replayed.py", words, rows)
 
 
 if __name__ == "__main__":

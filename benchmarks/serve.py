@@ -18,10 +18,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import random
-import shlex
 import statistics
 import sys
 import time
@@ -32,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import turns  # noqa: E402
 from peers import llama_cpp, servers  # noqa: E402
 from peers.servers import Server, chat, said  # noqa: E402
+from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
 WORKS = {"chat": (512, 128), "agent": (4096, 256), "decode": (16, 128)}  # tokens in and out
@@ -97,18 +95,7 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     print(machine())
     rows = turns.compare(asked) if asked.turns else compare_works(asked)
-    if asked.record:
-        record = {
-            "command": shlex.join(["python", "benchmarks/serve.py", *words_of(sys.argv[1:])]), "machine": machine(),
-            "date": str(datetime.date.today()), "shape": asked.shape, "rows": rows,
-        }  # fmt: skip
-        with asked.record.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-
-def words_of(given: list[str]) -> list[str]:
-    """A command line without what says where its record goes."""
-    return [word for word, before in zip(given, ["", *given], strict=False) if "--record" not in (word, before)]
+    append(asked.record, "serve.py", sys.argv[1:], rows, shape=asked.shape)
 
 
 def compare_works(asked: argparse.Namespace) -> list[dict]:

@@ -22,10 +22,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import datetime
-import json
 import math
-import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from peers import llama_cpp, servers  # noqa: E402
 from peers.gguf_export import exported  # noqa: E402
 from peers.servers import COUNTED, Server  # noqa: E402
+from recorded import append  # noqa: E402
 from rich.console import Console  # noqa: E402
-from serve import words_of  # noqa: E402
 from train_step import machine  # noqa: E402
 
 import nautilus  # noqa: E402
@@ -160,19 +157,13 @@ def main(words: list[str]) -> None:
             f"{family} {mean:.2f} ({low:.2f}–{high:.2f})" for family, (mean, low, high) in by_family.items()
         )
         print(f"  {arm}: {told}")
-    if asked.record:
-        numbers = [
-            {"side": each.target, "arm": each.arm, "family": each.family, "prompts": each.prompts, "same": each.same,
-             "tokens_per_s": round(each.tokens_per_s, 1), "speed_up": [round(value, 4) for value in each.speed_up]}
-            for each in report.gather(rows, title="", about="", command="").numbers
-        ]  # fmt: skip
-        line = {
-            "command": shlex.join(["python", "benchmarks/speculate_peer.py", *words_of(words)]), "machine": machine(),
-            "date": f"{datetime.date.today()}", "alike": f"{sum(alike)} of {len(alike)}", "rows": numbers,
-            "gains": found,
-        }  # fmt: skip
-        with asked.record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    numbers = [
+        {"side": each.target, "arm": each.arm, "family": each.family, "prompts": each.prompts, "same": each.same,
+         "tokens_per_s": round(each.tokens_per_s, 1), "speed_up": [round(value, 4) for value in each.speed_up]}
+        for each in report.gather(rows, title="", about="", command="").numbers
+    ]  # fmt: skip
+    alike_of = f"{sum(alike)} of {len(alike)}"
+    append(asked.record, "speculate_peer.py", words, numbers, alike=alike_of, gains=found)
 
 
 if __name__ == "__main__":

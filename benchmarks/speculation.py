@@ -21,11 +21,9 @@ Told are speed-ups with 95 % intervals, and beside them what was aimed at:
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
 import random
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -34,8 +32,7 @@ from pathlib import Path
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from serve import words_of  # noqa: E402
-from train_step import machine  # noqa: E402
+from recorded import append  # noqa: E402
 
 import nautilus  # noqa: E402
 from nautilus.config import Attention, Config, Experts, Layer, Mamba, Mlp, Rotary, lay  # noqa: E402
@@ -185,13 +182,7 @@ def main(words: list[str]) -> None:
     for row in rows:
         lows = {family: round(value, 3) for family, value in row["plain, lower end"].items()}
         print(f"{row['target']}, {row['arm']}: plain {lows}, model {row['model']}, oracle {row['oracle']:.3f}")
-    if wanted.record:
-        line = {
-            "command": shlex.join(["python", "benchmarks/speculation.py", *words_of(words)]), "machine": machine(),
-            "date": f"{datetime.date.today()}", "rows": rows,
-        }  # fmt: skip
-        with open(wanted.record, "a") as file:
-            file.write(json.dumps(line) + "\n")
+    append(wanted.record, "speculation.py", words, rows)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,6 @@ slice and with a quarter of it, as 32,768 words are of a real one. `--record FIL
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import shlex
 import statistics
 import sys
 import time
@@ -32,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from costs import Bytes, Device, flops, parts, sizes_of  # noqa: E402
 from peers.llama_cpp import PATTERNS  # noqa: E402
 from peers.llama_cpp import shape as slice_of  # noqa: E402
-from serve import words_of  # noqa: E402
+from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
 from nautilus.config import Config, lay  # noqa: E402
@@ -150,13 +147,7 @@ def main(words: list[str]) -> None:
     asked = parser.parse_args(words)
     print(machine())
     rows = [told(shape, asked.prompt, asked.rounds) for shape in asked.shapes]
-    if asked.record:
-        line = {
-            "command": shlex.join(["python", "benchmarks/verification.py", *words_of(words)]), "machine": machine(),
-            "date": f"{datetime.date.today()}", "rows": rows,
-        }  # fmt: skip
-        with asked.record.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+    append(asked.record, "verification.py", words, rows)
 
 
 if __name__ == "__main__":
