@@ -239,7 +239,8 @@ def predictors(material):
 def test_answers_come_fastest_by_rate_and_no_faster_than_can_be(material, predictors):
     found = {one.name: one for one in outcomes(material, *predictors)}
     rates = {name: one.rate for name, one in found.items()}
-    assert rates["plain"] == pytest.approx(1.0) and max(rates, key=lambda name: rates[name]) == "oracle"
+    assert rates["plain"] == pytest.approx(1.0)
+    assert sorted(rates, key=lambda name: rates[name])[-2:] == ["oracle", "all-knowing"], rates
     assert rates["by rate"] > 1.15 > 1.05 > rates["all copied drafts"], rates
     assert rates["by rate"] > rates["paper"] and rates["by rate"] > 0.85 * rates["oracle"], rates
     assert len({one.tokens.total() for one in found.values()}) == 1
