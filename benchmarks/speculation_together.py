@@ -80,7 +80,13 @@ def measured(folder: Path, rows: int, asked: argparse.Namespace) -> dict:
     del engines, base, arm
     gc.collect()
     mean = {name: sum(each) / len(each) for name, each in rates.items()}
-    return {"target": folder.name, "at_once": rows, "tokens_per_s": mean, "speed_up": gains, "interval": interval(gains)}
+    return {
+        "target": folder.name,
+        "at_once": rows,
+        "tokens_per_s": mean,
+        "speed_up": gains,
+        "interval": interval(gains),
+    }
 
 
 def interval(gains: list[float]) -> list[float]:

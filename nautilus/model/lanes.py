@@ -8,8 +8,11 @@ which `Language.hidden` takes in the place of a State.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +49,11 @@ class RestingSlots:
             mine[slot_B] = part
 
 
+def plain(tensor: Tensor) -> Tensor | np.ndarray:
+    """The same memory for numpy, where it can be: it writes a few numbers in half the time, which every step feels."""
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+
+
 Memory = tuple[
     MambaSlots | RestingSlots | Pool | None, ...
 ]  # an entry for each layer; None for layers that remember nothing
@@ -72,23 +80,28 @@ class Lanes:
         """Where each of so many new tokens stands in its row."""
         return positions(self.rows, tokens)[None]
 
-    def accept(self, count_B: Tensor) -> None:
+    def accept(self, counts: Sequence[int]) -> None:
         """Of the tokens of the tentative call before, the first so many of each row stay; the others never were.
 
         ValueError for more than the row had, and where none wait. Keys and values need nothing but `rows.length`: those
         of the others are written over.
         """
-        slot_B, count_B = self.slot_B.long(), count_B.to(self.slot_B)
-        slots = [layer for layer in self.layers if isinstance(layer, MambaSlots)]
-        pending = [layer.pending_S for layer in slots if layer.pending_S is not None]
-        waiting_B = -pending[0][slot_B] if pending else self.rows.begin.diff()
-        if not ((waiting_B > 0) & (count_B >= 0) & (count_B <= waiting_B)).all():
+        slots, pending = self.slot_B.tolist(), self.pending
+        waiting = [-int(pending[0][slot]) for slot in slots] if pending else self.rows.begin.diff().tolist()
+        if len(counts) != len(slots) or not all(0 <= a <= b and b for a, b in zip(counts, waiting, strict=True)):
             raise ValueError(
-                f"{count_B.tolist()} tokens were accepted where {waiting_B.clamp_min(0).tolist()} wait; after each "
-                "tentative call accept once, 0 to that many of each row"
+                f"{[*counts]} tokens were accepted where {[max(0, one) for one in waiting]} wait; after each tentative"
+                " call accept once, 0 to that many of each row"
             )
         for pending_S in pending:
-            pending_S[slot_B] = count_B
+            for slot, count in zip(slots, counts, strict=True):
+                pending_S[slot] = count
+
+    @functools.cached_property
+    def pending(self) -> list[Tensor | np.ndarray]:
+        """Of each layer with states, how many tokens of a slot wait (below 0), or are to be folded."""
+        found = [layer.pending_S for layer in self.layers if isinstance(layer, MambaSlots)]
+        return [plain(pending_S) for pending_S in found if pending_S is not None]
 
     def fold(self) -> None:
         """Bring the states to after the last accepted token: before they are copied or handed on."""

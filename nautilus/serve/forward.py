@@ -14,12 +14,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from nautilus.model.lanes import Lanes
+from nautilus.model.lanes import Lanes, plain
 from nautilus.model.language import Language
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
-from nautilus.serve.memory import Berth, Berths, accept, plain, point, share_out, write
+from nautilus.serve.memory import Berth, Berths, accept, point, share_out, write
 from nautilus.serve.recorded import Recorded
+from nautilus.serve.seen import Raw, raw
 
 TRIED = 512  # most tokens of all recorded attempts together: each keeps the memory of its activations and logits
 
@@ -30,7 +31,8 @@ class Watcher(Protocol):
 
     taps: tuple[int, ...]
 
-    def see(self, berth: Berth, seen_ND: Tensor) -> None: ...
+    def see(self, berth: Berth, step: Step, begin: int, count: int) -> None:
+        """So many tokens of a step, from this one on, stay in the berth."""
 
     def read(self, berth: Berth, tokens_1N: Tensor, seen_ND: Tensor) -> None:
         """The same of a part of a prompt, at once after the call, within `computing`."""
@@ -145,22 +147,25 @@ class Forward:
 
     def run(self, step: Step, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> Tensor:
         step.point(berths, tokens, counts)
-        logits_NV, step.seen = step.recorded.run()
+        logits_NV, seen = step.recorded.run()
+        if seen is not step.seen:  # of a replay they are the same, with new contents
+            step.seen, step.raw = seen, [raw(part_ND) for part_ND in seen]
         return logits_NV
 
     def tell(self, step: Step, counts: Sequence[int]) -> None:
         """The watcher sees what came of the first so many of each berth's tokens."""
         if self.watcher is None:
             return
-        at, seen_ND = 0, side_by_side(step.seen)
+        at = 0
         for berth, size, count in zip(step.berths, step.counts, counts, strict=True):
             if count:
-                self.watcher.see(berth, seen_ND[at : at + count])
+                self.watcher.see(berth, step, at, count)
             at += size
 
 
 class Step:
-    """So many more tokens for so many rows, which may be `tentative`. seen: by the watcher, of the latest run."""
+    """So many more tokens for so many rows, which may be `tentative`. seen: by the watcher, of the latest run; raw: the
+    same memory, see `seen.py`."""
 
     def __init__(self, forward: Forward, rows: int, tokens: int, *, tentative: bool = False):
         self.forward = forward
@@ -172,7 +177,7 @@ class Step:
         self.tokens, self.lengths = plain(self.tokens_1N[0]), plain(self.lanes.rows.length)
         rows_in = self.lanes.rows
         inputs = [self.tokens_1N, self.lanes.slot_B, rows_in.begin, rows_in.length, rows_in.table_BL]
-        self.recorded, self.seen = Recorded(self.compute, inputs), list[Tensor]()
+        self.recorded, self.seen, self.raw = Recorded(self.compute, inputs), list[Tensor](), list[Raw]()
 
     def point(self, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> None:
         """Only what changed is written."""

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from nautilus.config import Layer
 from nautilus.config.keys import short
-from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory
+from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory, plain
 from nautilus.model.language import Language
 from nautilus.ops.pages import PAGE, Pool, Rows
 from nautilus.ops.state_format import EXACT, StateFormat
 from nautilus.runtime import UserError
+from nautilus.serve.seen import Seen
 
 SHARE = 0.25  # of the machine's memory that keys and values may take
 
@@ -38,7 +39,7 @@ class Berth:
     length: int = 0
     awake: Lanes | None = None
     mixed: bool = False
-    behind: list[Tensor] | None = field(default_factory=list)
+    behind: Seen | None = field(default_factory=Seen)
 
 
 class Berths:
@@ -206,11 +207,6 @@ def share_out(lanes: Lanes, counts: Sequence[int]) -> None:
     write(lanes.rows.begin, [*itertools.accumulate(counts, initial=0)])
 
 
-def plain(tensor: Tensor) -> Tensor | np.ndarray:
-    """The same memory for numpy, where it can be: it writes a few numbers in half the time, which every step feels."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
-
-
 def write(to: Tensor | np.ndarray, values: Sequence) -> None:
     to = plain(to) if isinstance(to, Tensor) else to
     if isinstance(to, Tensor):
@@ -221,7 +217,7 @@ def write(to: Tensor | np.ndarray, values: Sequence) -> None:
 
 def accept(lanes: Lanes, berths: Sequence[Berth], counts: Sequence[int]) -> None:
     """After a tentative call on these berths: so many of its tokens stay in each."""
-    lanes.accept(torch.tensor(counts))
+    lanes.accept(counts)
     for berth, count in zip(berths, counts, strict=True):
         berth.length += count
 

@@ -60,7 +60,7 @@ class Serving:
         lanes = self.lanes(rows, counts, tentative=stay is not None)
         hidden_1ND, _ = self.model.hidden(torch.cat(texts)[None], state=lanes)
         if stay is not None:
-            lanes.accept(torch.tensor(stay))
+            lanes.accept(stay)
         for row, count in zip(rows, counts if stay is None else stay, strict=True):
             self.lengths[row] += count
         return hidden_1ND[0].split(counts)
@@ -145,16 +145,16 @@ def test_verdicts_that_cannot_be_are_errors():
     serving, tokens_1N = Serving(hybrid(0, torch.float32), 2, window=3), torch.ones(1, 5, dtype=torch.int64)
     lanes = serving.lanes([0, 1], [3, 2], tentative=True)
     with pytest.raises(ValueError, match=r"accepted where \[0, 0\] wait"):
-        lanes.accept(torch.tensor([0, 0]))
+        lanes.accept([0, 0])
     serving.model.hidden(tokens_1N, state=lanes)
     for counts in ([4, 0], [0, -1], [2, 3]):
         with pytest.raises(ValueError, match=r"accepted where \[3, 2\] wait"):
-            lanes.accept(torch.tensor(counts))
+            lanes.accept(counts)
     with pytest.raises(RuntimeError, match="how many of them stay"):
         serving.model.hidden(tokens_1N, state=lanes)
-    lanes.accept(torch.tensor([0, 2]))
+    lanes.accept([0, 2])
     with pytest.raises(ValueError, match="once|after each"):
-        lanes.accept(torch.tensor([0, 2]))
+        lanes.accept([0, 2])
 
 
 @torch.inference_mode()

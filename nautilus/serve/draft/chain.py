@@ -30,10 +30,11 @@ from nautilus.ops.linear import linear
 from nautilus.ops.pages import Pool
 from nautilus.ops.peak import peak
 from nautilus.serve.draft.costs import Costs, timed
-from nautilus.serve.forward import Forward
+from nautilus.serve.forward import Forward, Step
 from nautilus.serve.memory import Berth, share_out, write
 from nautilus.serve.recorded import Recorded
 from nautilus.serve.request import Request
+from nautilus.serve.seen import Seen, raw
 
 CAUGHT = 16  # tokens whose catching up is timed
 
@@ -148,22 +149,24 @@ class Chain:
 
         costs.measure(range(1, most + 1), run)
         catch = lambda size: self.call([berth], [size], [size], [0] * size, like_ND[:size])
-        return max(0.0, timed(catch, CAUGHT) - timed(catch, 1)) / (CAUGHT - 1)
+        found = timed(catch, (1, CAUGHT))
+        return max(0.0, found[CAUGHT] - found[1]) / (CAUGHT - 1)
 
-    def see(self, berth: Berth, seen_ND: Tensor) -> None:
+    def see(self, berth: Berth, step: Step, begin: int, count: int) -> None:
         """What the model made of the next tokens of a berth."""
         if berth.behind is not None:
-            berth.behind.append(seen_ND.clone())
+            berth.behind.add(step.seen, step.raw, begin, count)
 
     @torch.inference_mode()
     def read(self, berth: Berth, tokens_1N: Tensor, seen_ND: Tensor) -> None:
         """The model has read this part of a prompt: so does the block."""
         assert berth.awake is not None
-        before_1D = berth.behind[-1][-1:] if berth.behind else torch.zeros_like(seen_ND[:1])
+        before_1D = berth.behind.rows[-1:] if berth.behind else torch.zeros_like(seen_ND[:1])
         feature_1ND = self.head.feature(torch.cat([before_1D, seen_ND[:-1]]))[None]
         span = Span(0, torch.arange(tokens_1N.shape[1]), lanes=berth.awake)
         self.head.block(feature_1ND, self.forward.model.embed(tokens_1N), span, self.memory)
-        berth.behind = [seen_ND[-1:].clone()]
+        berth.behind = Seen()
+        berth.behind.add([seen_ND], [raw(seen_ND)], len(seen_ND) - 1, 1)
 
     @torch.inference_mode()
     def catch_up(self, requests: Sequence[Request], *, leaving: bool = False) -> Tensor:
@@ -171,20 +174,22 @@ class Chain:
         kept of the request is to end where the model's own does, a token earlier; the result is of no use."""
         berths, counts, tokens, seen = [], [], [], []
         for request in requests:
-            berth, rows = request.berth, behind(request)
-            assert berth is not None
-            count, end = len(rows) - leaving, len(request.tokens) - leaving
+            berth = request.berth
+            assert berth is not None and berth.behind is not None
+            count, end = len(berth.behind) - leaving, len(request.tokens) - leaving
             if count > 0:
                 berths.append(berth)
                 counts.append(count)
                 tokens += request.tokens[end - count : end]
-                seen.append(rows[:count])
-            berth.behind = [rows[count:]] if leaving else []
+                seen.append(berth.behind.rows[:count])
         if not berths:
             return torch.empty(0)
-        feature_ND = self.head.feature(torch.cat(seen))
+        feature_ND = self.head.feature(seen[0] if len(seen) == 1 else torch.cat(seen))
         lengths = [berth.length + (not leaving) for berth in berths]
         hidden_ND = self.call(berths, counts, lengths, tokens, feature_ND)
+        for berth in berths:
+            assert berth.behind is not None
+            berth.behind.keep(int(leaving))
         return hidden_ND[torch.tensor(counts).cumsum(0) - 1]
 
     def call(
@@ -284,11 +289,3 @@ class TopCall:
     def compute(self) -> Tensor:
         with self.chain.forward.computing():
             return self.chain.head.logits(self.hidden_1RD)[0]
-
-
-def behind(request: Request) -> Tensor:
-    """What was seen since the block last caught up, of the tokens before each of as many last ones."""
-    assert request.berth is not None
-    seen = request.berth.behind
-    assert seen is not None
-    return seen[0] if len(seen) == 1 else torch.cat(seen)

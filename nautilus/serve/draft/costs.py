@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 PACE, OWN = 0.05, 0.02  # weight of a new timing for all sizes, and for its own
+TURNS, LEAST_TURNS, ENOUGH = 9, 3, 1.0  # timings of each size: most of them, fewest, and the seconds that make them few
 
 
 class Costs:
@@ -30,15 +31,14 @@ class Costs:
         self.rows, self.context, self.each, self.apiece = 1, 0.0, 0.0, 0.0
         self.line: tuple[list[int], list[float]] | None = None  # sizes and seconds in order, until a timing is added
 
-    def measure(self, sizes: Sequence[int], run: Callable[[int], object], repeats: int = 3) -> None:
-        """run(size) is called until it no longer prepares itself: the first call computes, the second is recorded."""
-        for size in sorted(sizes):
-            self.seconds[size] = timed(run, size, repeats)
+    def measure(self, sizes: Sequence[int], run: Callable[[int], object]) -> None:
+        self.seconds |= timed(run, sorted(sizes))
         self.line = None
 
-    def measure_context(self, context: int, size: int, run: Callable[[int], object], repeats: int = 3) -> None:
+    def measure_context(self, context: int, size: int, run: Callable[[int], object]) -> None:
         """The same behind so many tokens, of a pass over one token and one over `size`, which were measured before."""
-        one, many = (max(0.0, timed(run, tokens, repeats) - self.seconds[tokens]) / context for tokens in (1, size))
+        found = timed(run, (1, size))
+        one, many = (max(0.0, seconds - self.seconds[tokens]) / context for tokens, seconds in found.items())
         self.apiece = max(0.0, min(one, (many - one) / (size - 1)))
         self.each = one - self.apiece
 
@@ -75,13 +75,22 @@ class Costs:
         return seconds[less] + slope * (size - sizes[less])
 
 
-def timed(run: Callable[[int], object], size: int, repeats: int = 3) -> float:
-    timings = []
-    for _ in range(2 + repeats):
-        begin = time.perf_counter()
+def timed(run: Callable[[int], object], sizes: Sequence[int]) -> dict[int, float]:
+    """Median seconds of run(size), which is called twice before: the first call computes, the second is recorded. Sizes
+    take turns, so that what else the machine does meets all alike, and nothing but weights is in the caches."""
+    for size in sizes:
         run(size)
-        timings.append(time.perf_counter() - begin)
-    return statistics.median(timings[2:])
+        run(size)
+    found: dict[int, list[float]] = {size: [] for size in sizes}
+    start = time.perf_counter()
+    for done in range(TURNS):
+        if done >= LEAST_TURNS and time.perf_counter() - start > ENOUGH:
+            break
+        for size in sizes:
+            begin = time.perf_counter()
+            run(size)
+            found[size].append(time.perf_counter() - begin)
+    return {size: statistics.median(timings) for size, timings in found.items()}
 
 
 def rising(seconds: dict[int, float]) -> tuple[list[int], list[float]]:

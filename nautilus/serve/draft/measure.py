@@ -10,6 +10,7 @@ from nautilus.serve.draft.policy import Speculation
 from nautilus.serve.draft.proposal import DEEPEST
 from nautilus.serve.forward import Forward
 from nautilus.serve.memory import Berth
+from nautilus.serve.seen import Seen
 
 log = logging.getLogger("nautilus.serve")
 SIZES = (1, 2, 3, 4, 5, 7, 9, 13, 17, 25, 33)  # tokens of passes that are measured
@@ -49,6 +50,6 @@ def passes(forward: Forward, berth: Berth, before: int = 0) -> Callable[[int], N
         else:
             forward.attempt([berth], [tokens])
             forward.accept([berth], [0])
-        berth.length, berth.behind = 0, []
+        berth.length, berth.behind = 0, Seen()
 
     return run

@@ -131,7 +131,7 @@ def test_a_prefix_that_another_goes_on_from_holds_all_entries_but_one():
     for _ in range(5):
         played.step([one])
     played.chain.catch_up([one], leaving=True)
-    assert len(one.berth.behind[0]) == 1 and one.berth.length == len(one.tokens) - 1
+    assert len(one.berth.behind) == 1 and one.berth.length == len(one.tokens) - 1
     assert_drafts(played, model, {one: 4})
 
 

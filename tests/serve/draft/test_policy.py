@@ -261,7 +261,7 @@ def test_a_rule_that_leaves_no_choice_is_a_draft():
 def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
     costs, calls = Costs(), []
     costs.measure([1, 3], calls.append)
-    assert calls == [1] * 5 + [3] * 5 and costs.of(3) >= costs.of(1) > 0
+    assert calls == [1, 1, 3, 3] + [1, 3] * 9 and costs.of(3) >= costs.of(1) > 0
     costs.seconds, costs.line = {1: 1.0, 3: 2.0}, None
     assert costs.of(2) == 1.5 and costs.of(0) is None and costs.of(5) == 3.0
     costs.add(1, 100.0)
@@ -277,7 +277,8 @@ def test_costs_between_two_sizes_lie_on_a_line_and_outside_they_are_not_known():
 
 def test_tokens_before_a_pass_make_it_longer(monkeypatch):
     """By what is read once for each request, and by what each of its tokens is compared with."""
-    monkeypatch.setattr("nautilus.serve.draft.costs.timed", lambda run, size, repeats: run(size))
+    timed = lambda run, sizes: {size: run(size) for size in sizes}
+    monkeypatch.setattr("nautilus.serve.draft.costs.timed", timed)
     costs = Costs()
     costs.measure([1, 5], {1: 1.0, 5: 3.0}.get)
     costs.measure_context(100, 5, {1: 1.0 + 100 * 0.003, 5: 3.0 + 100 * 0.007}.get)
