@@ -240,7 +240,7 @@ class Engine:
             self.prefixes.keep(request)
         if complete and not answered:
             return [(request, self.end(request, "length"))]
-        return self.accept([request], logits_1V) if logits_1V is not None else []
+        return self.accept([request], looked_at(logits_1V)) if logits_1V is not None else []
 
     def end(self, request: Request, reason: str) -> Piece:
         piece = request.end(reason)
@@ -261,23 +261,23 @@ class Engine:
         try:
             if proposals:
                 tried = [[one.tokens[-1], *proposals.get(one, PLAIN).tokens] for one in requests]
-                logits_NV = self.forward.attempt(berths, tried)
+                self.forward.attempt(berths, tried)
             else:
-                logits_NV = self.forward.step(berths, [request.tokens[-1] for request in requests])
+                self.forward.step(berths, [request.tokens[-1] for request in requests])
         except Exception as bad:
             return self.put_apart(requests, bad)
+        rows = self.forward.looked_at()
         if self.speculation:
-            self.speculation.costs.add(len(logits_NV), time.monotonic() - begin)
-        return self.verify(requests, proposals, logits_NV) if proposals else self.accept(requests, logits_NV)
+            self.speculation.costs.add(len(rows), time.monotonic() - begin)
+        return self.verify(requests, proposals, rows) if proposals else self.accept(requests, rows)
 
     def verify(
-        self, requests: list[Request], proposals: Mapping[Request, Proposal], logits_NV: Tensor
+        self, requests: list[Request], proposals: Mapping[Request, Proposal], logits: list[Logits]
     ) -> list[tuple[Request, Piece]]:
         """Every token is drawn as it would have been without a draft; as long as it is that of the draft, the logits of
         the next one are there already."""
         assert self.speculation
-        rows, found = iter(looked_at(logits_NV)), dict[Request, list[tuple[Request, Piece]]]()
-        berths = [request.berth for request in requests if request.berth]
+        rows, found = iter(logits), dict[Request, list[tuple[Request, Piece]]]()
         for request in requests:
             proposal = proposals.get(request, PLAIN)
             mine = [(next(rows), foretold) for foretold in (*proposal.tokens, None)]
@@ -285,7 +285,7 @@ class Engine:
             if proposal.tokens:
                 request.drafted += len(proposal.tokens)
                 self.speculation.learn(request, proposal, sum(piece.source != "plain" for _, piece in found[request]))
-        self.forward.accept(berths, [len(pieces) for pieces in found.values()])
+        self.forward.accept([one.berth for one in requests if one.berth], [*map(len, found.values())])
         for request in requests:
             self.settle(request)
         return [told for pieces in found.values() for told in pieces]
@@ -322,10 +322,10 @@ class Engine:
                 if not self.prefixes.make_room(1):
                     self.scheduler.put_off(self.scheduler.last())
 
-    def accept(self, requests: list[Request], logits_BV: Tensor) -> list[tuple[Request, Piece]]:
+    def accept(self, requests: list[Request], rows: list[Logits]) -> list[tuple[Request, Piece]]:
         """A token for each."""
         found = []
-        for request, logits in zip(requests, looked_at(logits_BV), strict=True):
+        for request, logits in zip(requests, rows, strict=True):
             found += self.take(request, logits)
             self.settle(request)
         return found

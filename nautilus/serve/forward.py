@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,10 @@ from nautilus.model.lanes import Lanes, plain
 from nautilus.model.language import Language
 from nautilus.ops.linear import Packs, packed_once
 from nautilus.ops.loss import ELEMENTS, rows_for
+from nautilus.ops.peak import peak
 from nautilus.serve.memory import Berth, Berths, accept, point, share_out, write
 from nautilus.serve.recorded import Recorded
+from nautilus.serve.sample import Logits
 from nautilus.serve.seen import Raw, raw
 
 TRIED = 512  # most tokens of all recorded attempts together: each keeps the memory of its activations and logits
@@ -42,7 +45,7 @@ class Forward:
     """A model and the memory that its calls work on. B rows, N tokens of all of them, V vocabulary.
 
     steps: plain ones by their number of rows. attempts: by rows and tokens, those of late; however the tokens are dealt
-    out to the rows, it is the same one. tried: that of which nobody has said yet what stays."""
+    out to the rows, it is the same one. latest: of both; tried: that of which nobody has said yet what stays."""
 
     def __init__(self, model: Language, berths: Berths):
         self.model, self.berths = model, berths
@@ -50,6 +53,7 @@ class Forward:
         self.packs: Packs = {}
         self.steps: dict[int, Step] = {}
         self.attempts: OrderedDict[tuple[int, int], Step] = OrderedDict()
+        self.latest: Step | None = None
         self.tried: Step | None = None
 
     def forget(self) -> None:
@@ -147,10 +151,14 @@ class Forward:
 
     def run(self, step: Step, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> Tensor:
         step.point(berths, tokens, counts)
-        logits_NV, seen = step.recorded.run()
-        if seen is not step.seen:  # of a replay they are the same, with new contents
-            step.seen, step.raw = seen, [raw(part_ND) for part_ND in seen]
-        return logits_NV
+        step.run()
+        self.latest = step
+        return step.logits_NV
+
+    def looked_at(self) -> list[Logits]:
+        """What a draw needs of each row of logits that the latest step or attempt gave, until the next one."""
+        assert self.latest is not None
+        return self.latest.looked_at()
 
     def tell(self, step: Step, counts: Sequence[int]) -> None:
         """The watcher sees what came of the first so many of each berth's tokens."""
@@ -178,6 +186,7 @@ class Step:
         rows_in = self.lanes.rows
         inputs = [self.tokens_1N, self.lanes.slot_B, rows_in.begin, rows_in.length, rows_in.table_BL]
         self.recorded, self.seen, self.raw = Recorded(self.compute, inputs), list[Tensor](), list[Raw]()
+        self.logits_NV, self.rows, self.peaks = torch.empty(0), list[Tensor](), list[Tensor | np.ndarray]()
 
     def point(self, berths: list[Berth], tokens: Sequence[int], counts: list[int]) -> None:
         """Only what changed is written."""
@@ -195,11 +204,24 @@ class Step:
                 write(self.lanes.rows.table_BL[row, : len(berth.pages)], berth.pages)
                 self.pages[row] = len(berth.pages)
 
+    def run(self) -> None:
+        logits_NV, seen, peaks = self.recorded.run()
+        if logits_NV is self.logits_NV:  # of a replay all are the same, with new contents
+            return
+        self.logits_NV, self.rows = logits_NV, [*logits_NV.cpu().unbind()]
+        self.seen, self.raw = seen, [raw(part_ND) for part_ND in seen]
+        self.peaks = [*map(plain, peaks)]
+
+    def looked_at(self) -> list[Logits]:
+        best, total = (part.tolist() for part in self.peaks)
+        return [*map(Logits, self.rows, best, total)]
+
     @torch.inference_mode()
-    def compute(self) -> tuple[Tensor, list[Tensor]]:
+    def compute(self) -> tuple[Tensor, list[Tensor], tuple[Tensor, Tensor]]:
         with self.forward.computing():
             hidden_1ND, seen = self.forward.hidden(self.tokens_1N, self.lanes)
-            return self.forward.model.head(hidden_1ND)[0], seen
+            logits_NV = self.forward.model.head(hidden_1ND)[0]
+            return logits_NV, seen, peak(logits_NV)
 
 
 def side_by_side(seen: list[Tensor]) -> Tensor:
