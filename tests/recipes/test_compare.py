@@ -1,5 +1,6 @@
 """A comparison goes through, survives being killed, loses nothing to a variant that fails, and says what it cannot."""
 
+import fcntl
 import json
 import pathlib
 import signal
@@ -101,12 +102,22 @@ def test_killed_and_gone_on_with_it_comes_to_the_same(study, whole, tmp_path):
     assert [*before] == ["control/seed_0/result.json"]
     # The training that is left behind sees that its parent has gone, saves and ends: its folder is free again.
     wait_for(lambda: "stopped by SIGTERM" in (second.parent / "seed_0.log").read_text())
-    time.sleep(0.5)
+    wait_for(lambda: free(second / ".lock"))
     assert main(given) == 0
     assert "resuming" in (second.parent / "seed_0.log").read_text()
     assert (
         len(results(out)) == 2 and results(out).items() <= results(whole).items() and done.stat().st_mtime_ns == stamp
     )
+
+
+def free(lock: pathlib.Path) -> bool:
+    """No process trains there."""
+    with lock.open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+    return True
 
 
 def wait_for(holds, process=None, seconds=500):

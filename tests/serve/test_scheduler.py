@@ -11,6 +11,7 @@ from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.serve import Engine, Sampling
+from nautilus.serve.sample import looked_at
 
 torch.set_num_threads(1)
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)
@@ -193,15 +194,15 @@ def test_a_request_that_ends_in_an_error_takes_no_other_with_it(monkeypatch):
     requests = [engine.request([5, index], ONE) for index in range(3)]
     for request in requests:
         engine.submit(request)
-    compute = engine.forward.step
+    compute = engine.forward.looked_at
 
-    def broken(berths, tokens):
-        logits_BV = compute(berths, tokens).clone()
-        if len(berths) == 3:
-            logits_BV[1] = float("nan")
-        return logits_BV
+    def broken():
+        rows = compute()
+        if len(rows) == 3:
+            (rows[1],) = looked_at(torch.full((1, len(rows[1].logits_V)), float("nan")))
+        return rows
 
-    monkeypatch.setattr(engine.forward, "step", broken)
+    monkeypatch.setattr(engine.forward, "looked_at", broken)
     while not engine.scheduler.idle:
         engine.step()
     assert [request.pieces[-1].finish_reason for request in requests] == ["length", "error", "length"]

@@ -7,13 +7,14 @@ import random
 import time
 
 import pytest
+import torch
 
 from nautilus.data.tokenizer import TextStream
 from nautilus.ops.cpu.tape import Tape
 from nautilus.runtime import UserError
 from nautilus.serve import Sampling, spill
 from nautilus.serve.rules import Rule
-from nautilus.serve.sample import BrokenLogits
+from nautilus.serve.sample import BrokenLogits, looked_at
 from tests.serve.reliability.parts import Oracle, audit, engine_of, hybrid, run, some_requests, words
 
 MODEL = hybrid()
@@ -119,17 +120,17 @@ def test_logits_that_are_no_numbers_end_their_row_and_are_not_gone_on_from(monke
     engine = engine_of(MODEL)
     prompts = [words(random.Random(row), 40) for row in range(3)]
     requests = [engine.request(prompt, Sampling(seed=1, max_tokens=20, ignore_eos=True)) for prompt in prompts]
-    compute, calls = engine.forward.step, []
+    compute, calls = engine.forward.looked_at, []
 
-    def broken(berths, tokens):
-        logits_BV = compute(berths, tokens).clone()
-        if len(berths) == 3:
-            calls.append(berths)
+    def broken():
+        rows, berths = compute(), engine.forward.latest.berths
+        if len(rows) == 3:
+            calls.append(rows)
             if len(calls) == step:
-                logits_BV[berths.index(requests[1].berth)] = value
-        return logits_BV
+                (rows[berths.index(requests[1].berth)],) = looked_at(torch.full((1, len(rows[0].logits_V)), value))
+        return rows
 
-    monkeypatch.setattr(engine.forward, "step", broken)
+    monkeypatch.setattr(engine.forward, "looked_at", broken)
     run(engine, *requests)
     check(engine, requests, failed=[requests[1]])
     assert isinstance(requests[1].error, BrokenLogits)
