@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-EVIDENCE = ("document", "advantage", "sampled_logprob", "teacher_logprob")
+EVIDENCE = ("document", "advantage", "sampled_logprob", "proximal_logprob", "teacher_logprob")
 
 
 @dataclass
@@ -19,6 +19,9 @@ class Batch:
 
     `weights` has one entry per objective term; `weights["next_token"][b, t]` says how much token t counts as a target,
     so it is 0 at t = 0. Equal adjacent numbers in `document` are one document; None means one document per row.
+    Of reinforcement learning: `advantage`, what a token earned; the log-probs that it had for the engine that drew it
+    (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
+    the first), and for a teacher or a reference (`teacher_logprob`).
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
 
@@ -27,6 +30,7 @@ class Batch:
     document: Tensor | None = None
     advantage: Tensor | None = None
     sampled_logprob: Tensor | None = None
+    proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
 
     def __post_init__(self):
