@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Batch:
     Of reinforcement learning: `advantage`, what a token earned; the log-probs that it had for the engine that drew it
     (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
     the first), and for a teacher or a reference (`teacher_logprob`).
+    told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
 
@@ -32,6 +33,7 @@ class Batch:
     sampled_logprob: Tensor | None = None
     proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
+    told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         check("tokens", self.tokens, self.tokens.shape, floating=False)
@@ -61,7 +63,7 @@ class Batch:
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
         taken = {name: value[index] for name, value in self.evidence().items()}
         weights = {name: weight[index] for name, weight in self.weights.items()}
-        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, **taken)
+        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, told={}, **taken)
 
     @property
     def fingerprint(self) -> str:

@@ -274,7 +274,8 @@ def weighted_loss(job: Job, batch: Batch, counts: dict[str, float]) -> tuple[Ten
     for name, (total, _) in terms.items():
         if counts[name]:
             loss = loss + total * (job.objective.coefficients.get(name, 1.0) / counts[name])
-    return loss, terms | watched
+    told = {name: tuple(map(torch.tensor, pair)) for name, pair in batch.told.items()}
+    return loss, terms | watched | told
 
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:
