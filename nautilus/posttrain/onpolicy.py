@@ -16,15 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-import torch
-
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.rollout import Player, Playing
-from nautilus.posttrain.stream import Group, batches_of, checked, play_group, told_of
+from nautilus.posttrain.stream import Group, checked, play_group
 from nautilus.runtime import UserError
 from nautilus.serve import Engine
 from nautilus.serve.service import Service

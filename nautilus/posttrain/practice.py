@@ -16,10 +16,10 @@ from nautilus.data.batch import Batch
 from nautilus.data.chat import ChatSettings
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
-from nautilus.posttrain.blend import Blend, Curriculum, Domain, domain
+from nautilus.posttrain.blend import Blend, Domain, domain
 from nautilus.posttrain.onpolicy import Ahead, Fresh, Plan
 from nautilus.posttrain.rollout import Playing
-from nautilus.posttrain.stream import Group, Scoring, told_of
+from nautilus.posttrain.stream import Group, told_of
 from nautilus.runtime import Run, UserError, continue_or_create
 from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks.asked import Asked, asked
@@ -29,7 +29,7 @@ from nautilus.train.objective import Objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
-LEAST |= {"save_every": 0, "age": 0, "seed": 0, "profile": 0, "seconds": 1}
+LEAST |= {"save_every": 0, "age": 0, "seed": 0, "seconds": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Practice:
     thinking_grace: int = setting(0, "at the latest after so many more")
     seconds: float = setting(60.0, "that a task may take for a turn; then the answer is lost, and no other")
     optim: OptimConfig = OptimConfig(
-        lr=3e-4, min_lr=3e-5, warmup=10, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
+        lr=3e-4, min_lr=3e-5, warmup=-1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
     )  # fmt: skip
     balance: float = setting(1e-3, "step of the load-balancing biases; the routers' weights stay as they are")
     micro: int = setting(8192, "most tokens of a micro-batch")
@@ -102,9 +102,7 @@ def practise(
     model.float().requires_grad_(True)
     for name, weight in model.named_parameters():
         weight.requires_grad_(not name.startswith("mtp.") and not name.endswith(("gate.weight", "router.weight")))
-    plan = Plan(
-        blend=blend, playing=settings.playing, group=settings.group, rows=settings.together, seed=settings.seed
-    )
+    plan = Plan(blend=blend, playing=settings.playing, group=settings.group, rows=settings.together, seed=settings.seed)
     log = Log(run.folder / "rollouts.jsonl", tokenizer)
     how = {"age": settings.age} if settings.age else {}
     stream = (Ahead if settings.age else Fresh)(model, tokenizer, plan, told_rows(rows), log, **how)
@@ -112,13 +110,19 @@ def practise(
         fit(
             model, stream, objective, adamw(model, settings.optim), steps=settings.steps,
             schedule=schedule(settings.optim, settings.steps), clip=settings.optim.clip, balance=settings.balance,
-            checkpoints=Checkpoints(run=run, every=settings.save_every, settings=to_dict(settings)),
+            checkpoints=Checkpoints(run=run, every=settings.save_every, settings=shaping(settings)),
         )  # fmt: skip
     finally:
         stream.close()
     model.requires_grad_(False).eval()
     for name, weight in model.named_parameters():
         weight.data = weight.data.to(types[name])
+
+
+def shaping(settings: Practice) -> dict:
+    """What a run that goes on must have been begun with, beside what `fit` sees itself."""
+    apart = ("out", "model", "steps", "save_every", "optim", "balance", "together", "measured", "profile")
+    return {name: json.loads(json.dumps(value)) for name, value in to_dict(settings).items() if name not in apart}
 
 
 def told_rows(rows: Callable[[Sequence[Group]], list[Batch]]) -> Callable[[Sequence[Group]], list[Batch]]:
@@ -144,7 +148,12 @@ class Log:
 
     def rows(self, step: int, groups: Sequence[Group]) -> Iterator[dict]:
         for group in groups:
-            named = {"step": step, "task": group.problem.task, "level": group.problem.level, "problem": group.problem.id}
+            named = {
+                "step": step,
+                "task": group.problem.task,
+                "level": group.problem.level,
+                "problem": group.problem.id,
+            }
             for one in group.rollouts:
                 text = self.tokenizer.decode(one.tokens, skip_special=False)
                 yield {

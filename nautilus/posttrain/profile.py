@@ -93,8 +93,15 @@ def mean(rewards: Sequence[float]) -> float:
 
 
 def solved(
-    path: Path, model: Language, tokenizer: Tokenizer, questions: Sequence[tuple[Task, Problem]], playing: Playing, *,
-    times: int = 1, together: int = 64, seed: int = 0,
+    path: Path,
+    model: Language,
+    tokenizer: Tokenizer,
+    questions: Sequence[tuple[Task, Problem]],
+    playing: Playing,
+    *,
+    times: int = 1,
+    together: int = 64,
+    seed: int = 0,
 ) -> list[list[float | None]]:
     """The rewards of `times` answers to each problem, None for one that was lost; what the file has is not asked
     again."""

@@ -8,19 +8,15 @@ same ones, and forgets what it knew of them.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
-from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.credit import FAULT, Effort, leave_one_out
 from nautilus.posttrain.rollout import Dropped, Player, Rollout
 from nautilus.runtime import UserError

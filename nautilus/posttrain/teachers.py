@@ -58,4 +58,6 @@ def same_words(student: Tokenizer, others: Mapping[str, Tokenizer]) -> None:
     """UserError for a teacher whose tokens are others than the student's."""
     for name, one in others.items():
         if one.fingerprint != student.fingerprint:
-            raise UserError(f"the teacher {name} has another tokenizer than the student; its log-probs mean nothing here")
+            raise UserError(
+                f"the teacher {name} has another tokenizer than the student; its log-probs mean nothing here"
+            )

@@ -29,7 +29,7 @@ from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, wanted
 from nautilus.posttrain.profile import examined
-from nautilus.posttrain.stream import Group, batches_of
+from nautilus.posttrain.stream import Group
 from nautilus.posttrain.teachers import Teachers, same_words
 from nautilus.runtime import UserError, keep_memory, program
 from nautilus.train.optim import setting
@@ -47,6 +47,11 @@ class Settings(Practice):
     most: float = setting(5.0, "or by more than this")
     measured: int = setting(256, "other problems of each task, measured before and after")
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.measured < 1:
+            raise UserError(f"measured={self.measured} was asked for; a mean needs at least 1 problem")
+
 
 def main(settings: Settings) -> None:
     if not settings.model:
@@ -60,9 +65,7 @@ def main(settings: Settings) -> None:
     exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
     scores = {"before": exam("before", model)}
     scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
-    blend = Blend(
-        domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed
-    )
+    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
     how = Surrogate(
         correction=Correction(kind="mask", least=settings.least, most=settings.most), most=settings.advantage
     )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -53,6 +53,10 @@ class Settings(Practice):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.profile < 0 or self.measured < 1:
+            raise UserError(
+                f"profile={self.profile} and measured={self.measured} were asked for; give 0 and 1, or more"
+            )
         if self.group < 2:
             raise UserError(f"group={self.group} was asked for; an answer is compared with others: give 2 or more")
 

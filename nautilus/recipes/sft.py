@@ -11,7 +11,6 @@ runs/demo data=chats.jsonl loss=sample off=0.1 cut=0.03     every conversation s
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -25,10 +24,9 @@ from nautilus.data.conversations import Conversation, Taught, Teaching, conversa
 from nautilus.data.mix import Stream
 from nautilus.data.pack import pack_best_fit
 from nautilus.data.template import template_of
-from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval.examine import examine
 from nautilus.posttrain.blend import domain
-from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
+from nautilus.runtime import UserError, continue_or_create, keep_memory
 from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks.asked import asked
 from nautilus.train.checkpoint import Checkpoints
@@ -66,7 +64,9 @@ def main(settings: Settings) -> None:
         raise UserError("no model to train; write nautilus sft MODEL data=…, a run, a checkpoint folder or a hub id")
     keep_memory()
     model, tokenizer = nautilus.load(settings.model)
-    tokenizer.template = template_of(settings.template or ("" if tokenizer.template else "nemotron"), tokenizer.template)
+    tokenizer.template = template_of(
+        settings.template or ("" if tokenizer.template else "nemotron"), tokenizer.template
+    )
     how = Teaching(
         length=settings.length, loss=settings.loss, off=settings.off, cut=settings.cut, toggle=settings.toggle,
         seed=settings.seed,

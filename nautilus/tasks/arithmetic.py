@@ -49,7 +49,9 @@ def number_is(answer: str, truth: str) -> Verdict:
     said = last_number(answer)
     if said is None:
         return Verdict(reward=0.0, why="no number was said")
-    return Verdict(reward=float(float(said) == float(truth) and (int_of(said) == int_of(truth))), why=f"{said}, {truth}")
+    return Verdict(
+        reward=float(float(said) == float(truth) and (int_of(said) == int_of(truth))), why=f"{said}, {truth}"
+    )
 
 
 def int_of(number: str) -> str:

@@ -20,7 +20,7 @@ TITLE = re.compile(r"<<[^<>\n]+>>")
 
 
 def compared(count: float, relation: str | None, wanted: float) -> bool:
-    """"less than" or "at least", the two relations of IFEval."""
+    """ "less than" or "at least", the two relations of IFEval."""
     if relation == "less than":
         return count < wanted
     if relation in ("at least", None):
@@ -80,7 +80,9 @@ def repeated(text: str, prompt_to_repeat: str) -> bool:
 
 INSTRUCTIONS: dict[str, Check] = {
     "keywords:existence": lambda text, keywords: all(occurrences(word, text) for word in keywords),
-    "keywords:forbidden_words": lambda text, forbidden_words: not any(occurrences(one, text) for one in forbidden_words),
+    "keywords:forbidden_words": lambda text, forbidden_words: (
+        not any(occurrences(one, text) for one in forbidden_words)
+    ),
     "keywords:frequency": lambda text, keyword, frequency, relation=None: compared(
         occurrences(keyword, text), relation, frequency
     ),
@@ -115,7 +117,9 @@ INSTRUCTIONS: dict[str, Check] = {
     "detectable_format:title": lambda text: bool(TITLE.search(text)),
     "combination:two_responses": two_answers,
     "combination:repeat_prompt": repeated,
-    "startend:end_checker": lambda text, end_phrase: text.strip().strip('"').lower().endswith(end_phrase.strip().lower()),
+    "startend:end_checker": lambda text, end_phrase: (
+        text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    ),
     "startend:quotation": lambda text: len(text.strip()) > 1 and text.strip()[0] == text.strip()[-1] == '"',
     "change_case:english_capital": lambda text: text.isupper(),
     "change_case:english_lowercase": lambda text: text.islower(),

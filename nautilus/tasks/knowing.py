@@ -96,4 +96,6 @@ class Abstain(Question):
         right = said == truth
         reward = 1.0 if right else self.unsure if said == UNKNOWN else 0.0
         invented = float(truth == UNKNOWN and not right)
-        return Verdict(reward=reward, why=f"{said[:80]!r}, {truth!r}", parts={"right": float(right), "invented": invented})
+        return Verdict(
+            reward=reward, why=f"{said[:80]!r}, {truth!r}", parts={"right": float(right), "invented": invented}
+        )

@@ -29,7 +29,7 @@ from nautilus.tasks.equal import same_value
 from nautilus.tasks.instructions import followed
 from nautilus.tasks.knowing import BOXED, letter_is
 from nautilus.tasks.programs import passes
-from nautilus.tasks.task import GraderBroken, Problem, Question, Reply, Verdict, assistant
+from nautilus.tasks.task import GraderBroken, Problem, Question, Reply, Verdict
 
 
 def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
@@ -39,7 +39,9 @@ def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
     if not isinstance(messages, list) or not messages or not all(isinstance(one, Mapping) for one in messages):
-        raise ValueError(f"the row has no messages; responses_create_params.input must be a list of them: {str(row)[:200]}")
+        raise ValueError(
+            f"the row has no messages; responses_create_params.input must be a list of them: {str(row)[:200]}"
+        )
     truth = {key: value for key, value in row.items() if key not in ("responses_create_params", "worked")}
     worked = tuple(row.get("worked") or ())
     tools = tuple(asked.get("tools") or ())

@@ -26,7 +26,9 @@ class Style(Question):
 
     def grade(self, problem: Problem, reply: Reply) -> Verdict:
         parts = liked(problem.truth, reply.content)
-        return Verdict(reward=(score(parts) - 1) / 4, why=", ".join(f"{k} {v:.2f}" for k, v in parts.items()), parts=parts)
+        return Verdict(
+            reward=(score(parts) - 1) / 4, why=", ".join(f"{k} {v:.2f}" for k, v in parts.items()), parts=parts
+        )
 
     def compare(self, problem: Problem, first: Reply, second: Reply) -> Judgement:
         """What a reward model would say of two answers."""

@@ -75,4 +75,6 @@ def test_broken_forms_earn_nothing(reply, words):
 
 
 def test_thinking_that_was_switched_off():
-    assert form_fault(Reply(content="4", thinking="2+2"), thinks=False) and not form_fault(Reply(content="4"), thinks=False)
+    assert form_fault(Reply(content="4", thinking="2+2"), thinks=False) and not form_fault(
+        Reply(content="4"), thinks=False
+    )

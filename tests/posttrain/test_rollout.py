@@ -41,7 +41,12 @@ class Script:
         ids = [*tokens, self.tokenizer.eos] if whole else tokens
         stream = self.tokenizer.stream(skip_special=True)
         pieces = [Piece(text=stream.push(token), token=token, logprob=-0.5) for token in tokens]
-        last = Piece(text=stream.close(), token=ids[-1] if whole else -1, logprob=-0.25, finish_reason="stop" if whole else "length")
+        last = Piece(
+            text=stream.close(),
+            token=ids[-1] if whole else -1,
+            logprob=-0.25,
+            finish_reason="stop" if whole else "length",
+        )
 
         async def told():
             yield [*pieces, last]
@@ -61,7 +66,11 @@ def test_one_turn(tokenizer):
     task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
     found = played(Script(tokenizer, f"easy\n</think>\n{problem.truth}"), tokenizer, task, problem)
     prompt = chat_tokens(tokenizer, problem.messages, settings=KEEP)
-    assert found.verdict.reward == 1 and found.ended and found.turns[0].reply == Reply(content=problem.truth, thinking="easy")
+    assert (
+        found.verdict.reward == 1
+        and found.ended
+        and found.turns[0].reply == Reply(content=problem.truth, thinking="easy")
+    )
     assert found.tokens[: len(prompt)] == tuple(prompt) and found.tokens[-1] == tokenizer.eos
     assert found.drawn == [False] * len(prompt) + [True] * (len(found.tokens) - len(prompt))
     assert found.logprobs[len(prompt) :] == (-0.5,) * (found.length - 1) + (-0.25,)
@@ -87,22 +96,30 @@ def test_turns_with_tools_go_on_from_the_tokens_that_were_drawn(tokenizer):
         "so\n</think>\nit  is done ",
     )  # fmt: skip
     found = played(script, tokenizer, task, problem, tokens=8192, turn_tokens=2000)
-    assert [turn.reply.fault for turn in found.turns] == ["", "there is no function burn; there are get, put, remove", ""]
+    assert [turn.reply.fault for turn in found.turns] == [
+        "",
+        "there is no function burn; there are get, put, remove",
+        "",
+    ]
     for before, after in zip(found.turns, found.turns[1:], strict=False):
         assert script.jobs[found.turns.index(after)].tokens == list(found.tokens[: after.begin])
         assert found.tokens[before.end - 1] == tokenizer.eos
     text = tokenizer.decode(found.tokens, skip_special=False)
     assert text.count("<tool_response>") == 3 and problem.truth["before"][key] in text
     assert "error: there is no key 'nothing'" in text and "it  is done " in text
-    drawn = tokenizer.decode([token for token, own in zip(found.tokens, found.drawn, strict=True) if own], skip_special=False)
+    drawn = tokenizer.decode(
+        [token for token, own in zip(found.tokens, found.drawn, strict=True) if own], skip_special=False
+    )
     assert "tool_response" not in drawn and drawn.count("<|im_end|>") == 3
     # What a template would write of the same turns, as far as they say what it would.
     first = [*problem.messages, {"role": "assistant", "content": "X", "reasoning_content": "go"}]
     told = [{"role": "tool", "content": "a"}, {"role": "tool", "content": "b"}]
     whole = render(tokenizer, [*first, *told], tools=problem.tools, settings=KEEP)
-    assert whole[whole.index("<|im_end|>\n<|im_start|>user\n<tool_response>") :].replace("\na\n", f"\n{problem.truth['before'][key]}\n").replace(
-        "\nb\n", "\nerror: there is no key 'nothing'\n"
-    ).removeprefix("<|im_end|>") == tokenizer.decode(found.tokens[found.turns[0].end : found.turns[1].begin], skip_special=False)
+    assert whole[whole.index("<|im_end|>\n<|im_start|>user\n<tool_response>") :].replace(
+        "\na\n", f"\n{problem.truth['before'][key]}\n"
+    ).replace("\nb\n", "\nerror: there is no key 'nothing'\n").removeprefix("<|im_end|>") == tokenizer.decode(
+        found.tokens[found.turns[0].end : found.turns[1].begin], skip_special=False
+    )
 
 
 @pytest.mark.parametrize(
@@ -186,7 +203,9 @@ def test_what_breaks_costs_its_own_rollout_and_says_why(tokenizer, where, bad, k
 
 
 async def one_with_a_short_time(tokenizer, task, problem):
-    return await Player(Script(tokenizer, "x\n</think>\ny"), tokenizer, Playing(chat=KEEP, seconds=0.3)).play(task, problem, 0)
+    return await Player(Script(tokenizer, "x\n</think>\ny"), tokenizer, Playing(chat=KEEP, seconds=0.3)).play(
+        task, problem, 0
+    )
 
 
 def test_prompts_without_room_and_engines_that_refuse_are_dropped(tokenizer):

@@ -86,7 +86,8 @@ def test_what_a_judge_writes_is_read(one):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{}", '{"score_1": 9, "score_2": 1, "ranking": 1}', '{"score_1": "a", "score_2": 1, "ranking": 1}', "{" * 9]
+    "text",
+    ["", "{}", '{"score_1": 9, "score_2": 1, "ranking": 1}', '{"score_1": "a", "score_2": 1, "ranking": 1}', "{" * 9],
 )
 def test_what_cannot_be_read_is_the_middle(text):
     one = judgement_of(text)
@@ -104,7 +105,9 @@ def test_a_judge_that_learns_loses_by_what_it_is_off():
 def test_the_oracle_prefers_its_style_from_either_side():
     task = TASKS["style"]()
     problem = next(task.problems("train", level=1))
-    plain, liked = (Reply(content=text) for text in (problem.worked[0]["content"], "\n".join(f"- {w}" for w in problem.truth) + "!"))
+    plain, liked = (
+        Reply(content=text) for text in (problem.worked[0]["content"], "\n".join(f"- {w}" for w in problem.truth) + "!")
+    )
     assert task.grade(problem, plain).reward == 0.25 and task.grade(problem, liked).reward == 1
     for one, other in ((liked, plain), (plain, liked)):
         said = task.compare(problem, one, other)

@@ -40,7 +40,9 @@ def test_mathematics_beyond_numbers():
     assert verdict("math", "\\boxed{(x+1)^2}", expected_answer="x^2+1").reward == 0
 
 
-@pytest.mark.parametrize("said, right", [("\\boxed{B}", 1), ("\\boxed{A} or \\boxed{ B }", 1), ("B", 0), ("\\boxed{BC}", 0)])
+@pytest.mark.parametrize(
+    "said, right", [("\\boxed{B}", 1), ("\\boxed{A} or \\boxed{ B }", 1), ("B", 0), ("\\boxed{BC}", 0)]
+)
 def test_choices_stand_in_a_box(said, right):
     assert verdict("mcqa", said, expected_answer="B").reward == right
 
@@ -49,7 +51,11 @@ def test_schemas():
     pytest.importorskip("jsonschema")
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
     for given in (schema, json.dumps(schema)):
-        assert [verdict("schema", said, schema=given).reward for said in ('{"n": 1}', '{"n": "1"}', "n: 1")] == [1, 0, 0]
+        assert [verdict("schema", said, schema=given).reward for said in ('{"n": 1}', '{"n": "1"}', "n: 1")] == [
+            1,
+            0,
+            0,
+        ]
     with pytest.raises(GraderBroken, match="the problem's schema is none"):
         verdict("schema", "{}", schema={"type": "nonsense"})
 

@@ -110,9 +110,7 @@ def test_arithmetic_carries():
         number_is("3", "three")
 
 
-@pytest.mark.parametrize(
-    "expression, value", [("2 + 3 * 4", 14), ("-(7 - 9) * 3", 6), ("1", 1), ("  12-5 ", 7)]
-)
+@pytest.mark.parametrize("expression, value", [("2 + 3 * 4", 14), ("-(7 - 9) * 3", 6), ("1", 1), ("  12-5 ", 7)])
 def test_the_calculator_calculates(expression, value):
     from nautilus.tasks.arithmetic import calculate
 
@@ -120,7 +118,18 @@ def test_the_calculator_calculates(expression, value):
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "a + 1", "__import__('os')", "2 ** 9", "9" * 300, "(" * 150, "True + 1", "1.5 + 1", "10" * 40 + "*" + "10" * 40]
+    "expression",
+    [
+        "",
+        "a + 1",
+        "__import__('os')",
+        "2 ** 9",
+        "9" * 300,
+        "(" * 150,
+        "True + 1",
+        "1.5 + 1",
+        "10" * 40 + "*" + "10" * 40,
+    ],
 )
 def test_and_nothing_else(expression):
     from nautilus.tasks.arithmetic import calculate

@@ -72,7 +72,10 @@ def test_the_loss_is_that_of_a_plain_loop(kind, first_update, kl):
             continue
         lp, advantage = float(lp_BT[row, at]), float(given_batch.advantage[row, at])
         prox = lp if first_update else float(given_batch.proximal_logprob[row, at])
-        ratio, weight = math.exp(lp - prox), weight_of(prox - float(given_batch.sampled_logprob[row, at]), how.correction)
+        ratio, weight = (
+            math.exp(lp - prox),
+            weight_of(prox - float(given_batch.sampled_logprob[row, at]), how.correction),
+        )
         clipped = min(1.28, max(0.8, ratio))
         loss -= mask * weight * min(ratio * advantage, clipped * advantage)
         d = float(given_batch.teacher_logprob[row, at]) - lp
@@ -90,11 +93,15 @@ def gradient(model: Language, objective, parts: list[Batch]) -> list[torch.Tenso
     model.zero_grad(set_to_none=True)
     for part in parts:
         terms, _ = objective(model, part)
-        sum(objective.coefficients.get(name, 1.0) * total / counts[name] for name, (total, _) in terms.items()).backward()
+        sum(
+            objective.coefficients.get(name, 1.0) * total / counts[name] for name, (total, _) in terms.items()
+        ).backward()
     return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
 
 
-@pytest.mark.parametrize("objective", [policy(Surrogate(kl=0.1)), distill(), preference()], ids=["policy", "distill", "dpo"])
+@pytest.mark.parametrize(
+    "objective", [policy(Surrogate(kl=0.1)), distill(), preference()], ids=["policy", "distill", "dpo"]
+)
 def test_a_step_is_the_same_however_it_is_cut(objective):
     model, whole = tiny(2), batch()
     if "next_token" in objective.coefficients:
@@ -117,7 +124,9 @@ def test_an_engine_that_agrees_leaves_reinforce():
     lp_BT = drawn_logprob(model, given_batch, "policy")
     agreed = dataclasses.replace(given_batch, sampled_logprob=lp_BT.detach(), proximal_logprob=None)
     mask_BT = given_batch.weights["policy"]
-    want = torch.autograd.grad(-(lp_BT * given_batch.advantage * mask_BT).sum() / mask_BT.sum(), [*model.parameters()], allow_unused=True)
+    want = torch.autograd.grad(
+        -(lp_BT * given_batch.advantage * mask_BT).sum() / mask_BT.sum(), [*model.parameters()], allow_unused=True
+    )
     got = gradient(model, policy(), [agreed])
     for a, b in zip((one for one in want if one is not None), got, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
@@ -131,7 +140,9 @@ def test_distillation_pulls_along_the_reverse_kl_in_the_mean():
     start = torch.tensor([[2]])
     full = lambda model: model(start)[0][0, 0].log_softmax(-1)
     own = full(student)
-    want = torch.autograd.grad((own.exp() * (own - full(teacher).detach())).sum(), [*student.parameters()], allow_unused=True)
+    want = torch.autograd.grad(
+        (own.exp() * (own - full(teacher).detach())).sum(), [*student.parameters()], allow_unused=True
+    )
     got = [torch.zeros_like(one) for one in want if one is not None]
     for token in range(7):
         one = Batch(torch.tensor([[2, token]]), {"policy": torch.tensor([[0.0, 1.0]])})
