@@ -23,20 +23,24 @@ from nautilus.tasks import Problem, Task
 
 @dataclass(frozen=True, kw_only=True)
 class Curriculum:
+    """least, most: problems that are solved less often than the one, or as often as the other, are left out."""
+
     begin: float = 0.75
     end: float = 0.25
     spread: float = 0.15
+    least: float = 0.0
+    most: float = 1.0
 
     def __post_init__(self):
-        if not (0 <= self.begin <= 1 and 0 <= self.end <= 1 and self.spread > 0):
+        if not (0 <= self.begin <= 1 and 0 <= self.end <= 1 and self.spread > 0 and 0 <= self.least < self.most <= 1):
             raise UserError(
-                f"a curriculum from {self.begin} to {self.end} with spread {self.spread} was asked for; pass rates are"
-                " 0 to 1, and the spread is more than 0"
+                f"a curriculum from {self.begin} to {self.end} with spread {self.spread} of problems from {self.least}"
+                f" to {self.most} was asked for; pass rates are 0 to 1, and the spread is more than 0"
             )
 
     def weight(self, rate: float, done: float) -> float:
         """Of a problem that is solved so often, when so much of the training is done."""
-        if rate >= 1:
+        if not self.least <= rate < self.most:
             return 0.0
         at = self.begin + (self.end - self.begin) * done
         return math.exp(-((rate - at) ** 2) / (2 * self.spread**2))
@@ -110,7 +114,7 @@ class Blend:
         weights = [self.curriculum.weight(one.rates.get(problem.id, 0.0), done) for problem in one.problems]
         if not any(weights):
             raise UserError(
-                f"all {len(weights)} problems of {one.task.name} are always solved before training; take harder levels"
+                f"none of {len(weights)} problems of {one.task.name} is solved now and then, not always; take other levels"
             )
         return rng.choices(one.problems, weights, k=count)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -124,7 +123,7 @@ class Player:
             room = self.playing.tokens - len(tokens)
             if room < 1:
                 break
-            answer = await self.answered(tokens, self.playing.sampling(number_of(seed, number), room))
+            answer = await drawn(self.answers, tokens, self.playing.sampling(number_of(seed, number), room))
             turn = self.turn(tokens, answer, problem)
             tokens, logprobs = [*tokens, *answer.tokens], [*logprobs, *answer.logprobs]
             turns.append(turn)
@@ -140,19 +139,6 @@ class Player:
         return Rollout(
             problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
             version=version,
-        )  # fmt: skip
-
-    async def answered(self, tokens: Sequence[int], sampling: Sampling) -> Completion:
-        try:
-            reply = self.answers.submit(Job(tokens=tokens, sampling=sampling))
-            pieces: list[Piece] = [piece async for some in reply for piece in some]
-        except (Lost, Busy, UserError, RuntimeError) as bad:
-            raise Dropped("engine", str(bad)) from bad
-        drawn = [piece for piece in pieces if piece.token >= 0]
-        return Completion(
-            prompt=tuple(tokens), text="".join(piece.text for piece in pieces),
-            tokens=tuple(piece.token for piece in drawn), logprobs=tuple(piece.logprob for piece in drawn),
-            finish_reason=pieces[-1].finish_reason or "",
         )  # fmt: skip
 
     def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem) -> Turn:
@@ -187,6 +173,19 @@ class Player:
             raise Dropped("task", f"{name} failed with {type(bad).__name__}: {bad}") from bad
 
 
+async def drawn(answers: Answers, tokens: Sequence[int], sampling: Sampling) -> Completion:
+    """One answer; Dropped where there can be none."""
+    try:
+        pieces: list[Piece] = [piece async for some in answers.submit(Job(tokens=tokens, sampling=sampling)) for piece in some]
+    except (Lost, Busy, UserError, RuntimeError) as bad:
+        raise Dropped("engine", str(bad)) from bad
+    own = [piece for piece in pieces if piece.token >= 0]
+    return Completion(
+        prompt=tuple(tokens), text="".join(piece.text for piece in pieces), tokens=tuple(piece.token for piece in own),
+        logprobs=tuple(piece.logprob for piece in own), finish_reason=pieces[-1].finish_reason or "",
+    )  # fmt: skip
+
+
 def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping]) -> Reply:
     """What was said, as a task reads it, and what is wrong with its form."""
     said = split_answer(answer.text, inside=inside, tools=[*tools] or None)
@@ -206,11 +205,3 @@ def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping
         content=said.content, thinking=said.reasoning if inside or said.reasoning else None,
         calls=() if fault else tuple(calls), fault=fault, ended=answer.finish_reason == "stop",
     )  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True)
-class Played:
-    """What came of many: those that are whole, and how many were lost, by kind."""
-
-    rollouts: list[Rollout]
-    dropped: Counter[str]

@@ -111,6 +111,9 @@ class Keeping(Acting):
         super().__init__(problem)
         self.store = dict(problem.truth["before"])
 
+    def state(self) -> dict[str, str]:
+        return self.store
+
     def do_get(self, key: str) -> str:
         return applied(self.store, Call(name="get", arguments={"key": key}))
 
@@ -163,6 +166,9 @@ class Mending(Acting):
     def __init__(self, problem: Problem):
         super().__init__(problem)
         self.program = [*problem.truth["program"]]
+
+    def state(self) -> list[str]:
+        return self.program
 
     def do_run(self, input: str) -> str:
         return str(run(self.program, int(input)))

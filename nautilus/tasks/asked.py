@@ -6,6 +6,7 @@
 | `sort:1-3` | levels 1 to 3 |
 | `sort:2*0.5` | level 2, with half the share of the others |
 | `math@rows.jsonl` | rows of a file, judged as `math` |
+| `pivot/store` | single turns of a task of several |
 | `rg/leg_counting` | a task of reasoning-gym, where that is installed |
 """
 
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from nautilus.runtime import UserError, installing
 from nautilus.tasks.named import TASKS
+from nautilus.tasks.pivot import Pivot
 from nautilus.tasks.puzzle import Puzzle
 from nautilus.tasks.rows import KINDS, Rows, rows_in
 from nautilus.tasks.task import Task
@@ -54,9 +56,22 @@ def named(what: str) -> Task:
             return Puzzle(name.removeprefix("rg/"))
         except ImportError as bad:
             raise UserError(f"the task {name} needs the library reasoning-gym; {installing('rl')}") from bad
+    if name.startswith("pivot/"):
+        return pivot_of(name.removeprefix("pivot/"))
     if name not in TASKS:
         raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and rows as {', '.join(KINDS)}@FILE")
     return TASKS[name]()
+
+
+def pivot_of(name: str) -> Task:
+    task = named(name)
+    if task.turns < 2:
+        raise UserError(f"pivots of {name} were asked for, which has one turn; take {', '.join(several())}")
+    return Pivot(task)
+
+
+def several() -> list[str]:
+    return [name for name, make in TASKS.items() if make().turns > 1]
 
 
 def of_rows(kind: str, path: Path) -> Task:

@@ -35,7 +35,7 @@ class GraderBroken(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """reward: 0 to 1; why: for people; parts: what it was made of, and what else was seen, by name."""
+    """reward: 0 to 1 where a grader says it, of comparisons any; why: for people; parts: what it was made of, and what else was seen, by name."""
 
     reward: float
     why: str = ""
@@ -111,6 +111,10 @@ class Episode(ABC):
 
     @abstractmethod
     def judged(self, last: Reply) -> Verdict: ...
+
+    def state(self) -> Any:
+        """What its turns have changed so far: two ways that leave the same state have done the same."""
+        return None
 
 
 class Task(ABC):

@@ -63,8 +63,8 @@ def test_bad_blends_are_refused():
         Blend(domains=[SORT, SORT], prompts=1, steps=1)
     with pytest.raises(UserError, match="share"):
         Blend(domains=[Domain(task=SORT.task, problems=SORT.problems, share=0)], prompts=1, steps=1)
-    with pytest.raises(UserError, match="all 40 problems of sort are always solved"):
+    with pytest.raises(UserError, match="none of 40 problems of sort is solved now and then"):
         Blend(domains=[with_rates(lambda _: 1.0)], prompts=1, steps=1).step(0)
-    for wrong in ({"begin": 2}, {"spread": 0}):
+    for wrong in ({"begin": 2}, {"spread": 0}, {"least": 0.5, "most": 0.5}):
         with pytest.raises(UserError, match="a curriculum from"):
             Curriculum(**wrong)

@@ -1,0 +1,97 @@
+"""Answers that are better or worse than others, and not right or wrong: rewards from a judge that compares them.
+
+Of the answers to one prompt each is compared with the next (`tasks/judge.py`). A judge is a task's own oracle, or a
+model that reads the conversation and two answers, thinks, and says which is better as JSON. A comparison that fails or
+takes too long counts as undecided: it holds nobody up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+
+from nautilus.data.chat import ChatSettings, chat_tokens
+from nautilus.data.mix import number_of
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.posttrain.rollout import Answers, Dropped, Rollout, drawn
+from nautilus.posttrain.stream import Group
+from nautilus.serve.control import opens_thinking
+from nautilus.serve.sampling import Sampling
+from nautilus.serve.toolcalls import split_answer
+from nautilus.tasks import Problem, Reply, Verdict
+from nautilus.tasks.judge import UNREADABLE, Judgement, LengthControl, circular, judgement_of, rewards
+from nautilus.tasks.style import Style
+
+Judge = Callable[[Problem, Reply, Reply, int], Awaitable[Judgement]]
+
+ASKS = (
+    "Two answers to the last message of this conversation are given. Say which one is better, as JSON: score_1 and"
+    " score_2 from 1 to 5, and ranking from 1, the first is far better, to 6, the second is far better."
+)
+
+
+async def compared(group: Group, judge: Judge, control: LengthControl, *, seconds: float, seed: int) -> Group:
+    """The group with rewards in place of its verdicts. One answer alone has none to be compared with: it is lost."""
+    count = len(group.rollouts)
+    if count < 2:
+        return replace(group, rollouts=[], lost=group.lost + Counter({"alone": count} if count else {}))
+    last = [one.turns[-1].reply for one in group.rollouts]
+
+    async def one(number: int, first: int, second: int) -> Judgement:
+        try:
+            said = judge(group.problem, last[first], last[second], number_of(seed, number))
+            return await asyncio.wait_for(said, seconds)
+        except (TimeoutError, Dropped):
+            return UNREADABLE
+
+    found = await asyncio.gather(*(one(number, *pair) for number, pair in enumerate(circular(count))))
+    scores = rewards(found, last, control)
+    unread = sum(not judgement.readable for judgement in found) / count
+    return replace(group, rollouts=[scored(*pair, unread) for pair in zip(group.rollouts, scores, strict=True)])
+
+
+def scored(one: Rollout, reward: float, unread: float) -> Rollout:
+    parts = {**one.verdict.parts, "unread": unread}
+    return replace(one, verdict=Verdict(reward=reward, why=f"compared: {reward:.2f}", parts=parts))
+
+
+def oracle(task: Style) -> Judge:
+    async def judge(problem: Problem, first: Reply, second: Reply, seed: int) -> Judgement:
+        return task.compare(problem, first, second)
+
+    return judge
+
+
+def conversation(problem: Problem, first: Reply, second: Reply) -> str:
+    """What a reward model is asked."""
+    turns = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in problem.messages)
+    return f"{ASKS}\n\n{turns}\n\nanswer 1: {first.content}\n\nanswer 2: {second.content}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardModel:
+    """A model that compares. tokens: most of what it says."""
+
+    answers: Answers
+    tokenizer: Tokenizer
+    tokens: int = 512
+    thinking: bool = True
+
+    async def __call__(self, problem: Problem, first: Reply, second: Reply, seed: int) -> Judgement:
+        asked = [{"role": "user", "content": conversation(problem, first, second)}]
+        tokens = chat_tokens(self.tokenizer, asked, settings=ChatSettings(enable_thinking=self.thinking))
+        said = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed))
+        inside = opens_thinking(tokens, self.tokenizer)
+        return judgement_of(split_answer(said.text, inside=inside).content)
+
+
+def pairs_of(groups: Sequence[Group]) -> list[tuple[Rollout, Rollout]]:
+    """Of each group its best and its worst answer, where they differ: what direct preference optimisation learns."""
+    found = []
+    for group in groups:
+        ranked = sorted(group.rollouts, key=lambda one: one.verdict.reward)
+        if len(ranked) > 1 and ranked[0].verdict.reward < ranked[-1].verdict.reward:
+            found.append((ranked[-1], ranked[0]))
+    return found
