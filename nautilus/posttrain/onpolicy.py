@@ -3,7 +3,7 @@
 `Fresh` draws a step's answers with the weights that the step will change, while training waits. What it gives depends
 on the weights and the number of the step alone, so a run that was stopped goes on exactly.
 
-`Ahead` draws while training goes on, with an engine that has weights of its own and gets new ones between two of its
+`Ahead` draws while training goes on, with engines that have weights of their own and get new ones between two of their
 steps; answers under way go on with them. Every group is meant for one step, and begins at most `age` updates before it:
 nothing that was drawn is thrown away. What older weights drew is weighed by the log-probs that it had then.
 """
@@ -12,43 +12,50 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
-from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
-from nautilus.posttrain.rollout import Player, Playing
-from nautilus.posttrain.stream import Group, checked, play_group
-from nautilus.runtime import UserError
-from nautilus.serve import Engine
-from nautilus.serve.service import Service
+from nautilus.posttrain.crew import Crew
+from nautilus.posttrain.stream import Group, checked
 
 Rows = Callable[[Sequence[Group]], list[Batch]]  # what is learnt from the groups of a step
+Keep = Callable[[int, Sequence[Group]], None]  # is told the groups of every step
+Finish = Callable[[Group, int], Coroutine[Any, Any, Group]]  # what is done to a group when it is whole, by a seed
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What is drawn: `group` answers to each problem of a step of the blend. rows: how many run together."""
+    """What is drawn: `group` answers to each problem of a step of the blend. finish: a judge, for example."""
 
     blend: Blend
-    playing: Playing
     group: int
-    rows: int = 64
     seed: int = 0
+    finish: Finish | None = None
+
+    async def step(self, crew: Crew, step: int) -> list[Group]:
+        asked = self.blend.step(step)
+        seeds = [number_of(self.seed, step * len(asked) + number) for number in range(len(asked))]
+
+        async def one(task, problem, seed: int) -> Group:
+            group = await crew.play(task, problem, self.group, seed)
+            return await self.finish(group, seed) if self.finish else group
+
+        ways = (one(domain.task, problem, seed) for (domain, problem), seed in zip(asked, seeds, strict=True))
+        return await asyncio.gather(*ways)
 
 
-class Fresh:
-    """See the module. keep: is told the groups of every step."""
+class Stream:
+    """Steps of rollouts, from whichever `__next__` of those below."""
 
-    def __init__(self, model: Language, tokenizer: Tokenizer, plan: Plan, rows: Rows, keep: Callable[..., None]):
-        self.plan, self.rows, self.keep, self.step = plan, rows, keep, 0
-        self.tokenizer, self.runner = tokenizer, asyncio.Runner()
-        self.engine = Engine(model, tokenizer, max_tokens=plan.playing.tokens, rows=plan.rows)
-        self.service: Service | None = None
+    def __init__(self, model: Language, plan: Plan, make: Callable[[], Crew], rows: Rows, keep: Keep):
+        self.model, self.plan, self.make, self.rows, self.keep, self.step = model, plan, make, rows, keep, 0
+        self.crew: Crew | None = None
 
     def state(self) -> dict:
         return {"step": self.step}
@@ -60,136 +67,116 @@ class Fresh:
         return self
 
     def __next__(self) -> list[Batch]:
-        groups = self.runner.run(self.play())
+        groups = self.groups()
         self.keep(self.step, groups)
         self.step += 1
         return self.rows(checked(groups))
 
+    def groups(self) -> list[Group]:
+        """Of the step that comes."""
+        raise NotImplementedError
+
+    def weights(self) -> dict:
+        """A copy: those of the model change again before an engine has taken them."""
+        return {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+
+
+class Fresh(Stream):
+    """own: the crew works on the model itself, which nobody has to tell it of."""
+
+    def __init__(self, *given: Any, own: bool = True):
+        super().__init__(*given)
+        self.own, self.runner = own, asyncio.Runner()
+
+    def groups(self) -> list[Group]:
+        return self.runner.run(self.play())
+
     async def play(self) -> list[Group]:
-        self.service = self.service or Service(self.engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
-        player = Player(self.service, self.tokenizer, self.plan.playing, version=lambda: self.step)
-        return await step_of(player, self.plan, self.step)
+        if self.crew is None:
+            self.crew = self.make()
+        elif not self.own:
+            await self.crew.update(self.weights(), self.step)
+        self.crew.version = self.step
+        return await self.plan.step(self.crew, self.step)
 
     def close(self) -> None:
-        if self.service is not None:
-            self.runner.run(self.service.close())
+        if self.crew is not None:
+            self.runner.run(self.crew.close())
         self.runner.close()
 
 
-async def step_of(player: Player, plan: Plan, step: int) -> list[Group]:
-    asked = plan.blend.step(step)
-    seeds = [number_of(plan.seed, step * len(asked) + number) for number in range(len(asked))]
-    ways = (
-        play_group(player, domain.task, problem, plan.group, seed)
-        for (domain, problem), seed in zip(asked, seeds, strict=True)
-    )
-    return await asyncio.gather(*ways)
+class Ahead(Stream):
+    """age: updates by which the weights that begin a group may be older than those it trains; 1 or more."""
 
+    def __init__(self, *given: Any, age: int = 1):
+        super().__init__(*given)
+        self.age, self.thread = age, None
+        self.places: dict[int, Future[list[Group]]] = {}
 
-class Ahead:
-    """See the module. age: updates by which the weights that begin a group may be older than those it trains; 0 waits
-    for the newest, and differs from `Fresh` in having an engine of its own."""
-
-    def __init__(
-        self, model: Language, tokenizer: Tokenizer, plan: Plan, rows: Rows, keep: Callable[..., None], *, age: int = 1
-    ):  # fmt: skip
-        if age < 0:
-            raise UserError(f"age={age} was asked for; an answer cannot be drawn with weights that are not there yet")
-        self.model, self.plan, self.rows, self.keep, self.age = model, plan, rows, keep, age
-        self.tokenizer, self.step, self.version = tokenizer, 0, 0
-        self.thread: threading.Thread | None = None
-
-    def state(self) -> dict:
-        return {"step": self.step}
-
-    def restore(self, state: dict) -> None:
-        self.step = self.version = state["step"]
-
-    def __iter__(self) -> Iterator[list[Batch]]:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        """New weights go to the engine first, then come the groups that are meant for this step."""
+    def groups(self) -> list[Group]:
+        """New weights go to the engines first, then come the groups that are meant for this step."""
         if self.thread is None:
             self.begin()
         else:
-            self.publish(self.step)
-        groups = self.groups_of(self.step)
-        self.keep(self.step, groups)
-        self.step += 1
-        return self.rows(checked(groups))
+            self.wait(self.publish(self.weights(), self.step))
+        found = self.place(self.step).result()
+        del self.places[self.step]
+        oldest = min((one.version for group in found for one in group.rollouts), default=self.step)
+        assert self.step - oldest <= self.age, (self.step, oldest, self.age)
+        return found
 
     def begin(self) -> None:
-        """The engine, on a copy of the weights, in a thread with an event loop."""
-        copy = Language(self.model.config, device="meta").to_empty(device="cpu")
-        copy.load_state_dict(self.model.state_dict())
-        copy.compute = self.model.compute
-        copy.requires_grad_(False).eval()
-        self.engine = Engine(copy, self.tokenizer, max_tokens=self.plan.playing.tokens, rows=self.plan.rows)
-        self.loop, ready = asyncio.new_event_loop(), threading.Event()
-        self.groups: dict[int, Future[list[Group]]] = {}
-        self.news = asyncio.Event()
-        self.thread = threading.Thread(target=self.run, args=(ready,), name="rollouts", daemon=True)
+        """An event loop in a thread."""
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="rollouts", daemon=True)
         self.thread.start()
-        ready.wait()
+        self.wait(self.started())
 
-    def run(self, ready: threading.Event) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.service = self.loop.run_until_complete(self.serve())
-        self.drawing = self.loop.create_task(self.draw(self.step))
-        ready.set()
-        self.loop.run_forever()
+    def wait(self, work: Coroutine[Any, Any, None]) -> None:
+        asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def serve(self) -> Service:
-        return Service(self.engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
+    async def started(self) -> None:
+        self.crew, self.news = self.make(), asyncio.Event()
+        self.crew.version = self.version = self.step
+        self.drawing = asyncio.create_task(self.draw(self.crew, self.step))
 
-    async def draw(self, step: int) -> None:
+    async def publish(self, weights: dict, version: int) -> None:
+        assert self.crew is not None
+        await self.crew.update(weights, version)
+        self.version = version
+        self.news.set()
+
+    async def draw(self, crew: Crew, step: int) -> None:
         """Step after step, each as soon as the weights are new enough for it."""
-        player = Player(self.service, self.tokenizer, self.plan.playing, version=lambda: self.version)
+        under_way = set[asyncio.Task]()  # who drops a task's only reference may lose the task
         while True:
             while step > self.version + self.age:
                 self.news.clear()
                 await self.news.wait()
-            self.place(step)
-            asyncio.ensure_future(self.fill(step, player))
+            task = asyncio.create_task(self.fill(crew, step))
+            under_way.add(task)
+            task.add_done_callback(under_way.discard)
             step += 1
 
-    async def fill(self, step: int, player: Player) -> None:
+    async def fill(self, crew: Crew, step: int) -> None:
         try:
-            self.place(step).set_result(await step_of(player, self.plan, step))
+            self.place(step).set_result(await self.plan.step(crew, step))
         except Exception as bad:
             self.place(step).set_exception(bad)
 
     def place(self, step: int) -> Future[list[Group]]:
-        return self.groups.setdefault(step, Future())
-
-    def groups_of(self, step: int) -> list[Group]:
-        found = self.place(step).result()
-        del self.groups[step]
-        oldest = min((one.version for group in found for one in group.rollouts), default=step)
-        assert step - oldest <= self.age, (step, oldest, self.age)
-        return found
-
-    def publish(self, version: int) -> None:
-        """A copy of the weights: those of the model change again before the engine has taken them."""
-        weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-
-        async def now() -> None:
-            await self.service.update(weights)
-            self.version = version
-            self.news.set()
-
-        asyncio.run_coroutine_threadsafe(now(), self.loop).result()
+        return self.places.setdefault(step, Future())
 
     def close(self) -> None:
         if self.thread is None:
             return
 
         async def end() -> None:
+            assert self.crew is not None
             self.drawing.cancel()
-            await self.service.close()
+            await self.crew.close()
 
-        asyncio.run_coroutine_threadsafe(end(), self.loop).result()
+        self.wait(end())
         self.loop.call_soon_threadsafe(self.loop.stop)
         self.thread.join()
         self.loop.close()

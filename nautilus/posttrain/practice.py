@@ -7,7 +7,7 @@ with what it earned and why; a line of `metrics.jsonl` has the means of its step
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from nautilus.data.chat import ChatSettings
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend, Domain, domain
-from nautilus.posttrain.onpolicy import Ahead, Fresh, Plan
+from nautilus.posttrain.crew import Actors, Here
+from nautilus.posttrain.onpolicy import Ahead, Finish, Fresh, Plan, Rows
+from nautilus.posttrain.remote import connected
 from nautilus.posttrain.rollout import Playing
 from nautilus.posttrain.stream import Group, told_of
 from nautilus.runtime import Run, UserError, continue_or_create
@@ -29,7 +31,7 @@ from nautilus.train.objective import Objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
-LEAST |= {"save_every": 0, "age": 0, "seed": 0, "seconds": 1}
+LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class Practice:
     micro: int = setting(8192, "most tokens of a micro-batch")
     together: int = setting(64, "most answers that are written together")
     age: int = setting(0, "updates by which answers may be older than what they train; 0: they are drawn between two")
+    actors: int = setting(0, "processes of Ray that draw answers, here or in a cluster; 0: this one does")
     save_every: int = setting(50, "updates between saved states, 0: only at the end")
     seed: int = setting(0, "of the problems and the answers")
 
@@ -95,7 +98,7 @@ def domains(settings: Practice, tasks: Sequence[Asked]) -> list[Domain]:
 
 def practise(
     run: Run, settings: Practice, model: Language, tokenizer: Tokenizer, blend: Blend,
-    rows: Callable[[Sequence[Group]], list[Batch]], objective: Objective,
+    rows: Rows, objective: Objective, finish: Finish | None = None,
 ) -> None:  # fmt: skip
     """Trains the model, as float32 masters with routers that stay; afterwards its types are what they were."""
     types = {name: weight.dtype for name, weight in model.named_parameters()}
@@ -121,11 +124,36 @@ def practise(
 
 def shaping(settings: Practice) -> dict:
     """What a run that goes on must have been begun with, beside what `fit` sees itself."""
-    apart = ("out", "model", "steps", "save_every", "optim", "balance", "together", "measured", "profile")
+    apart = ("out", "model", "steps", "save_every", "optim", "balance", "together", "actors", "measured", "profile")
     return {name: json.loads(json.dumps(value)) for name, value in to_dict(settings).items() if name not in apart}
 
 
-def told_rows(rows: Callable[[Sequence[Group]], list[Batch]]) -> Callable[[Sequence[Group]], list[Batch]]:
+def stream_of(
+    settings: Practice, model: Language, tokenizer: Tokenizer, plan: Plan, rows: Rows, log: Log
+) -> Fresh | Ahead:
+    """Answers drawn here with the model itself, or with copies of it: ahead of training, or by processes of Ray."""
+    how = {"rows": settings.together}
+    if settings.actors:
+        ray = connected(settings.actors)
+        make = lambda: Actors(ray, settings.actors, model, tokenizer, settings.playing, **how)
+    elif settings.age:
+        make = lambda: Here(copy_of(model), tokenizer, settings.playing, **how)
+    else:
+        make = lambda: Here(model, tokenizer, settings.playing, **how)
+    if settings.age:
+        return Ahead(model, plan, make, rows, log, age=settings.age)
+    return Fresh(model, plan, make, rows, log, own=not settings.actors)
+
+
+def copy_of(model: Language) -> Language:
+    """With weights of its own."""
+    copy = Language(model.config, device="meta").to_empty(device="cpu")
+    copy.load_state_dict(model.state_dict())
+    copy.compute = model.compute
+    return copy.requires_grad_(False).eval()
+
+
+def told_rows(rows: Rows) -> Rows:
     """With what is told of the step on the first of its batches."""
 
     def told(groups: Sequence[Group]) -> list[Batch]:
