@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rich.console import Console
 from rich.table import Table
 
 from nautilus.eval import charts
@@ -16,7 +19,7 @@ from nautilus.eval.material import family, series, smooth, thin
 from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
 from nautilus.eval.report import environment
 from nautilus.posttrain.profile import Score
-from nautilus.runtime import Run, read_metrics, write_atomic
+from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
 HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
@@ -61,6 +64,13 @@ def summary(found: Practised) -> Table:
     for row in found.rows:
         shown.add_row(*row)
     return shown
+
+
+def show(run: Run, scores: Mapping[str, Mapping[str, Score]], *, title: str, facts: Mapping[str, str]) -> None:
+    """The report, and its table on the terminal."""
+    found = Practised(title=title, command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores, facts=facts)
+    write(run, found)
+    Console(soft_wrap=True, highlight=False).print(summary(found), f"report {run.report}", sep="\n")
 
 
 def write(run: Run, found: Practised) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
 from nautilus.data.chat import ChatSettings, chat_tokens
@@ -85,13 +85,3 @@ class RewardModel:
         said = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed))
         inside = opens_thinking(tokens, self.tokenizer)
         return judgement_of(split_answer(said.text, inside=inside).content)
-
-
-def pairs_of(groups: Sequence[Group]) -> list[tuple[Rollout, Rollout]]:
-    """Of each group its best and its worst answer, where they differ: what direct preference optimisation learns."""
-    found = []
-    for group in groups:
-        ranked = sorted(group.rollouts, key=lambda one: one.verdict.reward)
-        if len(ranked) > 1 and ranked[0].verdict.reward < ranked[-1].verdict.reward:
-            found.append((ranked[-1], ranked[0]))
-    return found

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.crew import Crew
 from nautilus.posttrain.stream import Group, checked
+from nautilus.runtime import UserError
 
+SILENT = 20  # steps
 Rows = Callable[[Sequence[Group]], list[Batch]]  # what is learnt from the groups of a step
 Keep = Callable[[int, Sequence[Group]], None]  # is told the groups of every step
 Finish = Callable[[Group, int], Coroutine[Any, Any, Group]]  # what is done to a group when it is whole, by a seed
@@ -50,8 +53,8 @@ class Plan:
         return await asyncio.gather(*ways)
 
 
-class Stream:
-    """Steps of rollouts, from whichever `__next__` of those below."""
+class Stream(ABC):
+    """Steps of rollouts, each as batches. make: gives the crew that plays, inside the event loop."""
 
     def __init__(self, model: Language, plan: Plan, make: Callable[[], Crew], rows: Rows, keep: Keep):
         self.model, self.plan, self.make, self.rows, self.keep, self.step = model, plan, make, rows, keep, 0
@@ -67,14 +70,21 @@ class Stream:
         return self
 
     def __next__(self) -> list[Batch]:
-        groups = self.groups()
-        self.keep(self.step, groups)
-        self.step += 1
-        return self.rows(checked(groups))
+        """Steps of which nothing can be learnt are passed over; UserError for very many in a row."""
+        for _ in range(SILENT):
+            groups = self.groups()
+            self.keep(self.step, groups)
+            self.step += 1
+            if found := self.rows(checked(groups)):
+                return found
+        raise UserError(
+            f"nothing could be learnt from {SILENT} steps in a row: all answers to each problem earn the same; take"
+            " problems that are solved now and then, or more answers to each"
+        )
 
+    @abstractmethod
     def groups(self) -> list[Group]:
         """Of the step that comes."""
-        raise NotImplementedError
 
     def weights(self) -> dict:
         """A copy: those of the model change again before an engine has taken them."""

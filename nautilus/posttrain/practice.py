@@ -157,8 +157,8 @@ def told_rows(rows: Rows) -> Rows:
     """With what is told of the step on the first of its batches."""
 
     def told(groups: Sequence[Group]) -> list[Batch]:
-        first, *rest = rows(groups)
-        return [replace(first, told=told_of(groups)), *rest]
+        found = rows(groups)
+        return [replace(one, told={} if number else told_of(groups)) for number, one in enumerate(found)]
 
     return told
 

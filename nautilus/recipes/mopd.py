@@ -12,14 +12,10 @@ A second iteration begins from the first student, with teachers that were traine
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 import nautilus
 from nautilus.data.batch import Batch
@@ -31,7 +27,7 @@ from nautilus.posttrain.practice import Practice, domains, open_practice, practi
 from nautilus.posttrain.profile import examined
 from nautilus.posttrain.stream import Group
 from nautilus.posttrain.teachers import Teachers, same_words
-from nautilus.runtime import UserError, keep_memory, program
+from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, distill
 
@@ -72,14 +68,8 @@ def main(settings: Settings) -> None:
     practise(run, settings, model, tokenizer, blend, partial(rows, settings, teachers, model.config.pad), distill(how))
     scores["after"] = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
-    found = report.Practised(
-        title=f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers",
-        command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores,
-        facts={"model": settings.model, "seed": str(settings.seed)},
-    )  # fmt: skip
-    report.write(run, found)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(report.summary(found), f"report {run.report}", sep="\n")
+    title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"
+    report.show(run, scores, title=title, facts={"model": settings.model, "seed": str(settings.seed)})
 
 
 def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:

@@ -13,14 +13,10 @@ runs/sft tasks=sort age=1                       answers are drawn while training
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-
-from rich.console import Console
 
 import nautilus
 from nautilus.data.batch import Batch
@@ -30,7 +26,7 @@ from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, wanted
 from nautilus.posttrain.profile import examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
-from nautilus.runtime import UserError, keep_memory, program
+from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, policy
 
@@ -80,14 +76,8 @@ def main(settings: Settings) -> None:
     practise(run, settings, model, tokenizer, blend, partial(rows, settings, model.config.pad), policy(how))
     after = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
-    found = report.Practised(
-        title=f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}",
-        command=f"{program()} {shlex.join(sys.argv[1:])}", scores={"before": before, "after": after},
-        facts={"model": settings.model, "seed": str(settings.seed)},
-    )  # fmt: skip
-    report.write(run, found)
-    console = Console(soft_wrap=True, highlight=False)
-    console.print(report.summary(found), f"report {run.report}", sep="\n")
+    title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"
+    report.show(run, {"before": before, "after": after}, title=title, facts={"model": settings.model, "seed": str(settings.seed)})
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:
