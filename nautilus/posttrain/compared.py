@@ -9,21 +9,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.model.language import Language
 from nautilus.posttrain.rollout import Answers, Dropped, Rollout, drawn
 from nautilus.posttrain.stream import Group
+from nautilus.posttrain.crew import MUCH
+from nautilus.runtime import UserError
+from nautilus.serve import Engine
 from nautilus.serve.control import opens_thinking
+from nautilus.serve.service import Service
 from nautilus.serve.sampling import Sampling
 from nautilus.serve.toolcalls import split_answer
-from nautilus.tasks import Problem, Reply, Verdict
+from nautilus.tasks import Problem, Reply, Task, Verdict
 from nautilus.tasks.judge import UNREADABLE, Judgement, LengthControl, circular, judgement_of, rewards
 from nautilus.tasks.style import Style
 
+Load = Callable[[str], tuple[Language, Tokenizer]]
 Judge = Callable[[Problem, Reply, Reply, int], Awaitable[Judgement]]
 
 ASKS = (
@@ -85,3 +91,36 @@ class RewardModel:
         said = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed))
         inside = opens_thinking(tokens, self.tokenizer)
         return judgement_of(split_answer(said.text, inside=inside).content)
+
+
+class Judges:
+    """Finishes groups: those of a task with a judge get rewards from it, others stay. judges: task → "oracle", its own,
+    or the place of a reward model."""
+
+    def __init__(
+        self, judges: Mapping[str, str], tasks: Sequence[Task], control: LengthControl, load: Load, *, seconds: float,
+        tokens: int = 512,
+    ):  # fmt: skip
+        self.judges, self.control, self.load, self.seconds, self.tokens = dict(judges), control, load, seconds, tokens
+        self.oracles = {task.name: oracle(task) for task in tasks if isinstance(task, Style)}
+        self.models: dict[str, RewardModel] = {}
+        names = [task.name for task in tasks]
+        if strange := sorted(set(judges) - set(names)):
+            raise UserError(f"a judge of {', '.join(strange)} was named, which is not trained on; there is {', '.join(names)}")
+        if lacking := sorted(name for name, who in judges.items() if who == "oracle" and name not in self.oracles):
+            raise UserError(f"{', '.join(lacking)} has no oracle; name a reward model, such as {lacking[0]}=runs/judge")
+
+    async def __call__(self, group: Group, seed: int) -> Group:
+        who = self.judges.get(group.problem.task)
+        if who is None:
+            return group
+        judge = self.oracles[group.problem.task] if who == "oracle" else self.model(who)
+        return await compared(group, judge, self.control, seconds=self.seconds, seed=seed)
+
+    def model(self, place: str) -> RewardModel:
+        """Its engine begins with the first comparison, in the loop that asks for it."""
+        if place not in self.models:
+            model, tokenizer = self.load(place)
+            service = Service(Engine(model.requires_grad_(False).eval(), tokenizer), **MUCH)
+            self.models[place] = RewardModel(answers=service, tokenizer=tokenizer, tokens=self.tokens)
+        return self.models[place]

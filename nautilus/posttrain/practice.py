@@ -79,6 +79,17 @@ def wanted(settings: Practice) -> list[Asked]:
     return [asked(words) for words in settings.tasks]
 
 
+def routes(words: Sequence[str], who: str) -> dict[str, str]:
+    """By task, whom it has for a teacher or a judge."""
+    found = dict[str, str]()
+    for each in words:
+        task, equals, place = each.partition("=")
+        if not (task and equals and place):
+            raise UserError(f"the {who} {each!r} was asked for; write task=RUN, such as sort=runs/sort")
+        found[task] = place
+    return found
+
+
 def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> Run:
     if tokenizer.template is None:
         raise UserError("this model has no chat template, in which tasks are asked; train it on conversations first")

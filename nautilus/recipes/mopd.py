@@ -23,7 +23,7 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
-from nautilus.posttrain.practice import Practice, domains, open_practice, practise, wanted
+from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
 from nautilus.posttrain.profile import examined
 from nautilus.posttrain.stream import Group
 from nautilus.posttrain.teachers import Teachers, same_words
@@ -73,18 +73,13 @@ def main(settings: Settings) -> None:
 
 
 def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:
-    routes = dict[str, str]()
-    for words in settings.teachers:
-        task, equals, place = words.partition("=")
-        if not (task and equals and place):
-            raise UserError(f"the teacher {words!r} was asked for; write task=RUN, such as sort=runs/sort")
-        routes[task] = place
+    named = routes(settings.teachers, "teacher")
     models, words_of = dict[str, Language](), dict[str, Tokenizer]()
-    for place in dict.fromkeys(routes.values()):
+    for place in dict.fromkeys(named.values()):
         teacher, words_of[place] = nautilus.load(place)
         models[place] = teacher.float().requires_grad_(False).eval()
     same_words(tokenizer, words_of)
-    return Teachers(routes=routes, models=models)
+    return Teachers(routes=named, models=models)
 
 
 def rows(settings: Settings, teachers: Teachers, pad: int, groups: Sequence[Group]) -> list[Batch]:

@@ -8,6 +8,7 @@ that are trained on.
 runs/sft tasks=sort,reverse,arithmetic:1-3      three tasks at once, in equal shares
 runs/sft tasks=math@train.jsonl thinking_budget=2000 tokens=4096
 runs/sft tasks=sort profile=8                   first what is easy, then what is hard, by how often each is solved
+runs/sft tasks=style judges=style=oracle        answers that are better or worse than others, and not right or wrong
 runs/sft tasks=sort age=1                       answers are drawn while training goes on, with weights one update old
 """
 
@@ -22,11 +23,14 @@ import nautilus
 from nautilus.data.batch import Batch
 from nautilus.eval import practice as report
 from nautilus.posttrain.blend import Blend, Curriculum
+from nautilus.posttrain.compared import Judges
 from nautilus.posttrain.credit import Effort
-from nautilus.posttrain.practice import Practice, domains, open_practice, practise, wanted
+from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
 from nautilus.posttrain.profile import examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
 from nautilus.runtime import UserError, keep_memory
+from nautilus.tasks.asked import Asked
+from nautilus.tasks.judge import LengthControl
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, policy
 
@@ -43,6 +47,8 @@ class Settings(Practice):
     most: float = setting(5.0, "weight above which it is lowered to it, or left out")
     effort: Effort = Effort()
     effort_words: str = setting("", "words of a prompt that ask for less effort: shorter answers earn more there")
+    judges: tuple[str, ...] = setting((), "who compares answers to a task: style=oracle, its own, or style=RUN")
+    control: LengthControl = LengthControl()
     profile: int = setting(0, "answers to each problem before training, by which the order is easy to hard; 0: mixed")
     curriculum: Curriculum = Curriculum()
     measured: int = setting(256, "other problems of each task, measured before and after")
@@ -73,11 +79,19 @@ def main(settings: Settings) -> None:
     )  # fmt: skip
     correction = Correction(kind=settings.correction, least=settings.least, most=settings.most)
     how = Surrogate(low=settings.low, high=settings.high, correction=correction)
-    practise(run, settings, model, tokenizer, blend, partial(rows, settings, model.config.pad), policy(how))
+    learnt, judges = partial(rows, settings, model.config.pad), judges_of(settings, tasks)
+    practise(run, settings, model, tokenizer, blend, learnt, policy(how), judges)
     after = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
     title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"
     report.show(run, {"before": before, "after": after}, title=title, facts={"model": settings.model, "seed": str(settings.seed)})
+
+
+def judges_of(settings: Settings, tasks: Sequence[Asked]) -> Judges | None:
+    if not settings.judges:
+        return None
+    named = dict(routes(settings.judges, "judge"))
+    return Judges(named, [one.task for one in tasks], settings.control, nautilus.load, seconds=settings.seconds)
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:
