@@ -61,7 +61,7 @@ def measured(folder: Path, rows: int, asked: argparse.Namespace) -> dict:
     predictor = load_predictor(folder / "hvd" / "payoff.safetensors", **mine)
     engines = {
         name: Engine(model, tokenizer, max_tokens=MOST, rows=rows, drafts=drafts, saved_gb=0.0)
-        for name, drafts in {"plain": None, "ours": Drafts(most=asked.drafts)}.items()
+        for name, drafts in {"plain": 0, "ours": Drafts(most=asked.drafts)}.items()
     }
     base, judge = engines["ours"].speculation, Judge(predictor=predictor, spelling=Spelling(tokenizer))
     assert base
