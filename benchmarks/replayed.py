@@ -5,7 +5,9 @@
     python benchmarks/replayed.py runs/speculation/* --costs costs.jsonl
 
 No model of that size can be trained here: how much of a draft comes true is that of small models, and what a pass costs
-that of the slices. Told are rates by that of plain steps. `--record FILE` appends the rows.
+that of the slices. As on a machine with such a model, predictors are trained under these costs, on the answers that
+were recorded for that; the answers of the evaluation are replayed. Told are rates by that of plain steps.
+`--record FILE` appends the rows.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recorded import append  # noqa: E402
 
 import nautilus  # noqa: E402
+from nautilus.posttrain.payoff import Material, rounds, train_paper  # noqa: E402
 from nautilus.posttrain.policies import (  # noqa: E402
     Prices,
     by_oracle,
@@ -33,13 +36,15 @@ from nautilus.posttrain.policies import (  # noqa: E402
     simulate,
     suffix_only,
 )
-from nautilus.posttrain.traces import Trace, read_traces  # noqa: E402
+from nautilus.posttrain.rows import split  # noqa: E402
+from nautilus.posttrain.traces import read_traces  # noqa: E402
+from nautilus.serve.draft.choice import on_grid  # noqa: E402
 from nautilus.serve.draft.costs import Costs  # noqa: E402
 from nautilus.serve.draft.features import Spelling  # noqa: E402
-from nautilus.serve.draft.predictor import load_predictor  # noqa: E402
+from nautilus.serve.draft.predictor import Predictor  # noqa: E402
 from nautilus.serve.prefixes import fingerprint  # noqa: E402
 
-DEPTHS, DEPTH, DEEPEST = (1, 2, 3, 4), 3, 8
+DEPTHS, DEPTH, DEEPEST, TAUS = (1, 2, 3, 4), 3, 8, (2, 4, 6, 8, 12)
 
 
 def prices_of(row: dict) -> Prices:
@@ -49,16 +54,27 @@ def prices_of(row: dict) -> Prices:
     return Prices.of(costs, model=row["drafted"]["quarter"])
 
 
-def rates(traces: list[Trace], folder: Path, prices: Prices, spelling: Spelling, **mine: str) -> dict[str, float]:
-    predictor, paper = (load_predictor(folder / name, **mine) for name in ("payoff.safetensors", "paper.safetensors"))
-    most, depth = max(prices.passes) - 1, DEPTH if any(trace.depths for trace in traces) else 0
+def trained(folder: Path, prices: Prices, spelling: Spelling, **mine: str) -> tuple[Predictor, Predictor]:
+    """Ours, and the paper's."""
+    traces = read_traces(folder / "hvd" / "traces.jsonl")
+    material = Material(
+        traces=traces, parts=split(traces, 0), spelling=spelling, prices=prices, most=on_grid(max(prices.passes) - 1),
+        depth=DEPTH if any(trace.depths for trace in traces) else 0, **mine,
+    )  # fmt: skip
+    return [*rounds(material)][-1], train_paper(material)
+
+
+def rates(folder: Path, prices: Prices, spelling: Spelling, **mine: str) -> dict[str, float]:
+    predictor, paper = trained(folder, prices, spelling, **mine)
+    traces, most = read_traces(folder / "speculate" / "traces.jsonl"), predictor.header.grid[-1]
+    deep, depth = (count if any(trace.depths for trace in traces) else 0 for count in (DEEPEST, DEPTH))
     policies = {
         "plain": plain, "prompt look-up": prompt_lookup, "all copied drafts": suffix_only,
         **{f"model {count}": model_only(count) for count in DEPTHS if depth},
         "fixed precedence": by_precedence(depth), "by score": by_score(depth=depth),
-        "paper": by_paper(paper, depth), "ours": by_rate(predictor, prices, DEEPEST if depth else 0),
-        "all-knowing": by_oracle(traces, prices, spelling, most=most, depth=DEEPEST if depth else 0),
-        "oracle": by_truth(prices, DEEPEST if depth else 0),
+        **{f"paper, tau {tau}": by_paper(paper, depth, tau) for tau in TAUS},
+        "ours": by_rate(predictor, prices, deep),
+        "all-knowing": by_oracle(traces, prices, spelling, most=most, depth=deep), "oracle": by_truth(prices, deep),
     }  # fmt: skip
     found = {
         name: simulate(name, traces, policy, prices, spelling, most=most).rate for name, policy in policies.items()
@@ -77,13 +93,14 @@ def main(words: list[str]) -> None:
     for folder in (folder for folder in asked.targets if (folder / "speculate").is_dir()):
         model, tokenizer = nautilus.load(folder / "model")
         mine = {"target": fingerprint(model), "tokenizer": tokenizer.fingerprint}
-        traces, spelling = read_traces(folder / "speculate" / "traces.jsonl"), Spelling(tokenizer)
+        spelling = Spelling(tokenizer)
         for shape, row in costs.items():
-            found = rates(traces, folder / "hvd", prices_of(row), spelling, **mine)
+            found = rates(folder, prices_of(row), spelling, **mine)
             rows.append(
                 {"target": folder.name, "shape": shape, **{name: round(rate, 4) for name, rate in found.items()}}
             )
-            print(f"{folder.name} under the costs of {shape}: " + ", ".join(f"{n} {r:.2f}" for n, r in found.items()))
+            told = ", ".join(f"{name} {rate:.2f}" for name, rate in found.items())
+            print(f"{folder.name} under the costs of {shape}: {told}", flush=True)
     append(asked.record, "replayed.py", words, rows)
 
 

@@ -53,8 +53,8 @@ PLANS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What a predictor is trained from. most: draft tokens; depth: those of a model's drafts where traces tell of them;
-    target, tokenizer: fingerprints of what it is for."""
+    """What a predictor is trained from. most: draft tokens, one of GRID; depth: those of a model's drafts
+    where traces tell of them; target, tokenizer: fingerprints of what it is for."""
 
     traces: Sequence[Trace]
     parts: Parts
@@ -67,7 +67,7 @@ class Material:
     seed: int = 0
 
     def header(self, mode: str) -> Header:
-        grid = tuple(size for size in GRID if size <= self.most)
+        grid = GRID[: GRID.index(self.most) + 1]
         return Header(mode=mode, target=self.target, tokenizer=self.tokenizer, grid=grid)
 
 

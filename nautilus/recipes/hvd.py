@@ -31,6 +31,7 @@ from nautilus.posttrain.policies import Prices, by_paper, by_rate
 from nautilus.posttrain.rows import split
 from nautilus.runtime import Progress, Run, UserError, continue_or_create, program, read_json, write_atomic
 from nautilus.serve import Engine, Sampling
+from nautilus.serve.draft.choice import on_grid
 from nautilus.serve.draft.costs import Costs
 from nautilus.serve.draft.features import Spelling
 from nautilus.serve.draft.proposal import DEEPEST
@@ -83,8 +84,9 @@ def main(settings: Settings) -> None:
     recorded.write_traces(run.folder / "traces.jsonl", found)
     material = Material(
         traces=found, parts=split(found, settings.seed), spelling=Spelling(tokenizer), prices=prices,
-        most=min(settings.drafts, max(prices.passes) - 1), target=fingerprint(model), tokenizer=tokenizer.fingerprint,
-        depth=settings.depth if any(trace.depths for trace in found) else 0, seed=settings.seed,
+        most=on_grid(min(settings.drafts, max(prices.passes) - 1)), target=fingerprint(model),
+        tokenizer=tokenizer.fingerprint, depth=settings.depth if any(trace.depths for trace in found) else 0,
+        seed=settings.seed,
     )  # fmt: skip
     told, console = trained(run, material, settings), Console(soft_wrap=True, highlight=False)
     report.write(run, told)

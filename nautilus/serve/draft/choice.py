@@ -48,6 +48,11 @@ class Choice:
 PLAIN = Choice()
 
 
+def on_grid(most: int) -> int:
+    """The largest of GRID that is not above this one, which is at least 1."""
+    return max(size for size in GRID if size <= most)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shares:
     """Draft tokens of each request that have one pass together, and the tokens per second expected of it."""

@@ -81,6 +81,7 @@ class Speculation:
         corpus: SuffixCache | None = None,
     ):  # fmt: skip
         self.forward, self.most, self.chain, self.judge = forward, most, chain, judge
+        self.longest = min(most, judge.predictor.header.grid[-1]) if judge else most  # copied draft that is judged
         self.costs, self.drafting = Costs(), Costs()
         self.copies, self.depths, self.belief = Copies(corpus), Depths(DEEPEST), Belief()
         self.counts = {source: Counts() for source in SOURCES[1:]}
@@ -148,7 +149,7 @@ class Speculation:
             survival = [CERTAIN ** (at + 1) for at in range(len(certain))]
             yield Candidate(source="grammar", survival=survival, tokens=certain)
             return
-        if copied := self.copies.draft(request, request.tenant, request.tokens, room):
+        if copied := self.copies.draft(request, request.tenant, request.tokens, min(room, self.longest)):
             survival = self.survival(request, known, copied)
             yield Candidate(source="cache", survival=survival, tokens=copied.draft.tokens, copied=copied)
         if self.chain is not None and request.berth and request.berth.behind is not None:
