@@ -48,7 +48,7 @@ check: .venv/.ready-test
 
 .venv/.ready-test: .venv/.ready-torch $(INPUTS)
 	@echo "installing what tests need and compiling the CPU kernels, which takes a few minutes ..."
-	@$(PIP) --no-build-isolation --editable '.[dev,data,report,serve,eval,scale]'
+	@$(PIP) --no-build-isolation --editable '.[dev,data,report,serve,eval,scale,rl]'
 	@touch $@ .venv/.ready-demo
 
 # torch comes first and alone: the constraint keeps every later install from replacing it.

@@ -21,6 +21,7 @@ from nautilus.train.checkpoint import snapshots
 FOLDER = pathlib.Path(nautilus.__file__).parent / "recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "__init__")
 SMALL = "steps=2 rows=2 micro=1 length=48 save_every=1 optim.warmup=0 optim.decay=0.5 model.vocab=400 prompts=a"
+PRACTICE = "prompts=2 problems=8 tokens=200 turn_tokens=6 steps=2 measured=4 optim.warmup=0"
 # How each recipe is tried; {text} is a folder of text files, {out} a new folder, {model} what pretrain left.
 TRIED = {
     "curate": "data={text} out={out} filters=repetition workers=1",
@@ -33,6 +34,10 @@ TRIED = {
     "boost": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2",
     "eagle": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2 words=90",
     "speculate": "{model} prompts={text} answer=24 drafts=4 max_tokens=160 each=2 repeats=1 out={out}",
+    "sft": "{model} tasks=count problems=40 length=200 steps=2 rows=2 optim.warmup=0 out={out}",
+    "rlvr": f"{{model}} tasks=count {PRACTICE} group=2 out={{out}}",
+    "dpo": f"{{model}} tasks=count {PRACTICE} group=8 out={{out}}",
+    "mopd": f"{{model}} tasks=count teachers=count={{model}} {PRACTICE} out={{out}}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
 }

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-EVIDENCE = ("document", "advantage", "sampled_logprob", "teacher_logprob")
+EVIDENCE = ("document", "advantage", "sampled_logprob", "proximal_logprob", "teacher_logprob")
 
 
 @dataclass
@@ -19,6 +19,10 @@ class Batch:
 
     `weights` has one entry per objective term; `weights["next_token"][b, t]` says how much token t counts as a target,
     so it is 0 at t = 0. Equal adjacent numbers in `document` are one document; None means one document per row.
+    Of reinforcement learning: `advantage`, what a token earned; the log-probs that it had for the engine that drew it
+    (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
+    the first), and for a teacher or a reference (`teacher_logprob`).
+    told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
 
@@ -27,7 +31,9 @@ class Batch:
     document: Tensor | None = None
     advantage: Tensor | None = None
     sampled_logprob: Tensor | None = None
+    proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
+    told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):
         check("tokens", self.tokens, self.tokens.shape, floating=False)
@@ -57,7 +63,7 @@ class Batch:
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
         taken = {name: value[index] for name, value in self.evidence().items()}
         weights = {name: weight[index] for name, weight in self.weights.items()}
-        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, **taken)
+        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, told={}, **taken)
 
     @property
     def fingerprint(self) -> str:
@@ -96,7 +102,7 @@ def join(batches: Sequence[Batch]) -> Batch:
     }
     found = {name for batch in batches for name in batch.evidence()}
     whole = {name: torch.cat([evidence_or_default(b, name) for b in batches]) for name in EVIDENCE if name in found}
-    return Batch(torch.cat([b.tokens for b in batches]), weights, **whole)
+    return dataclasses.replace(Batch(torch.cat([b.tokens for b in batches]), weights), **whole)
 
 
 def evidence_or_default(batch: Batch, name: str) -> Tensor:

@@ -79,6 +79,28 @@ def chat_tokens(
     return conversation.tokens(conversation.text(generate))
 
 
+def following_tokens(
+    tokenizer: Tokenizer,
+    before: Sequence[Mapping],
+    told: Sequence[Mapping],
+    *,
+    tools: Sequence[Mapping] | None = None,
+    settings: ChatSettings = DEFAULT,
+) -> list[int]:
+    """The tokens between the end of an assistant's turn and the beginning of its next one, where `before` stands before
+    that turn and `told` after it. They do not depend on what the turn says: so a conversation goes on from the tokens
+    that were drawn, and is never encoded again. UserError for a template that writes turns in another way."""
+    conversation = shielded(tokenizer, [*before, {"role": "assistant", "content": "."}, *told], tools, settings)
+    whole = conversation.text(True)
+    span = conversation.written_span(len(before), whole)
+    if not span:
+        raise UserError(
+            "this chat template writes an assistant's turn differently once others follow, so a conversation cannot go"
+            " on from the tokens that were drawn; give a template that does not, or tasks of one turn"
+        )
+    return conversation.tokens(whole[span[1] :])
+
+
 def supervised_tokens(
     tokenizer: Tokenizer,
     messages: Sequence[Mapping],

@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from nautilus.ops.dispatch import Impl, choose
 from nautilus.ops.formats import Packed
+from nautilus.ops.linear import linear, native_refuses
+from nautilus.ops.peak import peak
 from nautilus.ops.shapes import checked
 from nautilus.ops.ssd import wide
 
@@ -44,10 +46,11 @@ def rows_for(elements: int, vocabulary: int) -> int:
 
 @checked
 def token_logprob(hidden_RD: Tensor, weight_VD: Tensor | Packed, target_R: Tensor) -> Tensor:
-    """log softmax(hidden @ weight^T)[target], shape (R,). The backward computes the logits a second time."""
+    """log softmax(hidden @ weight^T)[target], shape (R,). The backward computes the logits a second time. On the native
+    path it is what an engine tells of a token that it drew, bit for bit."""
     if isinstance(weight_VD, Packed):
         weight_VD = weight_VD.decode(hidden_RD.dtype)
-    return choose("token_logprob", LOGPROB_IMPLS, hidden_RD)(hidden_RD, weight_VD, target_R)
+    return choose("token_logprob", LOGPROB_IMPLS, hidden_RD, weight_VD, target_R)(hidden_RD, weight_VD, target_R)
 
 
 def token_logprob_reference(
@@ -77,7 +80,15 @@ def own_words(target_R: Tensor, logits_RV: Tensor, words: Words | None) -> tuple
 
 
 def token_logprob_chunked(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
-    return TokenLogprob.apply(hidden_RD, weight_VD, target_R)
+    return TokenLogprob.apply(hidden_RD, weight_VD, target_R, False)
+
+
+def token_logprob_native(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> Tensor:
+    return TokenLogprob.apply(hidden_RD, weight_VD, target_R, True)
+
+
+def token_logprob_native_refuses(hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor) -> str | None:
+    return native_refuses(hidden_RD, weight_VD, wide=True)
 
 
 @checked
@@ -155,6 +166,7 @@ class Sweep:
 
     def __init__(self, hidden_RD: Tensor, weight_VD: Tensor, target_R: Tensor, words: Words | None = None):
         self.hidden_RD, self.target_R, self.words = hidden_RD, target_R, words
+        self.weight_VD = weight_VD
         self.matrix_VD = weight_VD.to(hidden_RD.dtype)
         self.dtype = wide(hidden_RD.dtype)
         self.chunk = rows_for(ELEMENTS, len(weight_VD))
@@ -163,6 +175,15 @@ class Sweep:
         chunks = zip(self.hidden_RD.split(self.chunk), self.target_R.split(self.chunk), strict=True)
         logits = ((chunk_logits(hidden, self.matrix_VD), target) for hidden, target in chunks)
         return torch.cat([logprob_of(logits_RV, target, self.words) for logits_RV, target in logits])
+
+    def told_R(self) -> Tensor:
+        """The same as an engine computes it: logit less the log of the sum, taken in float64."""
+        found = []
+        for hidden, target in zip(self.hidden_RD.split(self.chunk), self.target_R.split(self.chunk), strict=True):
+            logits_RV = linear(hidden, self.weight_VD, wide=True)
+            _, total_R = peak(logits_RV)
+            found.append(logits_RV.gather(-1, target[:, None])[:, 0].double() - total_R)
+        return torch.cat(found).to(self.dtype)
 
     def gradients(self, push_R: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(log-probs, gradient of the hidden states, gradient of the matrix in float32)."""
@@ -185,16 +206,17 @@ class Sweep:
 
 class TokenLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_RD, weight_VD, target_R):
+    def forward(ctx, hidden_RD, weight_VD, target_R, as_told):
         ctx.save_for_backward(hidden_RD, weight_VD, target_R)
-        return Sweep(hidden_RD, weight_VD, target_R).logprob_R()
+        sweep = Sweep(hidden_RD, weight_VD, target_R)
+        return sweep.told_R() if as_told else sweep.logprob_R()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, push_R):  # type: ignore[override]
         hidden_RD, weight_VD, target_R = ctx.saved_tensors
         _, dhidden_RD, dmatrix_VD = Sweep(hidden_RD, weight_VD, target_R).gradients(push_R)
-        return dhidden_RD, dmatrix_VD.to(weight_VD.dtype), None
+        return dhidden_RD, dmatrix_VD.to(weight_VD.dtype), None, None
 
 
 class WeightedNll(torch.autograd.Function):
@@ -213,5 +235,9 @@ class WeightedNll(torch.autograd.Function):
         return dhidden_RD * push.to(dhidden_RD.dtype), (dmatrix_VD * push).to(ctx.weight_dtype), None, None, None
 
 
-LOGPROB_IMPLS = (Impl("torch", token_logprob_chunked), Impl("reference", token_logprob_reference))
+LOGPROB_IMPLS = (
+    Impl("native", token_logprob_native, token_logprob_native_refuses),
+    Impl("torch", token_logprob_chunked),
+    Impl("reference", token_logprob_reference),
+)
 NLL_IMPLS = (Impl("torch", weighted_nll_chunked), Impl("reference", weighted_nll_reference))

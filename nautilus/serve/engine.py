@@ -324,9 +324,8 @@ class Engine:
 
     def accept(self, requests: list[Request], rows: list[Logits]) -> list[tuple[Request, Piece]]:
         """A token for each."""
-        found = []
-        for request, logits in zip(requests, rows, strict=True):
-            found += self.take(request, logits)
+        found = [told for request, logits in zip(requests, rows, strict=True) for told in self.take(request, logits)]
+        for request in requests:
             self.settle(request)
         return found
 
@@ -336,7 +335,8 @@ class Engine:
         """The next token; a request whose logits or rules allow none ends with the error, alone."""
         try:
             drawn = draw_one(logits, request.sampling, len(request.tokens), request.rules)
-            piece = request.take(*drawn, source=source if drawn.token == foretold else "plain")
+            came = source if drawn.token == foretold else "plain"
+            piece = request.take(*drawn, source=came, version=self.forward.version)
         except UserError as bad:
             request.error = bad
             piece = self.end(request, "error")

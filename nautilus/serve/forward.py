@@ -55,9 +55,11 @@ class Forward:
         self.attempts: OrderedDict[tuple[int, int], Step] = OrderedDict()
         self.latest: Step | None = None
         self.tried: Step | None = None
+        self.version = 0  # how often the weights have changed
 
     def forget(self) -> None:
         """What was packed and recorded of the weights."""
+        self.version += 1
         self.packs.clear()
         self.steps.clear()
         self.attempts.clear()

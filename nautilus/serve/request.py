@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from nautilus.data.tokenizer import TextStream
 from nautilus.serve.control import StopStrings
@@ -24,6 +25,7 @@ class Piece:
     A piece that tells of an end without a token has token -1. `stop` is the stop string that ended the text. `prompt`
     has the log-probs of the prompt's tokens, on the first piece of an answer to which they were asked for. `source`:
     "plain", or which kind of draft had foretold the token, as `nautilus.serve.draft.proposal.SOURCES` names them.
+    `version`: how often the engine's weights had changed before.
     """
 
     text: str
@@ -34,6 +36,7 @@ class Piece:
     stop: str | None = None
     prompt: tuple[Drawn, ...] = ()
     source: str = "plain"
+    version: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +99,8 @@ class Request:
         """More than one token is unread, or the last one of a prompt is."""
         return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
 
-    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), source: str = "plain") -> Piece:
-        """Add a token; what it means for the text and for the end of the request."""
+    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), **seen: Any) -> Piece:
+        """Add a token; what it means for the text and for the end of the request. seen: source and version of it."""
         self.tokens.append(token)
         for rule in self.rules:
             rule.add(token)
@@ -110,7 +113,7 @@ class Request:
             text += self.stops.add(self.written.close()) + self.stops.finish()
         reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
         stop = self.stops.hit
-        told = {"finish_reason": reason, "top": top, "stop": stop, "source": source}
+        told = {"finish_reason": reason, "top": top, "stop": stop, **seen}
         return self.add(Piece(text=text, token=token, logprob=logprob, **told))
 
     def end(self, reason: str) -> Piece:

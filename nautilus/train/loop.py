@@ -274,7 +274,7 @@ def weighted_loss(job: Job, batch: Batch, counts: dict[str, float]) -> tuple[Ten
     for name, (total, _) in terms.items():
         if counts[name]:
             loss = loss + total * (job.objective.coefficients.get(name, 1.0) / counts[name])
-    return loss, terms | watched
+    return loss, terms | watched | {name: (torch.tensor(a), torch.tensor(b)) for name, (a, b) in batch.told.items()}
 
 
 def check_up(job: Job, batch: Batch, loads: dict[str, Tensor]) -> dict[str, float]:

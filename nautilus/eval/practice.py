@@ -1,0 +1,156 @@
+"""The report of training on tasks: how often each is solved, by whom, and what came of the answers on the way."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console
+from rich.table import Table
+
+from nautilus.eval import charts
+from nautilus.eval.charts import LIGHT, LINES, Line
+from nautilus.eval.figures import lines_chart, loss_chart, picture
+from nautilus.eval.material import family, series, smooth, thin
+from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
+from nautilus.eval.report import environment
+from nautilus.posttrain.profile import Score
+from nautilus.runtime import Run, program, read_metrics, write_atomic
+from nautilus.runtime.progress import finite
+
+HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
+ABOUT = (
+    "The mean reward of answers to problems of each task that nobody was trained on, each drawn once at temperature 1. "
+    "Lost: answers that nothing is known of, because an environment or a grader failed."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Practised:
+    """scores[model][task]."""
+
+    title: str
+    command: str
+    scores: Mapping[str, Mapping[str, Score]]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        return [*dict.fromkeys(task for by_task in self.scores.values() for task in by_task)]
+
+    @property
+    def rows(self) -> list[list[str]]:
+        found = []
+        for task in self.tasks:
+            for name, by_task in self.scores.items():
+                if task in by_task:
+                    one = by_task[task]
+                    low, high = interval(one)
+                    ends = "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+                    found.append([task, name, f"{one.mean:.3f}", ends, f"{len(one.rewards):,}", f"{one.lost:,}"])
+        return found
+
+
+def interval(one: Score) -> tuple[float, float]:
+    return one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
+
+
+def summary(found: Practised) -> Table:
+    shown = Table(*HEAD, title="Reward")
+    for row in found.rows:
+        shown.add_row(*row)
+    return shown
+
+
+def show(run: Run, scores: Mapping[str, Mapping[str, Score]], *, title: str, facts: Mapping[str, str]) -> None:
+    """The report, and its table on the terminal."""
+    found = Practised(title=title, command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores, facts=facts)
+    write(run, found)
+    Console(soft_wrap=True, highlight=False).print(summary(found), f"report {run.report}", sep="\n")
+
+
+def write(run: Run, found: Practised) -> None:
+    """results.json, report.html and, where matplotlib is there, report.png."""
+    scores = {
+        name: {task: {"reward": one.mean, "error": one.error, "answers": len(one.rewards), "lost": one.lost}
+               for task, one in by_task.items()}
+        for name, by_task in found.scores.items()
+    }  # fmt: skip
+    plain = {"title": found.title, "command": found.command, "facts": dict(found.facts), "scores": scores}
+    write_atomic(run.folder / "results.json", json.dumps(finite(plain), indent=1) + "\n")
+    rows = read_metrics(run.metrics)
+    write_atomic(run.report, render(found, rows))
+    if charts.missing() is None:
+        parts: list = [("Reward by task", draw_scores, (found,))]
+        if lines := rewards(rows):
+            parts.append(("Reward in training", charts.draw_depths, (lines, "reward")))
+        charts.png(run.picture, parts)
+
+
+def rewards(rows: Sequence[Mapping]) -> list[Line]:
+    """By task, smoothed."""
+    return [thin(smooth(line)) for line in family(rows, "reward_")]
+
+
+def render(found: Practised, rows: Sequence[Mapping]) -> str:
+    scores = chart("Reward by task", ABOUT, picture(draw_scores, found), table(HEAD, found.rows, kind="words"))
+    facts = [*map(list, (dict(found.facts) | environment()).items())]
+    parts = [
+        f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
+        section("scores", "Scores", grid(scores), table(HEAD, found.rows, kind="words")),
+        section("training", "Training", grid(reward_chart(rows), loss_chart(rows), *on_the_way(rows))),
+        section("reproduce", "Reproduce", f"<pre>{text(found.command)}</pre>", table(("", ""), facts)),
+        "</main><footer>Written by Nautilus.</footer>",
+    ]
+    return page(found.title, "".join(parts))
+
+
+def reward_chart(rows: Sequence[Mapping]) -> str:
+    lines = rewards(rows)
+    if not lines:
+        return absent("Reward", "No step has been trained yet.")
+    ends = ", ".join(f"{line.name} {line.values[0]:.2f} to {line.values[-1]:.2f}" for line in lines)
+    return lines_chart("Reward in training", f"Means of a step, smoothed: {ends}.", lines, "reward")
+
+
+ON_THE_WAY = {
+    "answer_tokens": ("Length of answers", "Tokens that the model drew for a problem.", "tokens"),
+    "mismatch": ("Trainer and engine", "How far apart their log-probs of drawn tokens are, in the mean.", "nats"),
+    "surprise": ("Surprise", "Minus the mean log-prob of drawn tokens: falls to 0 as answers become certain.", "nats"),
+    "silent_groups": ("Groups that say nothing", "Those whose answers all earn the same.", "share"),
+    "teacher_gap": ("Teacher's lead", "Its log-prob of a drawn token less the student's, in the mean.", "nats"),
+}
+
+
+def on_the_way(rows: Sequence[Mapping]) -> list[str]:
+    found = []
+    for key, (title, says, unit) in ON_THE_WAY.items():
+        line = series(rows, key, title)
+        if line is not None:
+            found.append(lines_chart(title, says, [thin(smooth(line))], unit))
+    return found
+
+
+def draw_scores(figure, found: Practised) -> None:
+    """A point with its interval for each model on each task."""
+    axes = figure.subplots()
+    tasks = found.tasks
+    for place, (name, by_task) in enumerate(found.scores.items()):
+        rows = [tasks.index(task) + 0.6 * ((place + 0.5) / len(found.scores) - 0.5) for task in by_task]
+        means, errors = ([value(one) for one in by_task.values()] for value in (lambda one: one.mean, half))
+        colour = LIGHT[LINES[place % len(LINES)]]
+        axes.errorbar(means, rows, xerr=errors, fmt="o", markersize=5, capsize=3, color=colour, label=name)
+    axes.set_yticks(range(len(tasks)), tasks)
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(0, 1.02)
+    axes.set_xlabel("reward")
+    axes.grid(False, axis="y")
+    figure.legend(loc="outside lower center", ncols=len(found.scores), handlelength=1)
+
+
+def half(one: Score) -> float:
+    return 0.0 if math.isnan(one.error) else 1.96 * one.error

@@ -1,0 +1,138 @@
+"""Who plays: an engine in this process, or several in processes of Ray, on this machine or others.
+
+| | `Here` | `Actors` |
+|--|--|--|
+| plays | in a thread, many episodes at once | the same in each process; groups go to whoever has least to do |
+| new weights | are copied between two steps of the engine | are put into Ray's store once, and fetched by each |
+| what breaks | loses its own rollout | a process that dies loses the groups it was at; another takes its place |
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.model.language import Language
+from nautilus.posttrain.rollout import Player, Playing
+from nautilus.posttrain.stream import Group, play_group
+from nautilus.serve import Engine
+from nautilus.serve.service import Service
+from nautilus.tasks import Problem, Task
+
+MUCH = {"most_waiting": 1 << 20, "most_waiting_tokens": 1 << 40}
+
+
+class Crew(Protocol):
+    """version: of the weights that it has."""
+
+    version: int
+
+    async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group: ...
+
+    async def update(self, weights: Mapping[str, Tensor], version: int) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class Here:
+    """Make it inside a running event loop."""
+
+    def __init__(self, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int, version: int = 0):
+        self.engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=rows)
+        self.version, self.versions = version, dict[int, int]()  # by changes of the engine's weights
+        self.service = Service(self.engine, **MUCH)
+        self.player = Player(self.service, tokenizer, playing, lambda changes: self.versions.get(changes, self.version))
+
+    async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
+        return await play_group(self.player, task, problem, count, seed)
+
+    async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+        changes = self.engine.forward.version
+        self.versions |= {changes: self.version, changes + 1: version}  # before the first token that the new ones draw
+        await self.service.update(weights)
+        self.version = version
+
+    async def close(self) -> None:
+        await self.service.close()
+
+
+class Actor:
+    """One process of Ray: it makes its engine from the parts of a model, inside its event loop."""
+
+    def __init__(self, parts: Mapping[str, Any], playing: Playing, rows: int, version: int):
+        model = Language(parts["config"], device="meta").to_empty(device="cpu")
+        model.load_state_dict(parts["weights"])
+        model.compute = parts["compute"]
+        self.made = model.requires_grad_(False).eval(), parts["tokenizer"], playing, rows, version
+        self.here: Here | None = None
+
+    async def crew(self) -> Here:
+        if self.here is None:
+            model, tokenizer, playing, rows, version = self.made
+            self.here = Here(model, tokenizer, playing, rows=rows, version=version)
+        return self.here
+
+    async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
+        return await (await self.crew()).play(task, problem, count, seed)
+
+    async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+        await (await self.crew()).update(weights, version)
+
+
+class Actors:
+    """So many processes. `ray` is the library, connected."""
+
+    def __init__(
+        self, ray: Any, count: int, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int,
+        version: int = 0,
+    ):  # fmt: skip
+        self.ray, self.playing, self.rows, self.version = ray, playing, rows, version
+        self.fixed = {"config": model.config, "compute": model.compute, "tokenizer": tokenizer}
+        self.weights = ray.put({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+        cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
+        self.kind = ray.remote(num_cpus=cpus, max_concurrency=1 << 16)(Actor)
+        self.busy = Counter[int]()
+        self.actors = {number: self.started() for number in range(count)}
+        self.lost = 0
+
+    def started(self) -> Any:
+        parts = {**self.fixed, "weights": self.ray.get(self.weights)}
+        return self.kind.remote(parts, self.playing, self.rows, self.version)
+
+    async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
+        number = min(self.actors, key=lambda one: (self.busy[one], one))
+        actor = self.actors[number]
+        self.busy[number] += 1
+        try:
+            return await actor.play.remote(task, problem, count, seed)
+        except self.ray.exceptions.RayActorError:
+            self.replace(number, actor)
+            return Group(problem=problem, rollouts=[], lost=Counter({"actor": count}))
+        finally:
+            self.busy[number] -= 1
+
+    def replace(self, number: int, dead: Any) -> None:
+        """Another in its place, once however many groups it was at."""
+        if self.actors[number] is dead:
+            self.lost += 1
+            self.actors[number] = self.started()
+
+    async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
+        self.weights, self.version = self.ray.put(dict(weights)), version
+        for number, actor in [*self.actors.items()]:
+            try:
+                await actor.update.remote(self.weights, version)
+            except self.ray.exceptions.RayActorError:
+                self.replace(number, actor)
+
+    async def close(self) -> None:
+        for actor in self.actors.values():
+            with contextlib.suppress(Exception):  # of one that is gone already
+                self.ray.kill(actor)
+        await asyncio.sleep(0)

@@ -1,0 +1,141 @@
+"""How often a model solves problems: before training, for the curriculum, and after it, for the report."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from nautilus.data.mix import number_of
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.model.language import Language
+from nautilus.posttrain.blend import Domain
+from nautilus.posttrain.practice import Practice
+from nautilus.posttrain.rollout import Dropped, Player, Playing, Rollout
+from nautilus.runtime import Progress, Run, read_metrics
+from nautilus.serve import Engine
+from nautilus.serve.service import Service
+from nautilus.tasks import Problem, Task
+from nautilus.tasks.asked import Asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """Of a task: rewards of its answers, less those that were lost."""
+
+    rewards: Sequence[float]
+    lost: int = 0
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rewards) / len(self.rewards) if self.rewards else float("nan")
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        count = len(self.rewards)
+        if count < 2:
+            return float("nan")
+        return (sum((one - self.mean) ** 2 for one in self.rewards) / (count - 1) / count) ** 0.5
+
+
+def exam(task: Task, count: int, *, levels: Sequence[int] = (), seed: int = 0) -> list[Problem]:
+    """So many different problems that nobody trains on, or as many as there are."""
+    sources = [task.problems("test", level=level, seed=seed) for level in levels or task.levels]
+    found = dict[str, Problem]()
+    for number in range(20 * count):
+        one = next(sources[number % len(sources)])
+        found.setdefault(one.id, one)
+        if len(found) == count:
+            break
+    return [*found.values()]
+
+
+def examined(
+    run: Run, name: str, model: Language, *, tasks: Sequence[Asked], count: int, settings: Practice,
+    tokenizer: Tokenizer,
+) -> dict[str, Score]:  # fmt: skip
+    """By task, on problems of its own split."""
+    questions = [(one.task, problem) for one in tasks for problem in exam(one.task, count, levels=one.levels)]
+    found = solved(
+        run.state / f"{name}.jsonl", model, tokenizer, questions, settings.playing, together=settings.together
+    )
+    by_task: dict[str, list[float | None]] = {}
+    for (task, _), rewards in zip(questions, found, strict=True):
+        by_task.setdefault(task.name, []).extend(rewards)
+    return {
+        task: Score(rewards=[one for one in all_of if one is not None], lost=all_of.count(None))
+        for task, all_of in by_task.items()
+    }
+
+
+def with_rates(
+    run: Run, found: Sequence[Domain], settings: Practice, model: Language, tokenizer: Tokenizer, *, times: int
+) -> list[Domain]:
+    """Domains with the pass rates of their problems, of so many answers to each; as they are where none are asked."""
+    if not times:
+        return [*found]
+    questions = [(one.task, problem) for one in found for problem in one.problems]
+    all_of = solved(
+        run.state / "profile.jsonl", model, tokenizer, questions, settings.playing, times=times,
+        together=settings.together, seed=settings.seed + 1,
+    )  # fmt: skip
+    rates = {
+        problem.id: mean([one for one in rewards if one is not None])
+        for (_, problem), rewards in zip(questions, all_of, strict=True)
+    }
+    return [replace(one, rates=rates) for one in found]
+
+
+def mean(rewards: Sequence[float]) -> float:
+    return sum(rewards) / len(rewards) if rewards else 0.0
+
+
+def solved(
+    path: Path,
+    model: Language,
+    tokenizer: Tokenizer,
+    questions: Sequence[tuple[Task, Problem]],
+    playing: Playing,
+    *,
+    times: int = 1,
+    together: int = 64,
+    seed: int = 0,
+) -> list[list[float | None]]:
+    """The rewards of `times` answers to each problem, None for one that was lost; what the file has is not asked
+    again."""
+    rows = read_metrics(path)
+    known = {(row["problem"], row["time"]): row["reward"] for row in rows}
+    asked = [(task, problem, time) for task, problem in questions for time in range(times)]
+    left = [one for one in asked if (one[1].id, one[2]) not in known]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Progress(path, len(asked), len(asked) - len(left), shown=("reward",), unit="answer") as progress:
+
+        def told(problem: Problem, time: int, found: Rollout | None) -> None:
+            reward = known[problem.id, time] = None if found is None else found.verdict.reward
+            progress({"step": len(known) - 1, "problem": problem.id, "time": time, "reward": reward})
+
+        asyncio.run(asking(model, tokenizer, left, playing, together, seed, told))
+    return [[known[problem.id, time] for time in range(times)] for _, problem in questions]
+
+
+async def asking(
+    model: Language, tokenizer: Tokenizer, left: Sequence[tuple[Task, Problem, int]], playing: Playing, together: int,
+    seed: int, told: Callable[[Problem, int, Rollout | None], None],
+) -> None:  # fmt: skip
+    engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=together)
+    service = Service(engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
+    player = Player(service, tokenizer, playing)
+
+    async def one(task: Task, problem: Problem, time: int) -> None:
+        try:
+            found = await player.play(task, problem, number_of(seed, int(problem.id[:8], 16) + time))
+        except Dropped:
+            found = None
+        told(problem, time, found)
+
+    try:
+        await asyncio.gather(*(one(*each) for each in left))
+    finally:
+        await service.close()

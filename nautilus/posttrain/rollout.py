@@ -1,0 +1,221 @@
+"""A model's way through a problem: tokens in, tokens out, and what came of it.
+
+What the model drew is kept as tokens with the log-probs that they had when they were drawn, and never encoded again:
+the next turn's prompt is all tokens so far and what the task tells it. Text is only what the task reads.
+
+A problem whose environment hangs, whose grader breaks, or whose engine is lost costs its own rollout and no other:
+`play` raises `Dropped` for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from nautilus.data.chat import ChatSettings, chat_tokens, following_tokens
+from nautilus.data.mix import number_of
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.posttrain.credit import form_fault
+from nautilus.runtime import UserError
+from nautilus.serve.budget import thinking_rules
+from nautilus.serve.control import opens_thinking
+from nautilus.serve.markers import CLOSE, OPEN
+from nautilus.serve.request import Completion, Piece
+from nautilus.serve.sampling import Sampling
+from nautilus.serve.service import Busy, Job, Lost
+from nautilus.serve.toolcalls import split_answer
+from nautilus.tasks import Call, Episode, GraderBroken, Problem, Reply, Task, Verdict
+
+T = TypeVar("T")
+
+
+class Dropped(Exception):
+    """A rollout that was lost through no fault of the model. kind: of what, to be counted by."""
+
+    def __init__(self, kind: str, message: str):
+        super().__init__(message)
+        self.kind = kind
+
+
+class Answers(Protocol):
+    """Who answers jobs: an engine in a thread (`Service`), or several in other processes."""
+
+    def submit(self, job: Job) -> Any: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Playing:
+    """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; seconds: that a task may take
+    to answer a turn or to judge; chat: what the template is told."""
+
+    tokens: int = 1024
+    turn_tokens: int = 256
+    temperature: float = 1.0
+    thinking_budget: int | None = None
+    thinking_grace: int = 0
+    seconds: float = 60.0
+    chat: ChatSettings = dataclasses.field(default_factory=lambda: ChatSettings(truncate_history_thinking=False))
+
+    def sampling(self, seed: int, room: int) -> Sampling:
+        budget = {"thinking_budget": self.thinking_budget, "thinking_grace": self.thinking_grace}
+        return Sampling(temperature=self.temperature, max_tokens=min(self.turn_tokens, room), seed=seed, **budget)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What the model drew: tokens begin..end of a rollout. forced: those of them that a budget wrote."""
+
+    begin: int
+    end: int
+    reply: Reply
+    forced: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """tokens: all of the conversation; logprobs: of each, 0.0 for what the model did not draw; versions: of the weights
+    that drew it, -1 for what the model did not draw."""
+
+    problem: Problem
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    turns: tuple[Turn, ...]
+    verdict: Verdict
+    versions: tuple[int, ...] = ()
+
+    @property
+    def version(self) -> int:
+        """Of the oldest weights that drew a token."""
+        return min((one for one in self.versions if one >= 0), default=0)
+
+    @property
+    def newest(self) -> int:
+        return max(self.versions, default=0)
+
+    @property
+    def drawn(self) -> list[bool]:
+        """Which tokens the model chose."""
+        chosen = [False] * len(self.tokens)
+        for turn in self.turns:
+            for at in range(turn.begin, turn.end):
+                chosen[at] = at not in turn.forced
+        return chosen
+
+    @property
+    def ended(self) -> bool:
+        """Not by a limit."""
+        return bool(self.turns) and self.turns[-1].reply.ended
+
+    @property
+    def length(self) -> int:
+        """Tokens of the last turn."""
+        return self.turns[-1].end - self.turns[-1].begin if self.turns else 0
+
+
+class Player:
+    """Plays episodes with whoever answers; many at once, each a coroutine. version: of weights, by how often those of
+    the engine had changed."""
+
+    def __init__(self, answers: Answers, tokenizer: Tokenizer, playing: Playing, version: Callable[[int], int] = int):
+        self.answers, self.tokenizer, self.playing, self.version = answers, tokenizer, playing, version
+
+    async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
+        """Dropped where nothing can be said of it."""
+        episode, messages = task.episode(problem), [*problem.messages]
+        tools = [*problem.tools] or None
+        tokens = chat_tokens(self.tokenizer, messages, tools=tools, settings=self.playing.chat)
+        logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
+        for number in range(task.turns):
+            room = self.playing.tokens - len(tokens)
+            if room < 1:
+                break
+            answer, changes = await drawn(self.answers, tokens, self.playing.sampling(number_of(seed, number), room))
+            turn = self.turn(tokens, answer, problem)
+            tokens, logprobs = [*tokens, *answer.tokens], [*logprobs, *answer.logprobs]
+            versions += map(self.version, changes)
+            turns.append(turn)
+            told = await self.in_time(episode, episode.hear, turn.reply)
+            if not told or not turn.reply.ended:
+                break
+            more = following_tokens(self.tokenizer, messages, told, tools=tools, settings=self.playing.chat)
+            messages += [{"role": "assistant", "content": "."}, *told]
+            tokens, logprobs = [*tokens, *more], [*logprobs, *[0.0] * len(more)]
+            versions += [-1] * len(more)
+        if not turns:
+            raise Dropped("no room", f"the prompt has {len(tokens)} tokens, and a conversation {self.playing.tokens}")
+        verdict = await self.judged(episode, turns)
+        return Rollout(
+            problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
+            versions=tuple(versions),
+        )  # fmt: skip
+
+    def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem) -> Turn:
+        inside = opens_thinking(tokens, self.tokenizer)
+        begin = len(tokens)
+        rules = thinking_rules(self.playing.sampling(0, 1), self.tokenizer, inside=bool(inside))
+        forced = set()
+        for at, token in enumerate(answer.tokens, begin):
+            if any(rule.forced() is not None for rule in rules):
+                forced.add(at)
+            for rule in rules:
+                rule.add(token)
+        reply = reply_of(answer, inside=inside, tools=problem.tools)
+        return Turn(begin=begin, end=begin + len(answer.tokens), reply=reply, forced=frozenset(forced))
+
+    async def judged(self, episode: Episode, turns: Sequence[Turn]) -> Verdict:
+        """What is wrong with the form of the last turn leaves nothing of the reward."""
+        found = await self.in_time(episode, episode.verdict)
+        fault = form_fault(turns[-1].reply, thinks=self.playing.chat.enable_thinking)
+        return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
+
+    async def in_time(self, episode: Episode, do: Callable[..., T], *given: Any) -> T:
+        """In a thread: one that hangs is left behind, and does not keep the others waiting."""
+        name = episode.problem.task
+        try:
+            return await asyncio.wait_for(asyncio.to_thread(do, *given), self.playing.seconds)
+        except TimeoutError as bad:
+            raise Dropped("time", f"{name} took more than {self.playing.seconds:g} seconds for a turn") from bad
+        except GraderBroken as bad:
+            raise Dropped("grader", str(bad)) from bad
+        except Exception as bad:
+            raise Dropped("task", f"{name} failed with {type(bad).__name__}: {bad}") from bad
+
+
+async def drawn(answers: Answers, tokens: Sequence[int], sampling: Sampling) -> tuple[Completion, list[int]]:
+    """One answer, and how often the weights had changed before each of its tokens; Dropped where there can be none."""
+    job = Job(tokens=tokens, sampling=sampling)
+    try:
+        pieces: list[Piece] = [piece async for some in answers.submit(job) for piece in some]
+    except (Lost, Busy, UserError, RuntimeError) as bad:
+        raise Dropped("engine", str(bad)) from bad
+    own = [piece for piece in pieces if piece.token >= 0]
+    completion = Completion(
+        prompt=tuple(tokens), text="".join(piece.text for piece in pieces), tokens=tuple(piece.token for piece in own),
+        logprobs=tuple(piece.logprob for piece in own), finish_reason=pieces[-1].finish_reason or "",
+    )  # fmt: skip
+    return completion, [piece.version for piece in own]
+
+
+def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping]) -> Reply:
+    """What was said, as a task reads it, and what is wrong with its form."""
+    said = split_answer(answer.text, inside=inside, tools=[*tools] or None)
+    calls, fault = list[Call](), ""
+    for one in said.calls:
+        arguments = json.loads(one.arguments)
+        calls.append(Call(name=one.name, arguments=arguments))
+    known = {tool["function"]["name"] for tool in tools}
+    if tools:
+        opened, closed = answer.text.count(OPEN), answer.text.count(CLOSE)
+        strange = sorted({call.name for call in calls} - known)
+        if strange:
+            fault = f"there is no function {', '.join(strange)}; there are {', '.join(sorted(known))}"
+        elif not opened == closed == len(calls):
+            fault = f"{opened} calls were opened, {closed} closed and {len(calls)} could be read"
+    return Reply(
+        content=said.content, thinking=said.reasoning if inside or said.reasoning else None,
+        calls=() if fault else tuple(calls), fault=fault, ended=answer.finish_reason == "stop",
+    )  # fmt: skip

@@ -1,0 +1,155 @@
+"""Rollouts as a stream of batches: of the weights as they are, step by step.
+
+A step puts its problems to the model, each `group` times, and makes rows of what came: tokens that the model drew have
+weight 1 and the advantage of their answer within its group. Between two steps the weights change; the engine uses the
+same ones, and forgets what it knew of them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from nautilus.data.batch import Batch
+from nautilus.data.mix import number_of
+from nautilus.posttrain.credit import FAULT, Effort, leave_one_out
+from nautilus.posttrain.rollout import Dropped, Player, Rollout
+from nautilus.runtime import UserError
+from nautilus.tasks import Problem, Task
+
+MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong with all of them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Answers to one problem. lost: how many more there should be, by what they were lost to."""
+
+    problem: Problem
+    rollouts: Sequence[Rollout]
+    lost: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """group: answers to each problem; most: of an advantage; overlong: answers that were cut are learnt from too;
+    effort: for problems that ask for less, by what their last message holds."""
+
+    group: int = 16
+    most: float = math.inf
+    overlong: bool = True
+    effort: Effort | None = None
+    effort_words: str = ""
+
+    def rewards(self, group: Group) -> list[float]:
+        asked = str(group.problem.messages[-1].get("content", ""))
+        less = self.effort if self.effort and self.effort_words and self.effort_words in asked else None
+        found = [one.verdict.reward for one in group.rollouts]
+        return [less.reward(r, one.length) if less else r for r, one in zip(found, group.rollouts, strict=True)]
+
+    def advantages(self, group: Group) -> list[float]:
+        """Of fewer than two answers nothing can be said."""
+        rewards = self.rewards(group)
+        return leave_one_out(rewards, self.most) if len(rewards) > 1 else [0.0] * len(rewards)
+
+
+async def play_group(player: Player, task: Task, problem: Problem, count: int, seed: int) -> Group:
+    ways = (player.play(task, problem, number_of(seed, number)) for number in range(count))
+    found = await asyncio.gather(*ways, return_exceptions=True)
+    lost = Counter[str]()
+    for one in found:
+        if isinstance(one, Dropped):
+            lost[one.kind] += 1
+        elif isinstance(one, BaseException):
+            raise one
+    return Group(problem=problem, rollouts=[one for one in found if isinstance(one, Rollout)], lost=lost)
+
+
+def checked(groups: Sequence[Group]) -> Sequence[Group]:
+    """UserError where so much was lost that the fault cannot be of single rollouts."""
+    lost = sum((group.lost for group in groups), Counter[str]())
+    whole = sum(len(group.rollouts) for group in groups)
+    if lost.total() > MOST_LOST * (lost.total() + whole):
+        told = ", ".join(f"{count} to {kind}" for kind, count in lost.most_common())
+        raise UserError(
+            f"{lost.total()} of {lost.total() + whole} rollouts of a step were lost ({told}); look at `rollouts.jsonl`"
+            " and the log for why, and begin again: training goes on from the last saved step"
+        )
+    return groups
+
+
+# ----- rows -----------------------------------------------------------------------------------------------------------
+
+
+def batches_of(rows: Sequence[tuple[Rollout, float]], *, tokens: int, pad: int) -> list[Batch]:
+    """Micro-batches of at most so many tokens, padding included (at least a row each); rows of about one length
+    together. The number beside a rollout is its advantage."""
+    ordered = sorted(rows, key=lambda pair: len(pair[0].tokens))
+    found, part = list[Batch](), list[tuple[Rollout, float]]()
+    for pair in ordered:
+        if part and (len(part) + 1) * len(pair[0].tokens) > tokens:
+            found.append(batch_of(part, pad))
+            part = []
+        part.append(pair)
+    return [*found, batch_of(part, pad)] if part else found
+
+
+def batch_of(rows: Sequence[tuple[Rollout, float]], pad: int) -> Batch:
+    """Padding is document 0, of weight 0."""
+    longest = max(len(one.tokens) for one, _ in rows)
+    shape = len(rows), longest
+    tokens_BT, document_BT = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
+    weight_BT, advantage_BT, sampled_BT = torch.zeros(shape), torch.zeros(shape), torch.zeros(shape)
+    for row, (one, advantage) in enumerate(rows):
+        length = len(one.tokens)
+        tokens_BT[row, :length] = torch.tensor(one.tokens)
+        document_BT[row, :length] = 1
+        weight_BT[row, :length] = torch.tensor(one.drawn).float()
+        sampled_BT[row, :length] = torch.tensor(one.logprobs)
+        advantage_BT[row, :length] = advantage
+        for turn in one.turns:
+            if turn.reply.fault:
+                advantage_BT[row, turn.begin : turn.end] = FAULT
+    weight_BT[:, 0] = 0
+    return Batch(
+        tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT
+    )
+
+
+def trained_on(groups: Sequence[Group], scoring: Scoring) -> list[tuple[Rollout, float]]:
+    """What a step learns from: answers whose advantage says something, or with a turn whose form is broken."""
+    found = []
+    for group in groups:
+        for one, advantage in zip(group.rollouts, scoring.advantages(group), strict=True):
+            if scoring.overlong or one.ended:
+                found.append((one, advantage))
+    return found
+
+
+def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
+    """(sum, count) of what is worth knowing of a step: reward by task, length, what was cut, broken or lost."""
+    found: dict[str, list[float]] = {}
+
+    def add(name: str, value: float) -> None:
+        pair = found.setdefault(name, [0.0, 0.0])
+        pair[0] += value
+        pair[1] += 1
+
+    for group in groups:
+        for one in group.rollouts:
+            for name in ("reward", f"reward_{group.problem.task}"):
+                add(name, one.verdict.reward)
+            add("answer_tokens", sum(turn.end - turn.begin for turn in one.turns))
+            add("cut", float(not one.ended))
+            add("faults", float(any(turn.reply.fault for turn in one.turns)))
+            add("lost", 0.0)
+        for _ in range(group.lost.total()):
+            add("lost", 1.0)
+        if len(group.rollouts) > 1:
+            rewards = {one.verdict.reward for one in group.rollouts}
+            add("silent_groups", float(len(rewards) == 1))
+    return {name: (total, count) for name, (total, count) in found.items()}

@@ -1,0 +1,87 @@
+"""Distil several teachers into one student, on the student's own answers (multi-teacher on-policy distillation).
+
+MODEL is the student: a run, a checkpoint folder or a hub id. It answers the problems of all tasks, each once; the
+teacher of the task says how likely it finds every token, and the student moves towards it. Each task has exactly one
+teacher, with the student's tokenizer and best of its own lineage. The same command again goes on where an interrupted
+run stopped.
+
+runs/sft tasks=sort,reverse teachers=sort=runs/sort,reverse=runs/reverse
+
+A second iteration begins from the first student, with teachers that were trained on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import nautilus
+from nautilus.data.batch import Batch
+from nautilus.data.tokenizer import Tokenizer
+from nautilus.eval import practice as report
+from nautilus.model.language import Language
+from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
+from nautilus.posttrain.profile import examined
+from nautilus.posttrain.stream import Group
+from nautilus.posttrain.teachers import Teachers, same_words
+from nautilus.runtime import UserError, keep_memory
+from nautilus.train.optim import setting
+from nautilus.train.policy import Correction, Surrogate, distill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Practice):
+    out: Path = field(default=Path("runs/mopd"), metadata={"help": "the run's folder; gone on with if it is there"})
+    teachers: tuple[str, ...] = setting((), "who teaches what: task=RUN for each task")
+    prompts: int = setting(256, "problems of a step")
+    group: int = setting(1, "answers to each problem")
+    advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
+    least: float = setting(0.5, "tokens of other weights are left out whose probability has changed by less than this")
+    most: float = setting(5.0, "or by more than this")
+    measured: int = setting(256, "other problems of each task, measured before and after")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.measured < 1:
+            raise UserError(f"measured={self.measured} was asked for; a mean needs at least 1 problem")
+
+
+def main(settings: Settings) -> None:
+    if not settings.model:
+        raise UserError("no student to train; write nautilus mopd MODEL tasks=… teachers=task=RUN,…")
+    tasks = wanted(settings)
+    keep_memory()
+    model, tokenizer = nautilus.load(settings.model)
+    teachers = teachers_of(settings, tokenizer)
+    teachers.check([one.task.name for one in tasks], model)
+    run = open_practice(settings, model, tokenizer)
+    exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
+    scores = {"before": exam("before", model)}
+    scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
+    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
+    how = Surrogate(
+        correction=Correction(kind="mask", least=settings.least, most=settings.most), most=settings.advantage
+    )
+    practise(run, settings, model, tokenizer, blend, partial(rows, settings, teachers, model.config.pad), distill(how))
+    scores["after"] = exam("after", model)
+    model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
+    title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"
+    report.show(run, scores, title=title, facts={"model": settings.model, "seed": str(settings.seed)})
+
+
+def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:
+    named = routes(settings.teachers, "teacher")
+    models, words_of = dict[str, Language](), dict[str, Tokenizer]()
+    for place in dict.fromkeys(named.values()):
+        teacher, words_of[place] = nautilus.load(place)
+        models[place] = teacher.float().requires_grad_(False).eval()
+    same_words(tokenizer, words_of)
+    return Teachers(routes=named, models=models)
+
+
+def rows(settings: Settings, teachers: Teachers, pad: int, groups: Sequence[Group]) -> list[Batch]:
+    answers = [(one, 0.0) for group in groups for one in group.rollouts]
+    return teachers.batches(answers, tokens=settings.micro, pad=pad)

@@ -1,0 +1,94 @@
+"""Train a model by reinforcement on tasks whose answers can be verified.
+
+MODEL is a run, a checkpoint folder or a hub id with a chat template. Every step puts problems to the model, each
+`group` times; answers are compared within their group, and what was better becomes likelier. The routers of experts
+stay as they are. The same command again goes on where an interrupted run stopped. Problems that are measured are none
+of those that are trained on.
+
+runs/sft tasks=sort,reverse,arithmetic:1-3      three tasks at once, in equal shares
+runs/sft tasks=math@train.jsonl thinking_budget=2000 tokens=4096
+runs/sft tasks=sort profile=8                   first what is easy, then what is hard, by how often each is solved
+runs/sft tasks=style judges=style=oracle        answers that are better or worse than others, and not right or wrong
+runs/sft tasks=sort age=1                       answers are drawn while training goes on, with weights one update old
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import nautilus
+from nautilus.data.batch import Batch
+from nautilus.eval import practice as report
+from nautilus.posttrain.blend import Blend, Curriculum
+from nautilus.posttrain.compared import Judged, judges_of
+from nautilus.posttrain.credit import Effort
+from nautilus.posttrain.practice import domains, open_practice, practise, wanted
+from nautilus.posttrain.profile import examined, with_rates
+from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
+from nautilus.runtime import UserError, keep_memory
+from nautilus.train.optim import setting
+from nautilus.train.policy import Correction, Surrogate, policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Judged):
+    out: Path = field(default=Path("runs/rlvr"), metadata={"help": "the run's folder; gone on with if it is there"})
+    overlong: bool = setting(True, "answers that were cut off are learnt from too")
+    advantage: float = setting(20.0, "most of an advantage, either way")
+    low: float = setting(0.2, "how far a token's probability may fall in a step, where a batch has several")
+    high: float = setting(0.28, "how far it may rise")
+    correction: str = setting("truncate", "of answers that other weights drew: none, truncate, mask or sequence")
+    least: float = setting(0.0, "weight below which an answer's token is raised to it, or left out")
+    most: float = setting(5.0, "weight above which it is lowered to it, or left out")
+    effort: Effort = Effort()
+    effort_words: str = setting("", "words of a prompt that ask for less effort: shorter answers earn more there")
+    profile: int = setting(0, "answers to each problem before training, by which the order is easy to hard; 0: mixed")
+    curriculum: Curriculum = Curriculum()
+    measured: int = setting(256, "other problems of each task, measured before and after")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.profile < 0 or self.measured < 1:
+            raise UserError(
+                f"profile={self.profile} and measured={self.measured} were asked for; give 0 and 1, or more"
+            )
+        if self.group < 2:
+            raise UserError(f"group={self.group} was asked for; an answer is compared with others: give 2 or more")
+
+
+def main(settings: Settings) -> None:
+    if not settings.model:
+        raise UserError("no model to train; write nautilus rlvr MODEL tasks=…, a run, a checkpoint folder or a hub id")
+    tasks = wanted(settings)
+    keep_memory()
+    model, tokenizer = nautilus.load(settings.model)
+    run = open_practice(settings, model, tokenizer)
+    exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
+    before = exam("before", model)
+    asked = with_rates(run, domains(settings, tasks), settings, model, tokenizer, times=settings.profile)
+    blend = Blend(
+        domains=asked, prompts=settings.prompts, steps=settings.steps, curriculum=settings.curriculum,
+        seed=settings.seed,
+    )  # fmt: skip
+    correction = Correction(kind=settings.correction, least=settings.least, most=settings.most)
+    how = Surrogate(low=settings.low, high=settings.high, correction=correction)
+    learnt = partial(rows, settings, model.config.pad)
+    judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
+    practise(run, settings, model, tokenizer, blend, learnt, policy(how), judges)
+    after = exam("after", model)
+    model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
+    title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"
+    facts = {"model": settings.model, "seed": str(settings.seed)}
+    report.show(run, {"before": before, "after": after}, title=title, facts=facts)
+
+
+def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:
+    effort = settings.effort if settings.effort_words else None
+    scoring = Scoring(
+        group=settings.group, most=settings.advantage, overlong=settings.overlong, effort=effort,
+        effort_words=settings.effort_words,
+    )  # fmt: skip
+    return batches_of(trained_on(groups, scoring), tokens=settings.micro, pad=pad)

@@ -1,0 +1,83 @@
+"""Tasks as a command line names them.
+
+| words | |
+|--|--|
+| `sort` | the procedural task, all levels |
+| `sort:1-3` | levels 1 to 3 |
+| `sort:2*0.5` | level 2, with half the share of the others |
+| `math@rows.jsonl` | rows of a file, judged as `math` |
+| `pivot/store` | single turns of a task of several |
+| `rg/leg_counting` | a task of reasoning-gym, where that is installed |
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nautilus.runtime import UserError, installing
+from nautilus.tasks.named import TASKS
+from nautilus.tasks.pivot import Pivot
+from nautilus.tasks.puzzle import Puzzle
+from nautilus.tasks.rows import KINDS, Rows, rows_in
+from nautilus.tasks.task import Task
+
+FORM = re.compile(r"(?P<what>[^:*]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    task: Task
+    levels: Sequence[int]
+    share: float = 1.0
+
+
+def asked(words: str) -> Asked:
+    """UserError that says what there is."""
+    found = FORM.fullmatch(words)
+    if found is None:
+        raise UserError(f"the task {words!r} was asked for; write NAME, NAME:1-3 or NAME:2*0.5, a file as KIND@FILE")
+    task = named(found["what"])
+    low, high = found["low"], found["high"]
+    levels = [*task.levels] if low is None else [*range(int(low), int(high or low) + 1)]
+    if not levels or levels[0] not in task.levels or levels[-1] not in task.levels:
+        raise UserError(f"{words!r} was asked for; {task.name} has levels {task.levels[0]} to {task.levels[-1]}")
+    return Asked(task=task, levels=levels, share=float(found["share"] or 1))
+
+
+def named(what: str) -> Task:
+    name, at, place = what.partition("@")
+    if at:
+        return of_rows(name, Path(place))
+    if name.startswith("rg/"):
+        try:
+            return Puzzle(name.removeprefix("rg/"))
+        except ImportError as bad:
+            raise UserError(f"the task {name} needs the library reasoning-gym; {installing('rl')}") from bad
+    if name.startswith("pivot/"):
+        return pivot_of(name.removeprefix("pivot/"))
+    if name not in TASKS:
+        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and rows as {', '.join(KINDS)}@FILE")
+    return TASKS[name]()
+
+
+def pivot_of(name: str) -> Task:
+    task = named(name)
+    if task.turns < 2:
+        raise UserError(f"pivots of {name} were asked for, which has one turn; take {', '.join(several())}")
+    return Pivot(task)
+
+
+def several() -> list[str]:
+    return [name for name, make in TASKS.items() if make().turns > 1]
+
+
+def of_rows(kind: str, path: Path) -> Task:
+    try:
+        return Rows(kind, [*rows_in(path)])
+    except FileNotFoundError as bad:
+        raise UserError(f"the rows of {kind} were to come from {path}, which is not there") from bad
+    except (ValueError, OSError) as bad:
+        raise UserError(str(bad)) from bad

@@ -1,0 +1,91 @@
+"""Rollouts as rows to learn from."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from nautilus.posttrain.credit import FAULT, Effort
+from nautilus.posttrain.rollout import Rollout, Turn
+from nautilus.posttrain.stream import Group, Scoring, batches_of, checked, told_of, trained_on
+from nautilus.runtime import UserError
+from nautilus.tasks import Problem, Reply, Verdict
+
+
+def problem(words="?"):
+    return Problem(task="sort", level=1, messages=({"role": "user", "content": words},))
+
+
+def rollout(reward=1.0, prompt=3, answer=4, fault="", ended=True, asked="?", forced=()):
+    turn = Turn(
+        begin=prompt, end=prompt + answer, reply=Reply(content="x", fault=fault, ended=ended), forced=frozenset(forced)
+    )
+    return Rollout(
+        problem=problem(asked), tokens=tuple(range(1, 1 + prompt + answer)),
+        logprobs=(0.0,) * prompt + tuple(-float(at) for at in range(answer)), turns=(turn,),
+        verdict=Verdict(reward=reward),
+    )  # fmt: skip
+
+
+def group(*rollouts, lost=()):
+    return Group(problem=rollouts[0].problem if rollouts else problem(), rollouts=rollouts, lost=Counter(lost))
+
+
+def test_rows_have_what_was_drawn_at_its_place():
+    rows = [(rollout(prompt=3, answer=4, forced=[4]), 0.5), (rollout(prompt=2, answer=2), -1.0)]
+    (batch,) = batches_of(rows, tokens=1000, pad=99)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 99, 99, 99], [1, 2, 3, 4, 5, 6, 7]]
+    assert batch.document.tolist() == [[1, 1, 1, 1, 0, 0, 0], [1] * 7]
+    assert batch.weights["policy"].tolist() == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 1, 1]]
+    assert batch.sampled_logprob.tolist() == [[0, 0, 0, -1, 0, 0, 0], [0, 0, 0, 0, -1, -2, -3]]
+    assert batch.advantage[0, :4].tolist() == [-1] * 4 and batch.advantage[1].tolist() == [0.5] * 7
+
+
+def test_broken_turns_lose_what_they_lose_whatever_the_answer_earned():
+    (batch,) = batches_of([(rollout(fault="no such call"), 0.5)], tokens=100, pad=0)
+    assert batch.advantage[0].tolist() == [0.5] * 3 + [FAULT] * 4
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 16, 40])
+def test_micro_batches_stay_within_their_tokens_and_have_every_row_once(tokens):
+    rows = [(rollout(prompt=size % 5 + 1, answer=size), float(size)) for size in (9, 1, 4, 7, 2, 3)]
+    found = batches_of(rows, tokens=tokens, pad=0)
+    assert sum(len(batch) for batch in found) == 6
+    assert all(batch.tokens.numel() <= tokens or len(batch) == 1 for batch in found)
+    assert sorted(float(row.max()) for batch in found for row in batch.advantage) == [1, 2, 3, 4, 7, 9]
+    assert sum(batch.weights["policy"].sum() for batch in found) == sum(sum(one.drawn) for one, _ in rows)
+    assert not batches_of([], tokens=9, pad=0)
+
+
+def test_answers_are_compared_within_their_group():
+    right, wrong = rollout(1.0), rollout(0.0)
+    advantages = [
+        advantage for _, advantage in trained_on([group(right, wrong, wrong, wrong), group(wrong, wrong)], Scoring())
+    ]
+    assert advantages == pytest.approx([1, -0.577, -0.577, -0.577, 0, 0], abs=1e-3)
+    assert trained_on([group(right)], Scoring()) == [(right, 0.0)]
+
+
+def test_answers_that_were_cut_may_be_left_out_but_still_count_for_the_others():
+    right, cut = rollout(1.0), rollout(0.0, ended=False)
+    kept = trained_on([group(right, cut)], Scoring(overlong=False))
+    assert kept == [(right, 1.0)]
+
+
+def test_shorter_answers_earn_more_where_less_effort_was_asked_for():
+    scoring = Scoring(effort=Effort(weight=1.0, upper=8), effort_words="{low}")
+    short, long = (rollout(answer=size, asked="? {low}") for size in (2, 8))
+    assert scoring.rewards(group(short, long)) == [1.75, 1.0]
+    assert scoring.rewards(group(rollout(answer=2), rollout(answer=8))) == [1.0, 1.0]
+
+
+def test_what_was_lost_is_counted_and_too_much_of_it_ends_the_training():
+    good, bad = group(rollout(), rollout(0.0), lost=["time"]), group(lost=["grader", "grader"])
+    told = told_of([good, bad])
+    assert (
+        told["lost"] == (3, 5) and told["reward"] == told["reward_sort"] == (1, 2) and told["silent_groups"] == (0, 1)
+    )
+    assert checked([good]) == [good]
+    with pytest.raises(UserError, match="3 of 5 rollouts.*2 to grader, 1 to time"):
+        checked([good, bad])
+    assert torch.is_tensor(batches_of(trained_on([good], Scoring()), tokens=99, pad=0)[0].advantage)

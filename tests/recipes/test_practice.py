@@ -1,0 +1,158 @@
+"""From plain text to a student of several teachers, by the commands, on a model of some thousand weights."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import nautilus
+from nautilus.config import Attention, Config, Experts, Mamba, lay
+from nautilus.data.template import template_text
+from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
+from nautilus.model.language import Language
+from nautilus.recipes import mopd, rlvr, sft
+from nautilus.runtime import Run, UserError, read_metrics
+from nautilus.train.optim import OptimConfig
+
+LAYERS = lay(
+    "M*E", Mamba(heads=2, head_width=16, state=16, groups=1), Attention(heads=2, groups=1, head_width=16),
+    Experts(experts=4, active=2, hidden=32, shared=32, scale=1.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint folder whose model says anything."""
+    plain = train_tokenizer([], vocab=SMALLEST)
+    tokenizer = Tokenizer(plain.core, bos="<s>", eos="<|im_end|>", template=template_text("spaced"))
+    model = Language(Config(vocab=tokenizer.vocab, width=32, layers=LAYERS, eos=tokenizer.stop)).initialise(1)
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model.save(folder, tokenizer=tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def taught(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sft") / "run"
+    sft.main(sft.Settings(
+        model=base, tasks=("count:3", "choice:1"), problems=300, out=out, steps=60, rows=8, length=256,
+        optim=OptimConfig(lr=5e-3, min_lr=1e-4, warmup=5),
+    ))  # fmt: skip
+    return out
+
+
+SMALL = {
+    "tasks": ("count:3",), "prompts": 4, "group": 4, "problems": 40, "tokens": 200, "turn_tokens": 12, "steps": 3,
+    "measured": 16, "thinking": False, "save_every": 1,
+}  # fmt: skip
+
+
+def test_supervised_training_learns_the_form_of_answers(taught):
+    rows = read_metrics(Run(taught).metrics)
+    assert rows[-1]["next_token"] < 0.5 * rows[0]["next_token"]
+    assert (taught / "report.html").is_file() and nautilus.load(taught)[1].template
+
+
+def test_reinforcement_end_to_end_and_what_it_tells(taught, tmp_path):
+    settings = rlvr.Settings(model=str(taught), out=tmp_path / "run", **SMALL)
+    rlvr.main(settings)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert row["mismatch"] == row["left_out"] == row["lost"] == 0, "engine and trainer are the same, bit for bit"
+        assert 0 <= row["reward"] <= 1 and row["answer_tokens"] > 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 * 4 * 4 and {line["task"] for line in lines} == {"count"}
+    assert all(line["text"].count("<|im_start|>assistant") == 1 and line["version"] == line["step"] for line in lines)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert {*found["scores"]} == {"before", "after"} and found["scores"]["after"]["count"]["answers"] == 16
+    old, new = (nautilus.load(place)[0].state_dict() for place in (taught, tmp_path / "run"))
+    same = {name for name in old if torch.equal(old[name].float(), new[name].float())}
+    assert any(name.endswith("gate.weight") for name in same), "routers stay"
+    assert not any("embeddings" in name for name in same)
+
+
+def weights(folder):
+    return nautilus.load(folder)[0].state_dict()
+
+
+def test_a_run_that_was_stopped_goes_on_exactly(taught, tmp_path, monkeypatch):
+    whole, halves = (rlvr.Settings(model=str(taught), out=tmp_path / name, **SMALL) for name in ("whole", "halves"))
+    rlvr.main(whole)
+    from nautilus.posttrain.onpolicy import Fresh
+
+    play, count = Fresh.play, []
+
+    async def interrupted(self):
+        count.append(self.step)
+        if len(count) == 3:
+            raise KeyboardInterrupt
+        return await play(self)
+
+    monkeypatch.setattr(Fresh, "play", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rlvr.main(halves)
+    monkeypatch.setattr(Fresh, "play", play)
+    rlvr.main(halves)
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "halves")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_answers_drawn_ahead_are_of_weights_that_are_new_enough(taught, tmp_path):
+    settings = rlvr.Settings(model=str(taught), out=tmp_path / "run", age=1, **{**SMALL, "steps": 6})
+    rlvr.main(settings)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 6 * 16
+    assert all(0 <= line["step"] - line["version"] <= 1 for line in lines)
+    assert any(line["step"] - line["version"] == 1 for line in lines)
+    assert all(row["mismatch"] < 1 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_the_order_is_from_easy_to_hard_where_rates_are_measured(taught, tmp_path):
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", profile=2, **{**SMALL, "steps": 1}))
+    rows = read_metrics(tmp_path / "run" / "state" / "profile.jsonl")
+    assert len(rows) == 80 and len({row["problem"] for row in rows}) == 40
+
+
+def test_distillation_from_two_teachers(taught, tmp_path):
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "count", **SMALL))
+    both = {**SMALL, "tasks": ("count:3", "choice:1"), "prompts": 12, "group": 1}
+    teachers = (f"count={tmp_path / 'count'}", f"choice={taught}")
+    mopd.main(mopd.Settings(model=str(taught), out=tmp_path / "run", teachers=teachers, **both))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and all("teacher_gap" in row and row["mismatch"] == 0 for row in rows)
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert len(found["scores"]) == 4
+
+
+def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taught, base, tmp_path):
+    how = {**SMALL, "out": tmp_path / "run", "group": 1, "model": str(taught)}
+    with pytest.raises(UserError, match="count has no teacher"):
+        mopd.main(mopd.Settings(teachers=(f"sort={taught}",), **how))
+    with pytest.raises(UserError, match="'count' was asked for; write task=RUN"):
+        mopd.main(mopd.Settings(teachers=("count",), **how))
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        ({"tasks": ()}, "no task was named"), ({"tasks": ("walk",)}, "there is no task 'walk'"),
+        ({"tasks": ("sort:9",)}, "levels 1 to 8"), ({"tasks": ("math@nowhere.jsonl",)}, "is not there"),
+        ({"tokens": 1 << 20}, "positions"), ({"group": 1}, "group=1"), ({"model": ""}, "no model"),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be_are_refused_at_once(taught, tmp_path, wrong, words):
+    how = {**SMALL, "model": str(taught), "out": tmp_path / "run"} | wrong
+    with pytest.raises(UserError, match=words):
+        rlvr.main(rlvr.Settings(**how))
+    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+
+
+def test_models_without_a_chat_template_are_told_so(base, tmp_path):
+    model, tokenizer = nautilus.load(base)
+    tokenizer.template = None
+    model.save(tmp_path / "plain", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="no chat template"):
+        rlvr.main(rlvr.Settings(model=str(tmp_path / "plain"), out=tmp_path / "run", **SMALL))
+    assert replace(rlvr.Settings(), steps=2).steps == 2

@@ -1,0 +1,217 @@
+"""What is minimised on a model's own tokens, held against plain loops and against sums over all that can happen."""
+
+import dataclasses
+import itertools
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, lay
+from nautilus.data.batch import Batch
+from nautilus.data.tokenizer import SMALLEST, train_tokenizer
+from nautilus.model.language import Language
+from nautilus.serve import Engine, Sampling
+from nautilus.train.policy import Correction, Surrogate, distill, drawn_logprob, policy, preference
+
+LAYERS = lay(
+    "M*E-", Mamba(heads=2, head_width=16, state=8, groups=1), Attention(heads=2, groups=1, head_width=16),
+    Experts(experts=4, active=2, hidden=16, shared=16), Mlp(hidden=24),
+)  # fmt: skip
+
+
+def tiny(seed: int, vocab: int = 7) -> Language:
+    model = Language(Config(vocab=vocab, width=16, layers=LAYERS)).initialise(seed)
+    model.lm_head.weight.data *= 20  # or all tokens are as likely as any
+    return model
+
+
+def batch(seed: int = 0, rows: int = 4, time: int = 9) -> Batch:
+    rng = torch.Generator().manual_seed(seed)
+    draw = lambda: torch.randn(rows, time, generator=rng)
+    mask_BT = (torch.rand(rows, time, generator=rng) < 0.6).float()
+    mask_BT[:, 0] = 0
+    return Batch(
+        torch.randint(7, (rows, time), generator=rng), {"policy": mask_BT}, advantage=draw(),
+        sampled_logprob=-draw().abs() - 1, proximal_logprob=-draw().abs() - 1, teacher_logprob=-draw().abs() - 1,
+    )  # fmt: skip
+
+
+def logprobs(model: Language, tokens_BT: torch.Tensor) -> torch.Tensor:
+    logits_BTV, _ = model(tokens_BT[:, :-1])
+    lp_BT = logits_BTV.log_softmax(-1).gather(-1, tokens_BT[:, 1:, None])[..., 0]
+    return torch.nn.functional.pad(lp_BT, (1, 0))
+
+
+def weight_of(log_weight: float, how: Correction) -> float:
+    weight = math.exp(log_weight)
+    if how.kind == "none":
+        return 1.0
+    if how.kind == "truncate":
+        return min(how.most, max(how.least, weight))
+    return weight if how.least <= weight <= how.most else 0.0
+
+
+@pytest.mark.parametrize("kind", ["none", "truncate", "mask"])
+@pytest.mark.parametrize("first_update", [True, False])
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_the_loss_is_that_of_a_plain_loop(kind, first_update, kl):
+    model, given_batch = tiny(1), batch()
+    if first_update:
+        given_batch.proximal_logprob = None
+    how = Surrogate(correction=Correction(kind=kind, least=0.5, most=2.0), kl=kl)
+    objective = policy(how)
+    weighed = objective.weigh(given_batch)
+    terms, watched = objective(model, given_batch)
+    lp_BT = logprobs(model, given_batch.tokens).detach()
+    loss, distance = 0.0, 0.0
+    for row, at in itertools.product(range(4), range(9)):
+        if not (mask := float(given_batch.weights["policy"][row, at])):
+            continue
+        lp, advantage = float(lp_BT[row, at]), float(given_batch.advantage[row, at])
+        prox = lp if first_update else float(given_batch.proximal_logprob[row, at])
+        ratio, weight = (
+            math.exp(lp - prox),
+            weight_of(prox - float(given_batch.sampled_logprob[row, at]), how.correction),
+        )
+        clipped = min(1.28, max(0.8, ratio))
+        loss -= mask * weight * min(ratio * advantage, clipped * advantage)
+        d = float(given_batch.teacher_logprob[row, at]) - lp
+        distance += mask * (math.exp(d) - d - 1)
+    assert terms["policy"][0].item() == pytest.approx(loss, rel=1e-4)
+    assert terms["policy"][1] == given_batch.weights["policy"].sum() == watched["mismatch"][1]
+    assert ("kl" in terms) == ("kl" in weighed.weights) == bool(kl)
+    if kl:
+        assert terms["kl"][0].item() == pytest.approx(distance, rel=1e-4) and objective.coefficients["kl"] == kl
+
+
+def gradient(model: Language, objective, parts: list[Batch]) -> list[torch.Tensor]:
+    weighed = [objective.weigh(part) for part in parts]
+    counts = {name: sum(part.weights[name].sum() for part in weighed) for name in weighed[0].weights}
+    model.zero_grad(set_to_none=True)
+    for part in parts:
+        terms, _ = objective(model, part)
+        sum(
+            objective.coefficients.get(name, 1.0) * total / counts[name] for name, (total, _) in terms.items()
+        ).backward()
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "objective", [policy(Surrogate(kl=0.1)), distill(), preference()], ids=["policy", "distill", "dpo"]
+)
+def test_a_step_is_the_same_however_it_is_cut(objective):
+    model, whole = tiny(2), batch()
+    if "next_token" in objective.coefficients:
+        sign_B1 = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None]
+        mask_BT = whole.weights["policy"]
+        first_BT = torch.zeros(4, 9)
+        first_BT[0::2, 1] = 1
+        whole = dataclasses.replace(
+            whole, weights={"preference": first_BT, "next_token": mask_BT * (sign_B1 > 0)}, advantage=mask_BT * sign_B1
+        )
+    want = gradient(model, objective, [whole])
+    assert any(one.abs().max() > 1e-4 for one in want)
+    got = gradient(model, objective, [whole.take([0, 1]), whole.take([2, 3])])
+    for a, b in zip(want, got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_an_engine_that_agrees_leaves_reinforce():
+    model, given_batch = tiny(3), batch()
+    lp_BT = drawn_logprob(model, given_batch, "policy")
+    agreed = dataclasses.replace(given_batch, sampled_logprob=lp_BT.detach(), proximal_logprob=None)
+    mask_BT = given_batch.weights["policy"]
+    want = torch.autograd.grad(
+        -(lp_BT * given_batch.advantage * mask_BT).sum() / mask_BT.sum(), [*model.parameters()], allow_unused=True
+    )
+    got = gradient(model, policy(), [agreed])
+    for a, b in zip((one for one in want if one is not None), got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    _, watched = policy()(model, agreed)
+    assert watched["mismatch"][0] == watched["left_out"][0] == watched["clipped"][0] == 0
+
+
+def test_distillation_pulls_along_the_reverse_kl_in_the_mean():
+    """One token of seven: the gradient's mean over all that can be drawn is that of the closed form."""
+    student, teacher = tiny(1), tiny(2)
+    start = torch.tensor([[2]])
+    full = lambda model: model(start)[0][0, 0].log_softmax(-1)
+    own = full(student)
+    want = torch.autograd.grad(
+        (own.exp() * (own - full(teacher).detach())).sum(), [*student.parameters()], allow_unused=True
+    )
+    got = [torch.zeros_like(one) for one in want if one is not None]
+    for token in range(7):
+        one = Batch(torch.tensor([[2, token]]), {"policy": torch.tensor([[0.0, 1.0]])})
+        one.sampled_logprob = drawn_logprob(student, one, "policy").detach()
+        one.teacher_logprob = drawn_logprob(teacher, one, "policy").detach()
+        for total, part in zip(got, gradient(student, distill(Surrogate()), [one]), strict=True):
+            total += one.sampled_logprob[0, 1].exp() * part
+    for a, b in zip((one for one in want if one is not None), got, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing():
+    model, given_batch = tiny(1), batch()
+    lp_BT = drawn_logprob(model, given_batch, "policy").detach()
+    same = dataclasses.replace(given_batch, sampled_logprob=lp_BT, teacher_logprob=lp_BT, proximal_logprob=None)
+    assert all(one.abs().max() == 0 for one in gradient(model, distill(), [same]))
+    assert any(one.abs().max() > 0 for one in gradient(model, distill(reward=0.5), [same]))
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.floats(-60, 60), min_size=1, max_size=6), st.sampled_from(["none", "truncate", "mask", "sequence"]))
+def test_weights_stay_within_their_bounds(logs, kind):
+    how = Correction(kind=kind, least=0.2, most=5.0)
+    found_BT = how.of(torch.tensor([logs + [math.nan, math.inf]]), torch.ones(1, len(logs) + 2))
+    assert found_BT.isfinite().all() and (found_BT >= 0).all()
+    if kind in ("truncate", "mask"):
+        assert (found_BT <= 5.0).all()
+    if kind == "mask":
+        assert ((found_BT == 0) | (found_BT >= 0.2)).all()
+
+
+def test_rows_are_left_out_whole_where_they_are_off_in_the_mean():
+    how = Correction(kind="sequence", least=0.999, most=1.002)
+    log_BT = torch.tensor([[0.0, 0.1, -0.1, 9.0], [0.1, 0.1, 0.1, 9.0]])
+    mask_BT = torch.tensor([[1.0, 1, 1, 0], [1, 1, 1, 0]])
+    found_BT = how.of(log_BT, mask_BT)
+    assert found_BT[0, 1] == pytest.approx(math.exp(0.1)) and (found_BT[1] == 0).all()
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: Correction(kind="tis"), "'tis'"), (lambda: Correction(least=2, most=3), "within .2, 3."),
+        (lambda: Surrogate(low=1), "low=1"), (lambda: Surrogate(kl=-1), "kl=-1"),
+        (lambda: preference(beta=0), "beta=0"),
+    ],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
+
+
+# ----- the same numbers -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_engine_and_trainer_agree_bit_for_bit_on_what_was_drawn(compute):
+    tokenizer = train_tokenizer([], vocab=SMALLEST)
+    model = tiny(4, vocab=tokenizer.vocab)
+    model.compute = compute
+    engine = Engine(model, tokenizer, max_tokens=64, rows=3, saved_gb=0.01)
+    rng = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(SMALLEST, (5 + number,), generator=rng).tolist() for number in range(7)]
+    done = engine.generate(prompts, [Sampling(max_tokens=20, seed=number) for number in range(7)])
+    model.train()
+    for one in done:
+        tokens_BT = torch.tensor([[*one.prompt, *one.tokens]])
+        mask_BT = torch.zeros(tokens_BT.shape)
+        mask_BT[0, len(one.prompt) :] = 1
+        lp_BT = drawn_logprob(model, Batch(tokens_BT, {"policy": mask_BT}), "policy")
+        assert lp_BT.requires_grad
+        assert torch.equal(lp_BT[0, len(one.prompt) :], torch.tensor(one.logprobs)), one
