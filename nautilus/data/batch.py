@@ -22,6 +22,7 @@ class Batch:
     Of reinforcement learning: `advantage`, what a token earned; the log-probs that it had for the engine that drew it
     (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
     the first), and for a teacher or a reference (`teacher_logprob`).
+    routes: the experts that wrote each token, (B, T, L, K); -1 where nobody knows (`train/replay.py`).
     told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
@@ -33,6 +34,7 @@ class Batch:
     sampled_logprob: Tensor | None = None
     proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
+    routes: Tensor | None = None
     told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -45,6 +47,8 @@ class Batch:
             check(f"weights[{name!r}]", weight, self.tokens.shape, floating=True)
         for name, value in self.evidence().items():
             check(name, value, self.tokens.shape, floating=name != "document")
+        if self.routes is not None and self.routes.shape[:2] != self.tokens.shape:
+            raise ValueError(f"routes has shape {tuple(self.routes.shape)}, tokens {tuple(self.tokens.shape)}")
 
     def evidence(self) -> dict[str, Tensor]:
         """The optional tensors that are there."""
@@ -53,7 +57,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         moved = {name: value.to(device) for name, value in self.evidence().items()}
         weights = {name: weight.to(device) for name, weight in self.weights.items()}
-        return dataclasses.replace(self, tokens=self.tokens.to(device), weights=weights, **moved)
+        routes = None if self.routes is None else self.routes.to(device)
+        return dataclasses.replace(self, tokens=self.tokens.to(device), weights=weights, routes=routes, **moved)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -63,7 +68,10 @@ class Batch:
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
         taken = {name: value[index] for name, value in self.evidence().items()}
         weights = {name: weight[index] for name, weight in self.weights.items()}
-        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, told={}, **taken)
+        routes = None if self.routes is None else self.routes[index]
+        return dataclasses.replace(
+            self, tokens=self.tokens[index], weights=weights, routes=routes, told={}, **taken
+        )  # fmt: skip
 
     @property
     def fingerprint(self) -> str:

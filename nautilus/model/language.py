@@ -204,17 +204,21 @@ class Language(nn.Module):
         return self.head(hidden_BTD), state
 
     def mtp_hidden(
-        self, hidden_BTD: Tensor, tokens_BT: Tensor, depths: int, document_BT: Tensor | None = None
-    ) -> list[Tensor]:
+        self, hidden_BTD: Tensor, tokens_BT: Tensor, depths: int, document_BT: Tensor | None = None, *,
+        apart: bool = False,
+    ) -> list[Tensor]:  # fmt: skip
         """Hidden states of each depth; entry k-1 at position t predicts token t+1+k.
 
-        The last k + 1 positions of a row, and of a document, have no such target: mask them.
+        The last k + 1 positions of a row, and of a document, have no such target: mask them. apart: no gradient reaches
+        what the block stands on.
         """
         if not self.config.mtp:
             raise ValueError("this model has no multi-token-prediction block; set mtp=*E and train it, or use depths=0")
         batch, time = tokens_BT.shape
         span = place(None, document_BT, batch, time, tokens_BT.device)
         out, embeds_BTD = [], self.embed(tokens_BT)
+        if apart:
+            hidden_BTD, embeds_BTD = hidden_BTD.detach(), embeds_BTD.detach()
         for depth in range(1, depths + 1):
             ahead_BTD = nn.functional.pad(embeds_BTD[:, depth:], (0, 0, 0, min(depth, time)))
             hidden_BTD = self.mtp(hidden_BTD, ahead_BTD, span)

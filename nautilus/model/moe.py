@@ -23,6 +23,8 @@ class ExpertsMixer(nn.Module):
 
     The router reads the full-width u in float32. `load_E` counts the tokens sent to each expert in training since it
     was last set to zero; while `balances` is a list, every training forward adds its sequence balance loss to it.
+    While `chosen` is a list every forward adds the experts that it chose; `given_RK` are those that take the place of
+    the router's choice, -1 where it is left to it (router replay, arXiv 2510.11370).
     """
 
     load_E: Tensor
@@ -41,6 +43,8 @@ class ExpertsMixer(nn.Module):
         self.register_buffer("load_E", torch.zeros(layer.experts, device=device), persistent=False)
         self.balances: list[tuple[Tensor, Tensor]] | None = None
         self.parts: list[tuple[Tensor, Tensor, Tensor]] | None = None  # of a row that comes in pieces
+        self.chosen: list[Tensor] | None = None
+        self.given_RK: Tensor | None = None
 
     def choose(self, hidden_RD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each token's experts index_RK, their weights weight_RK, and all scores score_RE."""
@@ -56,9 +60,22 @@ class ExpertsMixer(nn.Module):
             active_groups=layer.active_groups,
         )
 
+    def replay(self, given_RK: Tensor, index_RK: Tensor, weight_RK: Tensor, score_RE: Tensor) -> tuple[Tensor, Tensor]:
+        """The given experts, weighed by their scores now; where they are the router's own the numbers are its own."""
+        other_R1 = (given_RK >= 0).all(-1, keepdim=True) & (given_RK != index_RK).any(-1, keepdim=True)
+        index_RK = given_RK.where(other_R1, index_RK)
+        own_RK = score_RE.gather(-1, index_RK)
+        if self.layer.normalise:
+            own_RK = own_RK / (own_RK.sum(-1, keepdim=True) + 1e-20)
+        return index_RK, (own_RK * self.layer.scale).where(other_R1, weight_RK)
+
     def forward(self, hidden_BTD: Tensor, span: Span, state: None) -> tuple[Tensor, None]:
         layer, hidden_RD = self.layer, hidden_BTD.flatten(0, 1)
         index_RK, weight_RK, score_RE = self.choose(hidden_RD)
+        if self.given_RK is not None:
+            index_RK, weight_RK = self.replay(self.given_RK, index_RK, weight_RK, score_RE)
+        if self.chosen is not None:
+            self.chosen.append(index_RK)
         if self.training:
             self.observe(index_RK, score_RE.unflatten(0, hidden_BTD.shape[:2]), span.text_BT)
         inner_RX = self.fc1_latent_proj(hidden_RD) if layer.latent else hidden_RD

@@ -13,8 +13,10 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from nautilus.data.tokenizer import Tokenizer
@@ -24,6 +26,7 @@ from nautilus.posttrain.stream import Group, play_group
 from nautilus.serve import Engine
 from nautilus.serve.service import Service
 from nautilus.tasks import Problem, Task
+from nautilus.train.replay import routes_of
 
 MUCH = {"most_waiting": 1 << 20, "most_waiting_tokens": 1 << 40}
 
@@ -50,7 +53,10 @@ class Here:
         self.player = Player(self.service, tokenizer, playing, lambda changes: self.versions.get(changes, self.version))
 
     async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
-        return await play_group(self.player, task, problem, count, seed)
+        group = await play_group(self.player, task, problem, count, seed)
+        if not self.player.playing.routes:
+            return group
+        return await self.service.between(lambda: routed(self.engine.model, group))
 
     async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
         changes = self.engine.forward.version
@@ -60,6 +66,13 @@ class Here:
 
     async def close(self) -> None:
         await self.service.close()
+
+
+def routed(model: Language, group: Group) -> Group:
+    """With the experts that the model has for each rollout now. Of one that began with older weights those of its first
+    tokens may have been others: what the new ones would choose counts."""
+    found = [replace(one, routes=routes_of(model, torch.tensor([one.tokens]))[0]) for one in group.rollouts]
+    return replace(group, rollouts=found)
 
 
 class Actor:

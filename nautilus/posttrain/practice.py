@@ -13,7 +13,6 @@ from pathlib import Path
 
 from nautilus.config import to_dict
 from nautilus.data.batch import Batch
-from nautilus.data.chat import ChatSettings
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend, Domain, domain
@@ -29,6 +28,7 @@ from nautilus.train.checkpoint import Checkpoints
 from nautilus.train.loop import fit
 from nautilus.train.objective import Objective
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.policy import Mtp
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
 LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1}
@@ -45,7 +45,7 @@ class Practice:
     problems: int = setting(1024, "different problems of each task")
     tokens: int = setting(512, "most tokens of a conversation")
     turn_tokens: int = setting(128, "most tokens of an answer")
-    thinking: bool = setting(True, "the model is asked to think first")
+    thinking: bool | None = setting(None, "the model is asked to think first; none: as the task's worked answers do")
     thinking_budget: int | None = setting(None, "thinking is closed after so many tokens; none: never")
     thinking_grace: int = setting(0, "at the latest after so many more")
     seconds: float = setting(60.0, "that a task may take for a turn; then the answer is lost, and no other")
@@ -53,6 +53,8 @@ class Practice:
         lr=3e-4, min_lr=3e-5, warmup=-1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
     )  # fmt: skip
     balance: float = setting(1e-3, "step of the load-balancing biases; the routers' weights stay as they are")
+    replay: bool = setting(False, "experts that wrote an answer learn from it, whatever the routers say by then")
+    mtp: Mtp = Mtp()
     micro: int = setting(8192, "most tokens of a micro-batch")
     together: int = setting(64, "most answers that are written together")
     age: int = setting(0, "updates by which answers may be older than what they train; 0: they are drawn between two")
@@ -68,9 +70,8 @@ class Practice:
 
     @property
     def playing(self) -> Playing:
-        chat = ChatSettings(truncate_history_thinking=False, enable_thinking=self.thinking)
-        names = "tokens turn_tokens thinking_budget thinking_grace seconds".split()
-        return Playing(chat=chat, **{name: getattr(self, name) for name in names})
+        names = "tokens turn_tokens thinking thinking_budget thinking_grace seconds".split()
+        return Playing(routes=self.replay, **{name: getattr(self, name) for name in names})
 
 
 def wanted(settings: Practice) -> list[Asked]:
@@ -93,6 +94,8 @@ def routes(words: Sequence[str], who: str) -> dict[str, str]:
 def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> Run:
     if tokenizer.template is None:
         raise UserError("this model has no chat template, in which tasks are asked; train it on conversations first")
+    if settings.mtp.depths and not model.config.mtp:
+        raise UserError(f"mtp.depths={settings.mtp.depths}, but the model has no block that predicts ahead; give 0")
     if settings.tokens > model.config.positions:
         raise UserError(
             f"tokens={settings.tokens} of a conversation were asked for, the model has"
@@ -115,7 +118,8 @@ def practise(
     types = {name: weight.dtype for name, weight in model.named_parameters()}
     model.float().requires_grad_(True)
     for name, weight in model.named_parameters():
-        weight.requires_grad_(not name.startswith("mtp.") and not name.endswith(("gate.weight", "router.weight")))
+        idle = name.startswith("mtp.") and not settings.mtp.depths
+        weight.requires_grad_(not idle and not name.endswith(("gate.weight", "router.weight")))
     plan = Plan(blend=blend, group=settings.group, seed=settings.seed, finish=finish)
     log = Log(run.folder / "rollouts.jsonl", tokenizer)
     stream = stream_of(settings, model, tokenizer, plan, told_rows(rows), log)

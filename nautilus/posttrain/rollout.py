@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from nautilus.data.chat import ChatSettings, chat_tokens, following_tokens
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
@@ -49,16 +51,23 @@ class Answers(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Playing:
-    """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; seconds: that a task may take
-    to answer a turn or to judge; chat: what the template is told."""
+    """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; thinking: whether a model is
+    asked to think first, None: as the task's worked answers do; seconds: that a task may take to answer a turn or to
+    judge; routes: experts are kept for replay; chat: what else the template is told."""
 
     tokens: int = 1024
     turn_tokens: int = 256
     temperature: float = 1.0
+    thinking: bool | None = True
     thinking_budget: int | None = None
     thinking_grace: int = 0
     seconds: float = 60.0
+    routes: bool = False
     chat: ChatSettings = dataclasses.field(default_factory=lambda: ChatSettings(truncate_history_thinking=False))
+
+    def chatting(self, task: Task) -> ChatSettings:
+        thinks = task.thinks if self.thinking is None else self.thinking
+        return dataclasses.replace(self.chat, enable_thinking=thinks)
 
     def sampling(self, seed: int, room: int) -> Sampling:
         budget = {"thinking_budget": self.thinking_budget, "thinking_grace": self.thinking_grace}
@@ -78,7 +87,8 @@ class Turn:
 @dataclass(frozen=True, kw_only=True)
 class Rollout:
     """tokens: all of the conversation; logprobs: of each, 0.0 for what the model did not draw; versions: of the weights
-    that drew it, -1 for what the model did not draw."""
+    that drew it, -1 for what the model did not draw; routes: the experts that read each token, (T, L, K), where asked
+    for."""
 
     problem: Problem
     tokens: tuple[int, ...]
@@ -86,6 +96,7 @@ class Rollout:
     turns: tuple[Turn, ...]
     verdict: Verdict
     versions: tuple[int, ...] = ()
+    routes: Tensor | None = None
 
     @property
     def version(self) -> int:
@@ -126,8 +137,8 @@ class Player:
     async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
         """Dropped where nothing can be said of it."""
         episode, messages = task.episode(problem), [*problem.messages]
-        tools = [*problem.tools] or None
-        tokens = chat_tokens(self.tokenizer, messages, tools=tools, settings=self.playing.chat)
+        told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
+        tokens = chat_tokens(self.tokenizer, messages, **told_how)
         logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
         for number in range(task.turns):
             room = self.playing.tokens - len(tokens)
@@ -141,13 +152,13 @@ class Player:
             told = await self.in_time(episode, episode.hear, turn.reply)
             if not told or not turn.reply.ended:
                 break
-            more = following_tokens(self.tokenizer, messages, told, tools=tools, settings=self.playing.chat)
+            more = following_tokens(self.tokenizer, messages, told, **told_how)
             messages += [{"role": "assistant", "content": "."}, *told]
             tokens, logprobs = [*tokens, *more], [*logprobs, *[0.0] * len(more)]
             versions += [-1] * len(more)
         if not turns:
             raise Dropped("no room", f"the prompt has {len(tokens)} tokens, and a conversation {self.playing.tokens}")
-        verdict = await self.judged(episode, turns)
+        verdict = await self.judged(episode, turns, thinks=told_how["settings"].enable_thinking)
         return Rollout(
             problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
             versions=tuple(versions),
@@ -166,10 +177,10 @@ class Player:
         reply = reply_of(answer, inside=inside, tools=problem.tools)
         return Turn(begin=begin, end=begin + len(answer.tokens), reply=reply, forced=frozenset(forced))
 
-    async def judged(self, episode: Episode, turns: Sequence[Turn]) -> Verdict:
+    async def judged(self, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
         """What is wrong with the form of the last turn leaves nothing of the reward."""
         found = await self.in_time(episode, episode.verdict)
-        fault = form_fault(turns[-1].reply, thinks=self.playing.chat.enable_thinking)
+        fault = form_fault(turns[-1].reply, thinks=thinks)
         return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
 
     async def in_time(self, episode: Episode, do: Callable[..., T], *given: Any) -> T:

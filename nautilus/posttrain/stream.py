@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
@@ -21,6 +22,7 @@ from nautilus.posttrain.credit import FAULT, Effort, leave_one_out
 from nautilus.posttrain.rollout import Dropped, Player, Rollout
 from nautilus.runtime import UserError
 from nautilus.tasks import Problem, Task
+from nautilus.train.replay import NONE
 
 MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong with all of them
 
@@ -116,8 +118,21 @@ def batch_of(rows: Sequence[tuple[Rollout, float]], pad: int) -> Batch:
                 advantage_BT[row, turn.begin : turn.end] = FAULT
     weight_BT[:, 0] = 0
     return Batch(
-        tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT
-    )
+        tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT,
+        routes=routes([one.routes for one, _ in rows], longest),
+    )  # fmt: skip
+
+
+def routes(known: Sequence[Tensor | None], longest: int) -> Tensor | None:
+    """Of rows of so many tokens; the trainer's own where nothing is known."""
+    some = next((one for one in known if one is not None), None)
+    if some is None:
+        return None
+    found = torch.full((len(known), longest, *some.shape[1:]), NONE, dtype=torch.int16)
+    for row, one in zip(found, known, strict=True):
+        if one is not None:
+            row[: len(one)] = one
+    return found
 
 
 def trained_on(groups: Sequence[Group], scoring: Scoring) -> list[tuple[Rollout, float]]:

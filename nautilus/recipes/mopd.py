@@ -65,7 +65,8 @@ def main(settings: Settings) -> None:
     how = Surrogate(
         correction=Correction(kind="mask", least=settings.least, most=settings.most), most=settings.advantage
     )
-    practise(run, settings, model, tokenizer, blend, partial(rows, settings, teachers, model.config.pad), distill(how))
+    learnt = partial(rows, settings, teachers, model.config.pad)
+    practise(run, settings, model, tokenizer, blend, learnt, distill(how, settings.mtp))
     scores["after"] = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
     title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"

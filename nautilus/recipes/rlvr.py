@@ -77,7 +77,7 @@ def main(settings: Settings) -> None:
     how = Surrogate(low=settings.low, high=settings.high, correction=correction)
     learnt = partial(rows, settings, model.config.pad)
     judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
-    practise(run, settings, model, tokenizer, blend, learnt, policy(how), judges)
+    practise(run, settings, model, tokenizer, blend, learnt, policy(how, settings.mtp), judges)
     after = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
     title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -28,6 +29,7 @@ from nautilus.serve.rules import Rule
 from nautilus.serve.sampling import Sampling
 from nautilus.serve.watchdog import Watchdog
 
+T = TypeVar("T")
 log = logging.getLogger("nautilus.serve")
 # Seconds for which pieces are collected before the event loop hears of them. A small model makes thousands of tokens a
 # second, and to wake the loop for each takes longer than the token. First and last pieces are told at once.
@@ -190,18 +192,22 @@ class Service:
 
     async def update(self, weights: Mapping[str, Tensor]) -> None:
         """As `Engine.update`, when the step under way has ended; answers under way go on. Back when it is done."""
+        await self.between(lambda: self.engine.update(weights))
+
+    async def between(self, do: Callable[[], T]) -> T:
+        """What comes of it, done in the engine's thread between two steps."""
         if self.closing:
-            raise Draining("new weights were given, but the engine has stopped")
-        done: Future[None] = Future()
+            raise Draining("something was to be done between two steps, but the engine has stopped")
+        done: Future[T] = Future()
 
         def now() -> None:
             try:
-                done.set_result(self.engine.update(weights))
+                done.set_result(do())
             except Exception as bad:
                 done.set_exception(bad)
 
         self.order(now)
-        await asyncio.wrap_future(done)
+        return await asyncio.wrap_future(done)
 
     def load(self) -> Load:
         scheduler, berths = self.engine.scheduler, self.engine.berths

@@ -52,6 +52,7 @@ class Acting(Episode):
 
 class Store(Task):
     name, levels, turns = "store", range(1, 4), 12
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         keys = rng.sample(WORDS, level + 3)
@@ -145,6 +146,7 @@ class Repair(Task):
     """Levels are lines beyond two. One line is wrong; what it should be follows from the examples that are shown."""
 
     name, levels, turns = "repair", range(1, 5), 8
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         right, wrong, line = broken(rng, level + 2)

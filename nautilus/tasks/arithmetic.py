@@ -131,6 +131,7 @@ class Calculator(Task):
     """Levels are calls that a careful solver makes. One that calls nothing and is right is right all the same."""
 
     name, levels, turns = "calculator", range(1, 4), 6
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         value = rng.randint(100, 999)

@@ -31,6 +31,7 @@ TYPES = {"string": str, "integer": int, "boolean": bool}
 
 class Fields(Question):
     name, levels = "fields", range(1, 6)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         chosen = rng.sample([*FIELDS], level)
@@ -80,6 +81,7 @@ class Constraints(Question):
     """Levels are conditions beside how many words there are to be. Some list meets them all: the worked one."""
 
     name, levels = "constraints", range(1, 5)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         words: list[str] = rng.sample(VOCABULARY, rng.randint(3, 6))
@@ -144,6 +146,7 @@ class Forbidden(Question):
     """Levels are words that may be said."""
 
     name, levels = "forbidden", range(1, 5)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         words = rng.sample(VOCABULARY, level + 1)

@@ -33,6 +33,7 @@ class Needle(Question):
     """Levels double the pairs: 4 to 64."""
 
     name, levels = "needle", range(1, 6)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         known = pairs(rng, 2 ** (level + 1))
@@ -50,6 +51,7 @@ class Choice(Question):
     """Which of four numbers is the largest or smallest; levels are their digits beyond one."""
 
     name, levels = "choice", range(1, 5)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         numbers, most = rng.sample(range(10**level, 10 ** (level + 1)), 4), rng.random() < 0.5
@@ -75,6 +77,7 @@ class Abstain(Question):
     """1 for what is right, `unsure` for [IDK] where the value is there, 0 for what is wrong."""
 
     name, levels = "abstain", range(1, 5)
+    thinks = False
 
     def __init__(self, unsure: float = 0.5):
         if not 0 <= unsure <= 1:

@@ -15,6 +15,7 @@ class Letters(Question):
     """Levels are letters beyond two. Letters stand apart, or a tokenizer would hide them."""
 
     levels = range(1, 9)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         letters = [rng.choice(LETTERS) for _ in range(level + 2)]

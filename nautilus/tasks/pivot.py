@@ -19,7 +19,7 @@ class Pivot(Task):
     """Of a task whose episodes have turns and a state. Levels are those of the task."""
 
     def __init__(self, of: Task):
-        self.of, self.name, self.levels = of, f"pivot/{of.name}", of.levels
+        self.of, self.name, self.levels, self.thinks = of, f"pivot/{of.name}", of.levels, of.thinks
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         whole = self.of.draw(rng, level)

@@ -17,6 +17,7 @@ class Style(Question):
     """Levels are words beyond one. A verdict is how much the oracle likes an answer, from 0 to 1."""
 
     name, levels = "style", range(1, 4)
+    thinks = False
 
     def draw(self, rng: random.Random, level: int) -> Problem:
         words = rng.sample(VOCABULARY, level + 1)

@@ -119,11 +119,13 @@ class Episode(ABC):
 
 
 class Task(ABC):
-    """levels: how hard problems can be, 1 the easiest; turns: most replies of an episode."""
+    """levels: how hard problems can be, 1 the easiest; turns: most replies of an episode; thinks: whether worked
+    answers think first."""
 
     name: str
     levels: range = range(1, 2)
     turns: int = 1
+    thinks: bool = True
 
     @abstractmethod
     def draw(self, rng: random.Random, level: int) -> Problem:

@@ -102,12 +102,12 @@ def prediction(model: Language, hidden_BTD: Tensor, batch: Batch, term: str, *, 
     return total, weight_BT.sum()
 
 
-def depth_weights(batch: Batch, depth: int) -> Tensor:
-    """The next-token weight of each target that depth `depth` can predict, 0 elsewhere. Shape (B, T).
+def depth_weights(batch: Batch, depth: int, term: str = "next_token") -> Tensor:
+    """The weight, in this term, of each target that depth `depth` can predict, 0 elsewhere. Shape (B, T).
 
     Target t is predicted from position t-1-depth, which must exist and lie in the same document.
     """
-    weight_BT = batch.weights["next_token"].clone()
+    weight_BT = batch.weights[term].clone()
     weight_BT[:, : depth + 1] = 0
     if batch.document is not None:
         begins_BT = torch.zeros_like(batch.document)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
-from nautilus.ops.loss import token_logprob
-from nautilus.train.objective import Objective, Pairs
+from nautilus.ops.loss import token_logprob, weighted_nll
+from nautilus.train.objective import Objective, Pairs, depth_weights
+from nautilus.train.replay import replaying
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,50 +93,90 @@ class Surrogate:
 
 def drawn_logprob(model: Language, batch: Batch, term: str) -> Tensor:
     """log p(token t | tokens < t) where the batch's weights of the term are not 0, and 0 elsewhere. Shape (B, T)."""
-    hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
+    return read(model, dataclasses.replace(batch, routes=None), term)[0]
+
+
+def read(model: Language, batch: Batch, term: str) -> tuple[Tensor, Tensor]:
+    """As `drawn_logprob`, by the experts that wrote the tokens where these are known, and the hidden states."""
+    with replaying(model, batch.routes):
+        hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
     row_R, time_R = batch.weights[term].nonzero(as_tuple=True)
     found_R = token_logprob(hidden_BTD[row_R, time_R - 1], model.head_weight, batch.tokens[row_R, time_R])
-    return torch.zeros(batch.tokens.shape, dtype=found_R.dtype).to(found_R.device).index_put((row_R, time_R), found_R)
+    lp_BT = torch.zeros(batch.tokens.shape, dtype=found_R.dtype, device=found_R.device)
+    return lp_BT.index_put((row_R, time_R), found_R), hidden_BTD
 
 
-def policy(how: Surrogate = Surrogate()) -> Objective:
-    """Policy gradient on `batch.advantage`; see the module. Terms: policy, and kl where it has a weight."""
-    return Objective(partial(policy_terms, how=how), {"kl": how.kl}, partial(policy_weights, kl=how.kl > 0))
+@dataclass(frozen=True, kw_only=True)
+class Mtp:
+    """The multi-token-prediction block, trained along on what the model drew, so that its drafts stay those of the
+    model: weight / depths * (L_1 + .. + L_depths). It alone learns from that: no gradient reaches the trunk, the
+    embeddings or the head. (The public settings of Nemotron 3: 5 depths, weight 0.3.)"""
+
+    depths: int = 0
+    weight: float = 0.3
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        return {f"mtp_{k}": self.weight / self.depths for k in range(1, self.depths + 1)}
+
+    def weigh(self, batch: Batch) -> Batch:
+        more = {f"mtp_{k}": depth_weights(batch, k, "policy") for k in range(1, self.depths + 1)}
+        return dataclasses.replace(batch, weights=batch.weights | more)
+
+    def terms(self, model: Language, batch: Batch, hidden_BTD: Tensor) -> Pairs:
+        if not self.depths:
+            return {}
+        deeper, found = model.mtp_hidden(hidden_BTD, batch.tokens, self.depths, batch.document, apart=True), Pairs()
+        for k, deep_BTD in enumerate(deeper, 1):
+            weight_BT, target_BT = batch.weights[f"mtp_{k}"][:, k + 1 :], batch.tokens[:, k + 1 :]
+            own = deep_BTD[:, : -(k + 1)].flatten(0, 1), model.head_weight.detach(), target_BT.flatten()
+            found[f"mtp_{k}"] = (weighted_nll(*own, weight_BT.flatten()), weight_BT.sum())
+        return found
 
 
-def policy_weights(batch: Batch, *, kl: bool) -> Batch:
-    if not kl:
-        return batch
-    return dataclasses.replace(batch, weights=batch.weights | {"kl": batch.weights["policy"]})
+def policy(how: Surrogate = Surrogate(), mtp: Mtp = Mtp()) -> Objective:
+    """Policy gradient on `batch.advantage`; see the module. Terms: policy, kl where it has a weight, mtp_1, .."""
+    weigh = partial(policy_weights, kl=how.kl > 0, mtp=mtp)
+    return Objective(partial(policy_terms, how=how, mtp=mtp), {"kl": how.kl} | mtp.coefficients, weigh)
 
 
-def policy_terms(model: Language, batch: Batch, *, how: Surrogate) -> tuple[Pairs, Pairs]:
+def policy_weights(batch: Batch, *, kl: bool, mtp: Mtp) -> Batch:
+    more = {"kl": batch.weights["policy"]} if kl else {}
+    return mtp.weigh(dataclasses.replace(batch, weights=batch.weights | more))
+
+
+def policy_terms(model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp) -> tuple[Pairs, Pairs]:
     assert batch.advantage is not None
-    lp_BT, mask_BT = drawn_logprob(model, batch, "policy"), batch.weights["policy"]
+    (lp_BT, hidden_BTD), mask_BT = read(model, batch, "policy"), batch.weights["policy"]
     terms, watched = surrogate(lp_BT, batch, mask_BT, batch.advantage, how)
     if how.kl:
         assert batch.teacher_logprob is not None
         distance_BT = (batch.teacher_logprob - lp_BT) * (mask_BT > 0)
         terms["kl"] = (((torch.exp(distance_BT) - distance_BT - 1) * mask_BT).sum(), mask_BT.sum())
-    return terms, watched
+    return terms | mtp.terms(model, batch, hidden_BTD), watched
 
 
-def distill(how: Surrogate = Surrogate(most=20.0), *, reward: float = 0.0) -> Objective:
+def distill(
+    how: Surrogate = Surrogate(most=20.0), mtp: Mtp = Mtp(), *, reward: float = 0.0
+) -> Objective:  # fmt: skip
     """Distillation on the model's own tokens: A_t = lp_teacher - lp_prox, within [-most, most], plus `reward` times the
     batch's advantage, where there is one. Its mean is minus the reverse KL from the teacher (Nemotron 3 Ultra; the
     reward term: MiMo-V2-Flash, arXiv 2601.02780)."""
-    return Objective(partial(distill_terms, how=how, reward=reward))
+    return Objective(partial(distill_terms, how=how, mtp=mtp, reward=reward), mtp.coefficients, mtp.weigh)
 
 
-def distill_terms(model: Language, batch: Batch, *, how: Surrogate, reward: float) -> tuple[Pairs, Pairs]:
+def distill_terms(
+    model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp, reward: float
+) -> tuple[Pairs, Pairs]:  # fmt: skip
     assert batch.teacher_logprob is not None
-    lp_BT, mask_BT = drawn_logprob(model, batch, "policy"), batch.weights["policy"]
+    (lp_BT, hidden_BTD), mask_BT = read(model, batch, "policy"), batch.weights["policy"]
     gap_BT = batch.teacher_logprob - proximal(lp_BT, batch)
     advantage_BT = gap_BT.clamp(-how.most, how.most)
     if reward and batch.advantage is not None:
         advantage_BT = advantage_BT + reward * batch.advantage
     terms, watched = surrogate(lp_BT, batch, mask_BT, advantage_BT, how)
-    return terms, {**watched, "teacher_gap": ((gap_BT * mask_BT).sum(), mask_BT.sum())}
+    watched["teacher_gap"] = ((gap_BT * mask_BT).sum(), mask_BT.sum())
+    return terms | mtp.terms(model, batch, hidden_BTD), watched
 
 
 def proximal(lp_BT: Tensor, batch: Batch) -> Tensor:

@@ -44,7 +44,7 @@ def taught(base, tmp_path_factory):
 
 SMALL = {
     "tasks": ("count:3",), "prompts": 4, "group": 4, "problems": 40, "tokens": 200, "turn_tokens": 12, "steps": 3,
-    "measured": 16, "thinking": False, "save_every": 1,
+    "measured": 16, "save_every": 1,
 }  # fmt: skip
 
 
