@@ -56,7 +56,8 @@ THEIR_ARMS: dict[str, list] = {
 def contestants(asked: argparse.Namespace, mtp: bool) -> dict[tuple[str, str], Server]:
     """By side and arm, all stopped."""
     found: dict[tuple[str, str], Server] = {}
-    gguf = exported(asked.model / "model", asked.folder / "model-f32.gguf")
+    own = asked.model / "model"
+    gguf = exported(own if own.is_dir() else asked.model, asked.folder / "model-f32.gguf")
     ours = [Path(sys.executable).with_name("nautilus"), "serve", asked.model, "port=PORT", "max_tokens=4096", "rows=1"]
     ours += ["name=bench", "template=nemotron"]  # a template for the first sign of life alone, which is a chat
     predictor = [f"predictor={asked.hvd / 'payoff.safetensors'}"] if asked.hvd else []
@@ -127,7 +128,7 @@ def gains(rows: Sequence[Answered]) -> dict[str, dict[str, tuple[float, float, f
 
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a run")
+    parser.add_argument("model", type=Path, help="a run or a checkpoint folder")
     parser.add_argument("--hvd", type=Path, help="folder of the predictor")
     parser.add_argument("--folder", type=Path, default=Path("runs/speculate_peer"), help="of the file and the logs")
     parser.add_argument("--each", type=int, default=10, help="prompts of a family")

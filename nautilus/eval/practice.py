@@ -8,6 +8,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -23,6 +24,11 @@ from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
 HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
+CURVE = "task", "budget", "reward", "95 % interval", "thinking", "longest"
+BUDGET = (
+    "The same with thinking closed after so many tokens, whatever the model was about to think. Thinking: tokens of "
+    "it, in the mean and at most."
+)
 ABOUT = (
     "The mean reward of answers to problems of each task that nobody was trained on, each drawn once at temperature 1. "
     "Lost: answers that nothing is known of, because an environment or a grader failed."
@@ -31,12 +37,13 @@ ABOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Practised:
-    """scores[model][task]."""
+    """scores[model][task]; curve[thinking budget][task]."""
 
     title: str
     command: str
     scores: Mapping[str, Mapping[str, Score]]
     facts: Mapping[str, str] = field(default_factory=dict)
+    curve: Mapping[int, Mapping[str, Score]] = field(default_factory=dict)
 
     @property
     def tasks(self) -> list[str]:
@@ -49,46 +56,78 @@ class Practised:
             for name, by_task in self.scores.items():
                 if task in by_task:
                     one = by_task[task]
-                    low, high = interval(one)
-                    ends = "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-                    found.append([task, name, f"{one.mean:.3f}", ends, f"{len(one.rewards):,}", f"{one.lost:,}"])
+                    found.append([task, name, *measured(one), f"{len(one.rewards):,}", f"{one.lost:,}"])
         return found
+
+    @property
+    def by_budget(self) -> list[list[str]]:
+        """Rows of CURVE, task by task."""
+        thinking = [*dict.fromkeys(task for by_task in self.curve.values() for task in by_task)]
+        return [
+            [task, f"{budget:,}", *measured(one), f"{mean_of(one.thought):.1f}", f"{max(one.thought, default=0):,}"]
+            for task in thinking
+            for budget, by_task in self.curve.items()
+            for one in (by_task[task],)
+        ]
+
+
+def measured(one: Score) -> tuple[str, str]:
+    """Its mean, and the ends of its interval."""
+    low, high = interval(one)
+    return f"{one.mean:.3f}", "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
+
+
+def mean_of(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def interval(one: Score) -> tuple[float, float]:
     return one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
 
 
-def summary(found: Practised) -> Table:
-    shown = Table(*HEAD, title="Reward")
-    for row in found.rows:
-        shown.add_row(*row)
+def summary(found: Practised) -> list[Table]:
+    shown = []
+    for title, head, rows in (("Reward", HEAD, found.rows), ("Thinking budget", CURVE, found.by_budget)):
+        if rows:
+            shown.append(Table(*head, title=title))
+            for row in rows:
+                shown[-1].add_row(*row)
     return shown
 
 
-def show(run: Run, scores: Mapping[str, Mapping[str, Score]], *, title: str, facts: Mapping[str, str]) -> None:
-    """The report, and its table on the terminal."""
-    found = Practised(title=title, command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores, facts=facts)
+def show(run: Run, scores: Mapping[str, Mapping[str, Score]], **told: Any) -> None:
+    """The report, and its tables on the terminal. told: title, facts and curve of `Practised`."""
+    found = Practised(command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores, **told)
     write(run, found)
-    Console(soft_wrap=True, highlight=False).print(summary(found), f"report {run.report}", sep="\n")
+    Console(soft_wrap=True, highlight=False).print(*summary(found), f"report {run.report}", sep="\n")
 
 
 def write(run: Run, found: Practised) -> None:
     """results.json, report.html and, where matplotlib is there, report.png."""
-    scores = {
-        name: {task: {"reward": one.mean, "error": one.error, "answers": len(one.rewards), "lost": one.lost}
-               for task, one in by_task.items()}
-        for name, by_task in found.scores.items()
-    }  # fmt: skip
+    scores = {name: plain_scores(by_task) for name, by_task in found.scores.items()}
+    curve = {str(budget): plain_scores(by_task) for budget, by_task in found.curve.items()}
     plain = {"title": found.title, "command": found.command, "facts": dict(found.facts), "scores": scores}
+    plain |= {"curve": curve} if curve else {}
     write_atomic(run.folder / "results.json", json.dumps(finite(plain), indent=1) + "\n")
     rows = read_metrics(run.metrics)
     write_atomic(run.report, render(found, rows))
     if charts.missing() is None:
         parts: list = [("Reward by task", draw_scores, (found,))]
+        if found.curve:
+            parts.append(("Reward by thinking budget", draw_curve, (found,)))
         if lines := rewards(rows):
             parts.append(("Reward in training", charts.draw_depths, (lines, "reward")))
         charts.png(run.picture, parts)
+
+
+def plain_scores(by_task: Mapping[str, Score]) -> dict[str, dict]:
+    return {
+        task: {
+            "reward": one.mean, "error": one.error, "answers": len(one.rewards), "lost": one.lost,
+            "thinking": mean_of(one.thought), "longest": max(one.thought, default=0),
+        }
+        for task, one in by_task.items()
+    }  # fmt: skip
 
 
 def rewards(rows: Sequence[Mapping]) -> list[Line]:
@@ -101,12 +140,19 @@ def render(found: Practised, rows: Sequence[Mapping]) -> str:
     facts = [*map(list, (dict(found.facts) | environment()).items())]
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
-        section("scores", "Scores", grid(scores), table(HEAD, found.rows, kind="words")),
+        section("scores", "Scores", grid(scores, *budgets(found)), table(HEAD, found.rows, kind="words")),
         section("training", "Training", grid(reward_chart(rows), loss_chart(rows), *on_the_way(rows))),
         section("reproduce", "Reproduce", f"<pre>{text(found.command)}</pre>", table(("", ""), facts)),
         "</main><footer>Written by Nautilus.</footer>",
     ]
     return page(found.title, "".join(parts))
+
+
+def budgets(found: Practised) -> list[str]:
+    if not found.curve:
+        return []
+    image = picture(draw_curve, found)
+    return [chart("Reward by thinking budget", BUDGET, image, table(CURVE, found.by_budget, kind="words"))]
 
 
 def reward_chart(rows: Sequence[Mapping]) -> str:
@@ -150,6 +196,21 @@ def draw_scores(figure, found: Practised) -> None:
     axes.set_xlabel("reward")
     axes.grid(False, axis="y")
     figure.legend(loc="outside lower center", ncols=len(found.scores), handlelength=1)
+
+
+def draw_curve(figure, found: Practised) -> None:
+    """A line for each task that thinks, over budgets."""
+    axes = figure.subplots()
+    for place, task in enumerate(dict.fromkeys(task for by_task in found.curve.values() for task in by_task)):
+        pairs = [(budget, by_task[task]) for budget, by_task in found.curve.items() if task in by_task]
+        means, errors = [one.mean for _, one in pairs], [half(one) for _, one in pairs]
+        colour = LIGHT[LINES[place % len(LINES)]]
+        axes.errorbar([budget for budget, _ in pairs], means, yerr=errors, marker="o", markersize=4, capsize=3,
+                      color=colour, label=task)  # fmt: skip
+    axes.set_ylim(0, 1.02)
+    axes.set_xlabel("tokens of thinking at most")
+    axes.set_ylabel("reward")
+    axes.legend(loc="best", handlelength=1)
 
 
 def half(one: Score) -> float:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
@@ -19,13 +20,16 @@ from nautilus.serve.service import Service
 from nautilus.tasks import Problem, Task
 from nautilus.tasks.asked import Asked
 
+Solved = tuple[float, int] | None  # the reward of an answer and its tokens of thinking; None for one that was lost
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Of a task: rewards of its answers, less those that were lost."""
+    """Of a task: rewards of its answers, less those that were lost; thought: tokens of thinking of each."""
 
     rewards: Sequence[float]
     lost: int = 0
+    thought: Sequence[int] = ()
 
     @property
     def mean(self) -> float:
@@ -54,20 +58,41 @@ def exam(task: Task, count: int, *, levels: Sequence[int] = (), seed: int = 0) -
 
 def examined(
     run: Run, name: str, model: Language, *, tasks: Sequence[Asked], count: int, settings: Practice,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer, playing: Playing | None = None,
 ) -> dict[str, Score]:  # fmt: skip
     """By task, on problems of its own split."""
     questions = [(one.task, problem) for one in tasks for problem in exam(one.task, count, levels=one.levels)]
     found = solved(
-        run.state / f"{name}.jsonl", model, tokenizer, questions, settings.playing, together=settings.together
+        run.state / f"{name}.jsonl", model, tokenizer, questions, playing or settings.playing,
+        together=settings.together,
+    )  # fmt: skip
+    by_task: dict[str, list[Solved]] = {}
+    for (task, _), answers in zip(questions, found, strict=True):
+        by_task.setdefault(task.name, []).extend(answers)
+    return {task: score_of(all_of) for task, all_of in by_task.items()}
+
+
+def score_of(answers: Sequence[Solved]) -> Score:
+    known = [one for one in answers if one is not None]
+    return Score(
+        rewards=[reward for reward, _ in known], lost=len(answers) - len(known), thought=[tokens for _, tokens in known]
     )
-    by_task: dict[str, list[float | None]] = {}
-    for (task, _), rewards in zip(questions, found, strict=True):
-        by_task.setdefault(task.name, []).extend(rewards)
-    return {
-        task: Score(rewards=[one for one in all_of if one is not None], lost=all_of.count(None))
-        for task, all_of in by_task.items()
-    }
+
+
+def curve(
+    run: Run, model: Language, budgets: Sequence[int], *, tasks: Sequence[Asked], count: int, settings: Practice,
+    tokenizer: Tokenizer,
+) -> dict[int, dict[str, Score]]:  # fmt: skip
+    """By thinking budget, then by task: what thinking longer brings. Tasks that are answered at once have no part."""
+    found = {}
+    for budget in budgets:
+        playing = replace(settings.playing, thinking_budget=budget)
+        thinking = [one for one in tasks if playing.chatting(one.task).enable_thinking]
+        found[budget] = examined(
+            run, f"budget_{budget}", model, tasks=thinking, count=count, settings=settings, tokenizer=tokenizer,
+            playing=playing,
+        )  # fmt: skip
+    return found
 
 
 def with_rates(
@@ -82,14 +107,18 @@ def with_rates(
         together=settings.together, seed=settings.seed + 1,
     )  # fmt: skip
     rates = {
-        problem.id: mean([one for one in rewards if one is not None])
-        for (_, problem), rewards in zip(questions, all_of, strict=True)
+        problem.id: mean([one[0] for one in answers if one is not None])
+        for (_, problem), answers in zip(questions, all_of, strict=True)
     }
     return [replace(one, rates=rates) for one in found]
 
 
 def mean(rewards: Sequence[float]) -> float:
     return sum(rewards) / len(rewards) if rewards else 0.0
+
+
+def solved_of(row: Mapping[str, Any]) -> Solved:
+    return None if row["reward"] is None else (row["reward"], row["thought"])
 
 
 def solved(
@@ -102,19 +131,21 @@ def solved(
     times: int = 1,
     together: int = 64,
     seed: int = 0,
-) -> list[list[float | None]]:
-    """The rewards of `times` answers to each problem, None for one that was lost; what the file has is not asked
-    again."""
+) -> list[list[Solved]]:
+    """`times` answers to each problem; what the file has is not asked again."""
     rows = read_metrics(path)
-    known = {(row["problem"], row["time"]): row["reward"] for row in rows}
+    known = {(row["problem"], row["time"]): solved_of(row) for row in rows}
     asked = [(task, problem, time) for task, problem in questions for time in range(times)]
     left = [one for one in asked if (one[1].id, one[2]) not in known]
     path.parent.mkdir(parents=True, exist_ok=True)
     with Progress(path, len(asked), len(asked) - len(left), shown=("reward",), unit="answer") as progress:
 
         def told(problem: Problem, time: int, found: Rollout | None) -> None:
-            reward = known[problem.id, time] = None if found is None else found.verdict.reward
-            progress({"step": len(known) - 1, "problem": problem.id, "time": time, "reward": reward})
+            row = {"step": len(known), "problem": problem.id, "time": time, "reward": None, "thought": 0}
+            if found is not None:
+                row |= {"reward": found.verdict.reward, "thought": sum(turn.thought for turn in found.turns)}
+            known[problem.id, time] = solved_of(row)
+            progress(row)
 
         asyncio.run(asking(model, tokenizer, left, playing, together, seed, told))
     return [[known[problem.id, time] for time in range(times)] for _, problem in questions]

@@ -25,12 +25,12 @@ from nautilus.posttrain.credit import form_fault
 from nautilus.runtime import UserError
 from nautilus.serve.budget import thinking_rules
 from nautilus.serve.control import opens_thinking
-from nautilus.serve.markers import CLOSE, OPEN
+from nautilus.serve.markers import CLOSE, OPEN, THOUGHT
 from nautilus.serve.request import Completion, Piece
 from nautilus.serve.sampling import Sampling
 from nautilus.serve.service import Busy, Job, Lost
 from nautilus.serve.toolcalls import split_answer
-from nautilus.tasks import Call, Episode, GraderBroken, Problem, Reply, Task, Verdict
+from nautilus.tasks import Call, Episode, GraderBroken, Message, Problem, Reply, Task, Verdict
 
 T = TypeVar("T")
 
@@ -76,12 +76,15 @@ class Playing:
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What the model drew: tokens begin..end of a rollout. forced: those of them that a budget wrote."""
+    """What the model drew: tokens begin..end of a rollout. forced: those of them that a budget wrote; thought: tokens
+    before thinking was closed, all of them where it never was; told: what the task said then."""
 
     begin: int
     end: int
     reply: Reply
     forced: frozenset[int] = frozenset()
+    thought: int = 0
+    told: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +155,7 @@ class Player:
             told = await self.in_time(episode, episode.hear, turn.reply)
             if not told or not turn.reply.ended:
                 break
+            turns[-1] = dataclasses.replace(turn, told=tuple(told))
             more = following_tokens(self.tokenizer, messages, told, **told_how)
             messages += [{"role": "assistant", "content": "."}, *told]
             tokens, logprobs = [*tokens, *more], [*logprobs, *[0.0] * len(more)]
@@ -175,7 +179,12 @@ class Player:
             for rule in rules:
                 rule.add(token)
         reply = reply_of(answer, inside=inside, tools=problem.tools)
-        return Turn(begin=begin, end=begin + len(answer.tokens), reply=reply, forced=frozenset(forced))
+        close = self.tokenizer.control.get(THOUGHT)
+        thought = answer.tokens.index(close) if close in answer.tokens else len(answer.tokens)
+        return Turn(
+            begin=begin, end=begin + len(answer.tokens), reply=reply, forced=frozenset(forced),
+            thought=thought if inside else 0,
+        )  # fmt: skip
 
     async def judged(self, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
         """What is wrong with the form of the last turn leaves nothing of the reward."""

@@ -26,7 +26,7 @@ from nautilus.posttrain.blend import Blend, Curriculum
 from nautilus.posttrain.compared import Judged, judges_of
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.practice import domains, open_practice, practise, wanted
-from nautilus.posttrain.profile import examined, with_rates
+from nautilus.posttrain.profile import curve, examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
@@ -48,6 +48,7 @@ class Settings(Judged):
     profile: int = setting(0, "answers to each problem before training, by which the order is easy to hard; 0: mixed")
     curriculum: Curriculum = Curriculum()
     measured: int = setting(256, "other problems of each task, measured before and after")
+    budgets: tuple[int, ...] = setting((), "thinking budgets under which the trained model is measured too")
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +83,9 @@ def main(settings: Settings) -> None:
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
     title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"
     facts = {"model": settings.model, "seed": str(settings.seed)}
-    report.show(run, {"before": before, "after": after}, title=title, facts=facts)
+    how = {"tasks": tasks, "count": settings.measured, "settings": settings, "tokenizer": tokenizer}
+    found = curve(run, model, settings.budgets, **how)
+    report.show(run, {"before": before, "after": after}, title=title, facts=facts, curve=found)
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:

@@ -126,10 +126,12 @@ class Mtp:
     def terms(self, model: Language, batch: Batch, hidden_BTD: Tensor) -> Pairs:
         if not self.depths:
             return {}
-        deeper, found = model.mtp_hidden(hidden_BTD, batch.tokens, self.depths, batch.document, apart=True), Pairs()
+        head_VD, found = model.head_weight, Pairs()
+        assert isinstance(head_VD, Tensor), "what trains is not packed"
+        deeper = model.mtp_hidden(hidden_BTD, batch.tokens, self.depths, batch.document, apart=True)
         for k, deep_BTD in enumerate(deeper, 1):
             weight_BT, target_BT = batch.weights[f"mtp_{k}"][:, k + 1 :], batch.tokens[:, k + 1 :]
-            own = deep_BTD[:, : -(k + 1)].flatten(0, 1), model.head_weight.detach(), target_BT.flatten()
+            own = deep_BTD[:, : -(k + 1)].flatten(0, 1), head_VD.detach(), target_BT.flatten()
             found[f"mtp_{k}"] = (weighted_nll(*own, weight_BT.flatten()), weight_BT.sum())
         return found
 

@@ -48,12 +48,13 @@ PROBE = 256  # cycles after which a block that nobody has asked for so long draf
 @dataclass(kw_only=True)
 class Known:
     """Of one request: what became of its drafts, and when to look for one again. at: its tokens at the cycle before;
-    asked: those when a block last drafted; gained, spent: seconds of plain steps that its cycles took the place of, and
-    their own, as of late."""
+    asked: those when a block last drafted; led: whether one has, for it; gained, spent: seconds of plain steps that its
+    cycles took the place of, and their own, as of late."""
 
     depths: Depths
     at: int
     asked: int
+    led: bool = False
     history: History = field(default_factory=History)
     trust: MatchTrust = field(default_factory=MatchTrust)
     situation: Situation | None = None
@@ -237,7 +238,7 @@ class Speculation:
             self.drafting.add(len(one.tokens), max(0.0, time.perf_counter() - begin - self.late(request)))
         self.quiet = 0
         for request in asked:
-            self.known[request].asked = len(request.tokens)
+            self.known[request].asked, self.known[request].led = len(request.tokens), True
         return {
             request: Proposal(
                 source=self.chain.head.source, tokens=one.tokens, whole=len(one.tokens), foretold=one
@@ -291,8 +292,12 @@ class Speculation:
         self.copies.finish(request, request.tenant, request.tokens[request.prompt :])
 
     def leave(self, request: Request) -> None:
-        """What a block keeps of a request is to end where the model's own does: others may go on from there."""
+        """What a block keeps of a request is to end where the model's own does: others may go on from there. A block
+        that was not worth asking is not worth telling, either."""
         if self.chain is not None and request.berth is not None and request.berth.behind:
+            if not self.of(request).led:
+                request.berth.behind = None
+                return
             try:
                 self.chain.catch_up([request], leaving=True)
             except Exception as bad:

@@ -134,13 +134,15 @@ def hidden(model: Language, context: Context, tokens_BT: Tensor, *, document_BT:
 
 def mtp_hidden(
     model: Language, context: Context, hidden_BTD: Tensor, tokens_BT: Tensor, depths: int,
-    document_BT: Tensor | None = None,
+    document_BT: Tensor | None = None, *, apart: bool = False,
 ) -> list[Tensor]:  # fmt: skip
     """As Language.mtp_hidden."""
     own = None if document_BT is None else document_BT[:, :-HALO]
     batch, time = tokens_BT.shape[0], tokens_BT.shape[1] - HALO
     span = place(context.enter(time, own), own, batch, time, tokens_BT.device)
     embeds_BTD, x, out = model.embed(tokens_BT), hidden_BTD[:, :-HALO], []
+    if apart:
+        embeds_BTD, x = embeds_BTD.detach(), x.detach()
     if context.rank == context.ranks - 1:  # beyond the row there is nothing, not a token
         embeds_BTD = nn.functional.pad(embeds_BTD[:, :time], (0, 0, 0, HALO))
     for depth in range(1, depths + 1):
