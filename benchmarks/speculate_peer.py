@@ -41,7 +41,7 @@ from nautilus.eval.families import FAMILIES, Prompt  # noqa: E402
 from nautilus.eval.made import prompts  # noqa: E402
 from nautilus.eval.speculation import Answered, bootstrap  # noqa: E402
 
-OURS, THEIRS = "ours", "llama.cpp"
+OURS, THEIRS, SHORT = "ours", "llama.cpp", 12
 SHORTER = ["--spec-ngram-mod-n-match", 8, "--spec-ngram-mod-n-min", 1]
 THEIR_ARMS: dict[str, list] = {
     "plain": [],
@@ -75,9 +75,11 @@ def contestants(asked: argparse.Namespace, mtp: bool) -> dict[tuple[str, str], S
 
 
 def answer(server: Server, tokens: Sequence[int], most: int) -> servers.Answered:
+    """After a short one that does not count: what a server has in the caches is gone when it has stood still."""
     server.go_on()
+    body = {"prompt": [*tokens], "max_tokens": most, "temperature": 0, **COUNTED}
     try:
-        body = {"prompt": [*tokens], "max_tokens": most, "temperature": 0, **COUNTED}
+        asyncio.run(servers.ask(server.port, "completions", body | {"prompt": [*tokens[:8]], "max_tokens": SHORT}))
         return asyncio.run(servers.ask(server.port, "completions", body))
     finally:
         server.stop()
@@ -86,7 +88,7 @@ def answer(server: Server, tokens: Sequence[int], most: int) -> servers.Answered
 def compared(asked: argparse.Namespace, all_of: Mapping[tuple[str, str], Server], tokenizer) -> tuple[list, list]:
     """The answers, and whether both sides gave the same one without drafts."""
     rows, alike = [], []
-    questions = [one for family in FAMILIES for one in prompts(family, asked.each, seed=asked.seed)]
+    questions = [one for family in asked.families for one in prompts(family, asked.each, seed=asked.seed)]
     for server in all_of.values():  # prepares itself
         answer(server, tokenizer.encode("Once upon a time"), 32)
     for number, one in enumerate(questions):
@@ -115,7 +117,7 @@ def gains(rows: Sequence[Answered]) -> dict[str, dict[str, tuple[float, float, f
     rates = {(one.target, one.arm, one.key): math.log(one.rate) for one in rows if one.same}
     found: dict[str, dict[str, tuple[float, float, float]]] = {}
     for arm in [*dict.fromkeys(one.arm for one in rows if one.target == THEIRS and one.arm != "plain")]:
-        for family in (*FAMILIES, "all"):
+        for family in (*dict.fromkeys(one.family for one in rows), "all"):
             logs = []
             for key in dict.fromkeys(one.key for one in rows if family in (one.family, "all")):
                 four = [(OURS, "ours", key), (OURS, "plain", key), (THEIRS, arm, key), (THEIRS, "plain", key)]
@@ -131,6 +133,7 @@ def main(words: list[str]) -> None:
     parser.add_argument("model", type=Path, help="a run or a checkpoint folder")
     parser.add_argument("--hvd", type=Path, help="folder of the predictor")
     parser.add_argument("--folder", type=Path, default=Path("runs/speculate_peer"), help="of the file and the logs")
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=[*FAMILIES])
     parser.add_argument("--each", type=int, default=10, help="prompts of a family")
     parser.add_argument("--answer", type=int, default=256, help="most tokens of an answer")
     parser.add_argument("--drafts", type=int, default=16)

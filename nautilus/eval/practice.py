@@ -18,6 +18,7 @@ from nautilus.eval.charts import LIGHT, LINES, Line
 from nautilus.eval.figures import lines_chart, loss_chart, picture
 from nautilus.eval.material import family, series, smooth, thin
 from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
+from nautilus.eval.pipeline import More
 from nautilus.eval.report import environment
 from nautilus.posttrain.profile import Score
 from nautilus.runtime import Run, program, read_metrics, write_atomic
@@ -37,13 +38,14 @@ ABOUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Practised:
-    """scores[model][task]; curve[thinking budget][task]."""
+    """scores[model][task]; curve[thinking budget][task]; more: further tables, as title, head and rows."""
 
     title: str
     command: str
     scores: Mapping[str, Mapping[str, Score]]
     facts: Mapping[str, str] = field(default_factory=dict)
     curve: Mapping[int, Mapping[str, Score]] = field(default_factory=dict)
+    more: Sequence[More] = ()
 
     @property
     def tasks(self) -> list[str]:
@@ -87,7 +89,8 @@ def interval(one: Score) -> tuple[float, float]:
 
 def summary(found: Practised) -> list[Table]:
     shown = []
-    for title, head, rows in (("Reward", HEAD, found.rows), ("Thinking budget", CURVE, found.by_budget)):
+    known = ("Reward", HEAD, found.rows), ("Thinking budget", CURVE, found.by_budget), *found.more
+    for title, head, rows in known:
         if rows:
             shown.append(Table(*head, title=title))
             for row in rows:
@@ -96,7 +99,7 @@ def summary(found: Practised) -> list[Table]:
 
 
 def show(run: Run, scores: Mapping[str, Mapping[str, Score]], **told: Any) -> None:
-    """The report, and its tables on the terminal. told: title, facts and curve of `Practised`."""
+    """The report, and its tables on the terminal. told: title, facts, curve and more of `Practised`."""
     found = Practised(command=f"{program()} {shlex.join(sys.argv[1:])}", scores=scores, **told)
     write(run, found)
     Console(soft_wrap=True, highlight=False).print(*summary(found), f"report {run.report}", sep="\n")
@@ -108,6 +111,7 @@ def write(run: Run, found: Practised) -> None:
     curve = {str(budget): plain_scores(by_task) for budget, by_task in found.curve.items()}
     plain = {"title": found.title, "command": found.command, "facts": dict(found.facts), "scores": scores}
     plain |= {"curve": curve} if curve else {}
+    plain |= {title.lower(): [dict(zip(head, row, strict=True)) for row in rows] for title, head, rows in found.more}
     write_atomic(run.folder / "results.json", json.dumps(finite(plain), indent=1) + "\n")
     rows = read_metrics(run.metrics)
     write_atomic(run.report, render(found, rows))
@@ -141,7 +145,8 @@ def render(found: Practised, rows: Sequence[Mapping]) -> str:
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
         section("scores", "Scores", grid(scores, *budgets(found)), table(HEAD, found.rows, kind="words")),
-        section("training", "Training", grid(reward_chart(rows), loss_chart(rows), *on_the_way(rows))),
+        *(section(title.lower(), title, table(head, rows, kind="words")) for title, head, rows in found.more),
+        section("training", "Training", grid(reward_chart(rows), loss_chart(rows), *on_the_way(rows))) if rows else "",
         section("reproduce", "Reproduce", f"<pre>{text(found.command)}</pre>", table(("", ""), facts)),
         "</main><footer>Written by Nautilus.</footer>",
     ]

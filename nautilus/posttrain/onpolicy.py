@@ -183,7 +183,10 @@ class Ahead(Stream):
 
         async def end() -> None:
             assert self.crew is not None
-            self.drawing.cancel()
+            under_way = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in under_way:
+                task.cancel()
+            await asyncio.gather(*under_way, return_exceptions=True)
             await self.crew.close()
 
         self.wait(end())

@@ -30,7 +30,8 @@ from nautilus.serve.request import Completion, Piece
 from nautilus.serve.sampling import Sampling
 from nautilus.serve.service import Busy, Job, Lost
 from nautilus.serve.toolcalls import split_answer
-from nautilus.tasks import Call, Episode, GraderBroken, Message, Problem, Reply, Task, Verdict
+from nautilus.tasks import Call, Episode, GraderBroken, Problem, Reply, Task, Verdict
+from nautilus.tasks.task import Message
 
 T = TypeVar("T")
 

@@ -17,6 +17,7 @@ their weights, what they write learnt as worked answers, and reinforcement on al
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -34,7 +35,7 @@ from nautilus.posttrain.pipeline import averaged, questions, written_by
 from nautilus.posttrain.practice import wanted
 from nautilus.posttrain.profile import Score, curve, examined
 from nautilus.recipes import boost, mopd, rlvr, sft
-from nautilus.runtime import Run, UserError, continue_or_create, keep_memory, read_json, write_json
+from nautilus.runtime import Run, UserError, continue_or_create, keep_memory, read_json, write_atomic
 from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "measured": 32, "save_every": 0}
@@ -111,7 +112,7 @@ def stage(run: Run, seed: int, name: str, recipe: ModuleType, settings: Any, **g
         begin = time.monotonic()
         recipe.main(replace(settings, out=out, seed=seed, **given))
         known = read_json(minutes(run)) if minutes(run).is_file() else {}
-        write_json(minutes(run), {**known, name: (time.monotonic() - begin) / 60})
+        write_atomic(minutes(run), json.dumps({**known, name: (time.monotonic() - begin) / 60}) + "\n")
     return out
 
 

@@ -1,0 +1,56 @@
+"""Between the stages of post-training: questions for the next one, and what else can be made of specialists."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import nautilus
+from nautilus.data.mix import number_of
+from nautilus.posttrain.blend import domain
+from nautilus.posttrain.practice import Practice
+from nautilus.posttrain.written import written
+from nautilus.runtime import Run, write_atomic
+from nautilus.tasks.asked import Asked, asked
+from nautilus.train.average import average_checkpoints
+
+
+def questions(path: Path, tasks: Sequence[Asked], count: int, seed: int = 0) -> Path:
+    """So many problems of the tasks in turn, as JSON lines with the last message of each as `prompt`."""
+    share = -(-count // len(tasks))
+    found = [domain(one.task, share, levels=one.levels, seed=seed).problems for one in tasks]
+    mixed = [one for some in itertools.zip_longest(*found) for one in some if one is not None]
+    lines = (json.dumps({"prompt": one.messages[-1]["content"]}) + "\n" for one in mixed)
+    write_atomic(path, "".join(dict.fromkeys(lines)))
+    return path
+
+
+def averaged(runs: Sequence[Path], folder: Path) -> Path:
+    """A checkpoint folder with the mean of their weights, each with the same say."""
+    if not folder.is_dir():
+        model, tokenizer = nautilus.load(runs[0])
+        model.load_state_dict(average_checkpoints([Run(place).model for place in runs], kind="uniform"))
+        model.save(folder, tokenizer=tokenizer, facts={"mean of": ", ".join(place.name for place in runs)})
+    return folder
+
+
+def written_by(
+    teachers: Mapping[str, Path], tasks: Mapping[str, str], settings: Practice, count: int, folder: Path
+) -> Path:
+    """What each teacher answers to so many problems of its task, right or wrong, as conversations in one file."""
+    whole, parts = folder / "conversations.jsonl", list[str]()
+    if whole.is_file():
+        return whole
+    for name, place in teachers.items():
+        model, tokenizer = nautilus.load(place)
+        one = asked(tasks[name])
+        problems = domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 7)).problems
+        pairs = [(one.task, problem) for problem in problems]
+        how = replace(settings, tasks=(tasks[name],))
+        file = written(folder / name, model.requires_grad_(False).eval(), tokenizer, pairs, how)
+        parts.append(file.read_text())
+    write_atomic(whole, "".join(parts))
+    return whole
