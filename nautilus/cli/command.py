@@ -38,11 +38,11 @@ COMMANDS = {
     "eval": Command("nautilus.recipes.eval", "examine a model: retrieval in long texts, tasks of lm-eval"),
     "sft": Command("nautilus.recipes.sft", "train a model on finished conversations and worked answers"),
     "rlvr": Command("nautilus.recipes.rlvr", "train a model by reinforcement on tasks that can be verified"),
+    "dpo": Command("nautilus.recipes.dpo", "train a model to prefer its better answers"),
+    "mopd": Command("nautilus.recipes.mopd", "distil several teachers into one student, on its own answers"),
     "posttrain": Command(
         "nautilus.recipes.posttrain", "the whole pipeline: sft, specialists, one student of them, boost"
     ),
-    "dpo": Command("nautilus.recipes.dpo", "train a model to prefer its better answers"),
-    "mopd": Command("nautilus.recipes.mopd", "distil several teachers into one student, on its own answers"),
     "boost": Command("nautilus.recipes.boost", "train a model's prediction block so that more drafts are accepted"),
     "eagle": Command("nautilus.recipes.eagle", "train a draft head for a model, in the manner of EAGLE-3"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),

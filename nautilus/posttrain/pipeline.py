@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import nautilus
 from nautilus.data.mix import number_of
 from nautilus.posttrain.blend import domain
+from nautilus.posttrain.compared import Load
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.written import written
 from nautilus.runtime import Run, write_atomic
@@ -28,24 +28,24 @@ def questions(path: Path, tasks: Sequence[Asked], count: int, seed: int = 0) -> 
     return path
 
 
-def averaged(runs: Sequence[Path], folder: Path) -> Path:
+def averaged(runs: Sequence[Path], folder: Path, load: Load) -> Path:
     """A checkpoint folder with the mean of their weights, each with the same say."""
     if not folder.is_dir():
-        model, tokenizer = nautilus.load(runs[0])
+        model, tokenizer = load(str(runs[0]))
         model.load_state_dict(average_checkpoints([Run(place).model for place in runs], kind="uniform"))
         model.save(folder, tokenizer=tokenizer, facts={"mean of": ", ".join(place.name for place in runs)})
     return folder
 
 
 def written_by(
-    teachers: Mapping[str, Path], tasks: Mapping[str, str], settings: Practice, count: int, folder: Path
+    teachers: Mapping[str, Path], tasks: Mapping[str, str], settings: Practice, count: int, folder: Path, load: Load
 ) -> Path:
     """What each teacher answers to so many problems of its task, right or wrong, as conversations in one file."""
     whole, parts = folder / "conversations.jsonl", list[str]()
     if whole.is_file():
         return whole
     for name, place in teachers.items():
-        model, tokenizer = nautilus.load(place)
+        model, tokenizer = load(str(place))
         one = asked(tasks[name])
         problems = domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 7)).problems
         pairs = [(one.task, problem) for problem in problems]

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ import nautilus
 from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
+from nautilus.model.language import Language
 from nautilus.posttrain.pipeline import averaged, questions, written_by
 from nautilus.posttrain.practice import wanted
 from nautilus.posttrain.profile import Score, curve, examined
@@ -67,14 +69,29 @@ class Settings:
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to train; write nautilus posttrain MODEL, a run, a checkpoint folder or a hub id")
-    asked = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
-    tasks, how = {one.task.name: words for one, words in zip(wanted(asked), settings.tasks, strict=True)}, wanted(asked)
+    how = wanted(replace(settings.specialist, tasks=settings.tasks))
+    tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings))
-    do = partial(stage, run, settings.seed)
-    taught = settings.supervised.tasks or settings.tasks
-    base = student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
-    models = {"sft": base}
+    models = trained(settings, run, tasks)
+    student, drafts = models[f"student {settings.iterations}"], None
+    models |= baselines(settings, run, models["sft"], tasks) if settings.baselines else {}
+    if nautilus.load(student)[0].config.mtp:
+        file = questions(run.state / "questions.jsonl", how, settings.drafts.answers + settings.drafts.measured)
+        drafts = stage(run, settings, "boost", boost, settings.drafts, model=str(student), prompts=(f"{file}#prompt",))
+    scores = {name: measured(settings, run, name, place) for name, place in models.items()}
+    by_budget = measured_by_budget(settings, run, student)
+    more = told_of(scores, [*tasks], settings.iterations, minutes=read_json(minutes(run)), drafts=drafts)
+    title = f"{Path(settings.model).name}: one student of {len(tasks)} teachers"
+    facts = {"model": settings.model, "seed": str(settings.seed)}
+    report.show(run, scores, title=title, facts=facts, curve=by_budget, more=more)
+
+
+def trained(settings: Settings, run: Run, tasks: Mapping[str, str]) -> dict[str, Path]:
+    """The runs of all specialists and students by name, and of what they begin from."""
+    taught, do = settings.supervised.tasks or settings.tasks, partial(stage, run, settings)
+    student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
+    models = {"sft": student}
     for number in range(1, settings.iterations + 1):
         teachers = {
             name: do(f"{number}-{name}", rlvr, settings.specialist, model=str(student), tasks=(words,))
@@ -85,32 +102,34 @@ def main(settings: Settings) -> None:
         student = do(f"{number}-student", mopd, settings.student, **given)
         models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
         models[f"student {number}"] = student
-    if settings.baselines:
-        models |= baselines(settings, run, base, tasks)
-    drafts = None
-    if nautilus.load(student)[0].config.mtp:
-        file = questions(run.state / "questions.jsonl", how, settings.drafts.answers + settings.drafts.measured)
-        drafts = do("boost", boost, settings.drafts, model=str(student), prompts=(f"{file}#prompt",))
-    scores = dict[str, dict[str, Score]]()
-    for name, place in models.items():
-        model, tokenizer = nautilus.load(place)
-        given = {"tasks": how, "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
-        scores[name] = examined(run, name.replace(" ", "_"), model, **given)
-        if place == student:
-            by_budget = curve(run, model, settings.budgets, **given)
-    title = f"{Path(settings.model).name}: one student of {len(tasks)} teachers"
-    more = told_of(scores, [*tasks], settings.iterations, minutes=read_json(minutes(run)), drafts=drafts)
-    report.show(run, scores, title=title, facts={"model": settings.model, "seed": str(settings.seed)},
-                curve=by_budget, more=more)  # fmt: skip
+    return models
 
 
-def stage(run: Run, seed: int, name: str, recipe: ModuleType, settings: Any, **given: Any) -> Path:
+def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:
+    """The model, and how it is asked."""
+    model, tokenizer = nautilus.load(place)
+    asked = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
+    given = {"tasks": wanted(asked), "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
+    return model.requires_grad_(False).eval(), given
+
+
+def measured(settings: Settings, run: Run, name: str, place: Path) -> dict[str, Score]:
+    model, given = exam(settings, place)
+    return examined(run, name.replace(" ", "_"), model, **given)
+
+
+def measured_by_budget(settings: Settings, run: Run, place: Path) -> dict[int, dict[str, Score]]:
+    model, given = exam(settings, place)
+    return curve(run, model, settings.budgets, **given)
+
+
+def stage(run: Run, whole: Settings, name: str, recipe: ModuleType, settings: Any, **given: Any) -> Path:
     """The run of a recipe, which is not done again where it has its report."""
     out = run.folder / name
     if not (out / "report.html").is_file():
         Console(highlight=False).rule(name)
         begin = time.monotonic()
-        recipe.main(replace(settings, out=out, seed=seed, **given))
+        recipe.main(replace(settings, out=out, seed=whole.seed, **given))
         known = read_json(minutes(run)) if minutes(run).is_file() else {}
         write_atomic(minutes(run), json.dumps({**known, name: (time.monotonic() - begin) / 60}) + "\n")
     return out
@@ -120,12 +139,12 @@ def minutes(run: Run) -> Path:
     return run.state / "minutes.json"
 
 
-def baselines(settings: Settings, run: Run, base: Path, tasks: dict[str, str]) -> dict[str, Path]:
+def baselines(settings: Settings, run: Run, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
     """Made of the first specialists, or with as many rollouts as they had."""
-    do, teachers = partial(stage, run, settings.seed), {name: run.folder / f"1-{name}" for name in tasks}
-    mean = averaged([*teachers.values()], run.folder / "mean")
+    do, teachers = partial(stage, run, settings), {name: run.folder / f"1-{name}" for name in tasks}
+    mean = averaged([*teachers.values()], run.folder / "mean", nautilus.load)
     given = replace(settings.specialist, seed=settings.seed)
-    file = written_by(teachers, tasks, given, LEARNT // len(tasks), run.state / "written")
+    file = written_by(teachers, tasks, given, LEARNT // len(tasks), run.state / "written", nautilus.load)
     mixed = replace(settings.specialist, steps=settings.specialist.steps * len(tasks))
     learnt = replace(settings.supervised, tasks=(), problems=1, steps=settings.student.steps)
     return {
