@@ -73,6 +73,7 @@ def main(settings: Settings) -> None:
     tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings))
+    run.state.mkdir(exist_ok=True)
     models = trained(settings, run, tasks)
     student, drafts = models[f"student {settings.iterations}"], None
     models |= baselines(settings, run, models["sft"], tasks) if settings.baselines else {}

@@ -50,7 +50,7 @@ class Settings:
     off: float = setting(0.0, "share of samples with thinking that are learnt without it")
     cut: float = setting(0.0, "share whose thinking is cut at random; the answer stays, its end does not count")
     toggle: bool = setting(False, "the system message says whether to think, as in Llama-Nemotron")
-    optim: OptimConfig = OptimConfig(lr=1e-3, min_lr=1e-5, warmup=-1, decay=1.0, shape="cosine")
+    optim: OptimConfig = OptimConfig(lr=1e-3, min_lr=1e-5, warmup=-1, decay=0.9, shape="cosine")
     mtp_depths: int = setting(0, "tokens ahead that the multi-token-prediction block learns")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
     aux_weight: float = setting(1e-4, "of the sequence balance loss")
