@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import warnings
 from typing import Any
 
 from nautilus.tasks.task import GraderBroken, Problem, Question, Reply, Verdict, user
@@ -16,7 +17,8 @@ class Puzzle(Question):
     or those that are given."""
 
     def __init__(self, dataset: str, **settings: Any):
-        library: Any = importlib.import_module("reasoning_gym")
+        with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of what it imports
+            library: Any = importlib.import_module("reasoning_gym")
         self.make, self.dataset, self.settings = library.create_dataset, dataset, settings
         self.name = f"rg/{dataset}"
         self.judge = self.make(dataset, size=1, seed=0, **settings)
