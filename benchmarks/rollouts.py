@@ -1,0 +1,160 @@
+"""How fast answers are drawn for training, against `transformers.generate`: one model, the same prompts and lengths.
+
+    python benchmarks/rollouts.py                      # minutes on two cores; prints the table
+
+The model is the 16M hybrid of `train_step.py` in float32 with random weights. Both sides draw at temperature 1, with
+log-probs of every drawn token kept (ours always has them; the peer is asked for its scores, as a trainer must), the
+same number of tokens for everybody, on the same threads, in turns. `--record FILE` appends the rows. Needs the `bench`
+extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from recorded import append  # noqa: E402
+from train_step import VOCAB, config, machine  # noqa: E402
+
+PROMPT, TOKENS, WARM = 32, 64, 8  # tokens
+EXPERTS = ("grouped_mm", "batched_mm", "eager")
+
+
+def prompts(batch: int) -> list[list[int]]:
+    return [[(97 * row + 31 * at) % 7000 + 20 for at in range(PROMPT)] for row in range(batch)]
+
+
+class Ours:
+    def __init__(self, folder: Path):
+        import torch
+
+        import nautilus
+        from nautilus.serve import Engine
+
+        model, words = nautilus.load(folder, dtype=torch.float32)
+        model.requires_grad_(False).eval()
+        self.engine = Engine(model, words, max_tokens=PROMPT + TOKENS + 1, rows=64)
+
+    def draw(self, batch: int, tokens: int) -> int:
+        from nautilus.serve import Sampling
+
+        how = Sampling(temperature=1.0, max_tokens=tokens, ignore_eos=True)
+        return sum(len(one.tokens) for one in self.engine.generate(prompts(batch), how))
+
+
+class Peer:
+    def __init__(self, folder: Path, experts: str):
+        import torch
+        from transformers import NemotronHForCausalLM
+
+        self.torch = torch
+        self.model = NemotronHForCausalLM.from_pretrained(
+            folder, experts_implementation=experts, dtype=torch.float32
+        ).eval()
+
+    def draw(self, batch: int, tokens: int) -> int:
+        given = self.torch.tensor(prompts(batch))
+        with self.torch.no_grad():
+            found = self.model.generate(
+                given, attention_mask=self.torch.ones_like(given), do_sample=True, temperature=1.0, top_k=0,
+                max_new_tokens=tokens, min_new_tokens=tokens, output_logits=True, return_dict_in_generate=True,
+                pad_token_id=0,
+            )  # fmt: skip
+        logprobs = self.torch.stack(found.logits, 1).log_softmax(-1)
+        drawn = found.sequences[:, PROMPT:]
+        return int(logprobs.gather(-1, drawn[..., None]).numel())
+
+
+def worker(who: str, folder: Path, experts: str) -> None:
+    """Answers `BATCH TOKENS` lines with the seconds that took."""
+    import torch
+
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    side = Ours(folder) if who == "ours" else Peer(folder, experts)
+    for line in sys.stdin:
+        batch, tokens = map(int, line.split())
+        begin = time.perf_counter()
+        count = side.draw(batch, tokens)
+        print(json.dumps({"seconds": time.perf_counter() - begin, "tokens": count}), flush=True)
+
+
+class Side:
+    def __init__(self, who: str, folder: Path, experts: str = ""):
+        command = [sys.executable, __file__, "--worker", who, "--folder", str(folder), "--experts", experts]
+        self.name = f"{who} {experts}".strip()
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def draw(self, batch: int, tokens: int = TOKENS) -> float:
+        """Tokens per second."""
+        assert self.process.stdin and self.process.stdout
+        self.process.stdin.write(f"{batch} {tokens}\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} ended with exit code {self.process.wait()}")
+        found = json.loads(line)
+        assert found["tokens"] == batch * tokens, found
+        return found["tokens"] / found["seconds"]
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def fastest(folder: Path, batch: int) -> str:
+    """The peer's way to compute experts."""
+    speed = {}
+    for experts in EXPERTS:
+        side = Side("peer", folder, experts)
+        side.draw(batch, WARM)
+        speed[experts] = side.draw(batch, WARM)
+        side.close()
+    return max(speed, key=lambda name: speed[name])
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--record", type=Path)
+    for hidden in ("--worker", "--folder", "--experts"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    asked = parser.parse_args(words)
+    if asked.worker:
+        return worker(asked.worker, Path(asked.folder), asked.experts)
+    print(machine())
+    with tempfile.TemporaryDirectory() as temporary:
+        from nautilus.data.tokenizer import train_tokenizer
+        from nautilus.model.language import Language
+
+        folder, rows = Path(temporary) / "model", []
+        texts = (path.read_text() for path in Path(argparse.__file__).parent.glob("*.py"))
+        words = train_tokenizer(texts, vocab=VOCAB)
+        Language(config()).initialise(0).save(folder, precision="fp32", tokenizer=words)
+        for batch in asked.batches:
+            sides = [Side("ours", folder), Side("peer", folder, fastest(folder, batch))]
+            for side in sides:
+                side.draw(batch)
+            turns = [[side.draw(batch) for side in sides] for _ in range(asked.repeats)]
+            for side in sides:
+                side.close()
+            ratios = sorted(ours / peer for ours, peer in turns)
+            mine, theirs = (round(statistics.median(each), 1) for each in zip(*turns, strict=True))
+            times = [round(value, 2) for value in (ratios[0], statistics.median(ratios), ratios[-1])]
+            rows.append({"batch": batch, "prompt": PROMPT, "tokens": TOKENS, "peer": sides[1].name,
+                         "ours_tokens_per_s": mine, "peer_tokens_per_s": theirs, "times_as_fast": times})  # fmt: skip
+            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    append(asked.record, "rollouts.py", words, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
