@@ -7,6 +7,7 @@ with what it earned and why; a line of `metrics.jsonl` has the means of its step
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -77,7 +78,11 @@ class Practice:
 def wanted(settings: Practice) -> list[Asked]:
     if not settings.tasks:
         raise UserError("no task was named; write tasks=sort, or several: tasks=sort,reverse,arithmetic")
-    return [asked(words) for words in settings.tasks]
+    found = [asked(words) for words in settings.tasks]
+    names = Counter(one.task.name for one in found)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise UserError(f"the task {twice[0]} was named twice; give its levels together, such as {twice[0]}:1-2")
+    return found
 
 
 def routes(words: Sequence[str], who: str) -> dict[str, str]:

@@ -139,6 +139,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
     [
         ({"tasks": ()}, "no task was named"), ({"tasks": ("walk",)}, "there is no task 'walk'"),
         ({"tasks": ("sort:9",)}, "levels 1 to 8"), ({"tasks": ("math@nowhere.jsonl",)}, "is not there"),
+        ({"tasks": ("sort:1", "sort:2")}, "sort was named twice"),
         ({"tokens": 1 << 20}, "positions"), ({"group": 1}, "group=1"), ({"model": ""}, "no model"),
     ],
 )  # fmt: skip
