@@ -1,6 +1,7 @@
 """Drafts change no answer, whatever they are; they are tried where that pays."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.draft.copies import Copied
 from nautilus.serve.draft.costs import Costs
-from nautilus.serve.draft.policy import PATIENCE, SPREAD
+from nautilus.serve.draft.features import Spelling
+from nautilus.serve.draft.policy import PATIENCE, SPREAD, Judge, Speculation
 from nautilus.serve.draft.proposal import Candidate, Counts
 from nautilus.serve.draft.suffix import Draft
 from nautilus.serve.rules import Rule
@@ -371,3 +373,40 @@ def test_what_a_block_has_yet_to_be_told_counts_against_its_drafts():
     request.berth.behind = None
     assert all(one.source != "mtp" for one in engine.speculation.candidates(request))
     engine.cancel(request)
+
+
+@NATIVE
+@pytest.mark.parametrize("drafts_pay", [False, True])
+def test_a_block_is_told_of_the_end_of_an_answer_only_if_it_drafted_for_it(drafts_pay):
+    engine, told = Engine(hybrid(mtp=True), TOKENIZER, max_tokens=300, drafts=4, saved_gb=0.01), []
+    if drafts_pay:
+        make_cheap(engine.speculation)
+        engine.speculation.copies.draft = lambda *_: None  # the block's own drafts alone
+    else:
+        engine.speculation.choose = lambda *_: {}
+    catch_up = engine.speculation.chain.catch_up
+
+    def watched(requests, *, leaving=False):
+        told.append(leaving)
+        return catch_up(requests, leaving=leaving)
+
+    engine.speculation.chain.catch_up = watched
+    how = Sampling(max_tokens=40, ignore_eos=True)
+    first = engine.generate([[1, 2, 3]], how)[0]
+    assert (True in told) == drafts_pay
+    more = [1, 2, 3, *first.tokens, 9, 8]
+    assert engine.generate([more], how)[0].tokens == Engine(hybrid(), TOKENIZER).generate([more], how)[0].tokens
+
+
+def test_no_copied_draft_is_longer_than_what_its_predictor_knows():
+    predictor = SimpleNamespace(header=SimpleNamespace(grid=(1, 2, 4)), survival=lambda _, length: [0.9] * length)
+
+    def longest(judge):
+        engine = engine_of(MODELS["ME*M"])
+        engine.speculation = Speculation(engine.forward, DRAFTS, judge=judge)
+        request = engine.request([*range(5, 25), *range(5, 25), 5], Sampling(max_tokens=30))
+        (offered,) = engine.speculation.candidates(request)
+        return len(offered.tokens)
+
+    assert longest(Judge(predictor=predictor, spelling=Spelling(TOKENIZER))) == 4
+    assert longest(None) == DRAFTS
