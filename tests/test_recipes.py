@@ -42,7 +42,7 @@ TRIED = {
     "supervised.rows=2 supervised.optim.warmup=0 specialist.steps=2 specialist.prompts=2 specialist.group=2 "
     "specialist.problems=8 specialist.measured=4 specialist.optim.warmup=0 student.steps=2 student.prompts=2 "
     "student.problems=8 student.measured=4 student.optim.warmup=0 drafts.answers=8 drafts.measured=3 drafts.steps=2 "
-    "drafts.rows=2 drafts.prompt_tokens=48 drafts.tokens=12 drafts.drafts=3 measured=4 budgets=",
+    "drafts.rows=2 drafts.prompt_tokens=48 drafts.tokens=12 drafts.drafts=3 measured=4 budgets= baselines=true",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
 }

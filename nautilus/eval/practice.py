@@ -20,7 +20,7 @@ from nautilus.eval.material import family, series, smooth, thin
 from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
 from nautilus.eval.pipeline import More
 from nautilus.eval.report import environment
-from nautilus.posttrain.profile import Score
+from nautilus.posttrain.profile import Score, mean
 from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
@@ -66,7 +66,7 @@ class Practised:
         """Rows of CURVE, task by task."""
         thinking = [*dict.fromkeys(task for by_task in self.curve.values() for task in by_task)]
         return [
-            [task, f"{budget:,}", *measured(one), f"{mean_of(one.thought):.1f}", f"{max(one.thought, default=0):,}"]
+            [task, f"{budget:,}", *measured(one), f"{mean(one.thought):.1f}", f"{max(one.thought, default=0):,}"]
             for task in thinking
             for budget, by_task in self.curve.items()
             for one in (by_task[task],)
@@ -77,10 +77,6 @@ def measured(one: Score) -> tuple[str, str]:
     """Its mean, and the ends of its interval."""
     low, high = interval(one)
     return f"{one.mean:.3f}", "–" if math.isnan(low) else f"{low:.3f} to {high:.3f}"
-
-
-def mean_of(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
 
 
 def interval(one: Score) -> tuple[float, float]:
@@ -128,7 +124,7 @@ def plain_scores(by_task: Mapping[str, Score]) -> dict[str, dict]:
     return {
         task: {
             "reward": one.mean, "error": one.error, "answers": len(one.rewards), "lost": one.lost,
-            "thinking": mean_of(one.thought), "longest": max(one.thought, default=0),
+            "thinking": mean(one.thought), "longest": max(one.thought, default=0),
         }
         for task, one in by_task.items()
     }  # fmt: skip

@@ -113,8 +113,8 @@ def with_rates(
     return [replace(one, rates=rates) for one in found]
 
 
-def mean(rewards: Sequence[float]) -> float:
-    return sum(rewards) / len(rewards) if rewards else 0.0
+def mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
 
 
 def solved_of(row: Mapping[str, Any]) -> Solved:

@@ -119,11 +119,11 @@ def batch_of(rows: Sequence[tuple[Rollout, float]], pad: int) -> Batch:
     weight_BT[:, 0] = 0
     return Batch(
         tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT,
-        routes=routes([one.routes for one, _ in rows], longest),
+        routes=experts_of([one.routes for one, _ in rows], longest),
     )  # fmt: skip
 
 
-def routes(known: Sequence[Tensor | None], longest: int) -> Tensor | None:
+def experts_of(known: Sequence[Tensor | None], longest: int) -> Tensor | None:
     """Of rows of so many tokens; the trainer's own where nothing is known."""
     some = next((one for one in known if one is not None), None)
     if some is None:

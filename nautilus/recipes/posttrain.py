@@ -41,7 +41,6 @@ from nautilus.runtime import Run, UserError, continue_or_create, keep_memory, re
 from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "measured": 32, "save_every": 0}
-LEARNT = 15_360  # answers of teachers that are learnt as worked ones
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +144,8 @@ def baselines(settings: Settings, run: Run, base: Path, tasks: Mapping[str, str]
     do, teachers = partial(stage, run, settings), {name: run.folder / f"1-{name}" for name in tasks}
     mean = averaged([*teachers.values()], run.folder / "mean", nautilus.load)
     given = replace(settings.specialist, seed=settings.seed)
-    file = written_by(teachers, tasks, given, LEARNT // len(tasks), run.state / "written", nautilus.load)
+    count = settings.student.prompts * settings.student.steps // len(tasks)  # as many answers as a student gives
+    file = written_by(teachers, tasks, given, count, run.state / "written", nautilus.load)
     mixed = replace(settings.specialist, steps=settings.specialist.steps * len(tasks))
     learnt = replace(settings.supervised, tasks=(), problems=1, steps=settings.student.steps)
     return {
