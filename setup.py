@@ -35,8 +35,8 @@ elif MACHINE in ("aarch64", "arm64"):
     LEVELS |= {"neon": ["-march=armv8-a", *NEON], "neon_dot": ["-march=armv8.2-a+dotprod", *NEON]}
 # Compiled once for each level.
 KERNELS = (
-    *("activation", "attention", "attention_backward", "experts", "linear", "lowbit", "mamba", "norm", "peak"),
-    *("quant", "rotary", "route"),
+    *("activation", "attention", "attention_backward", "draw", "experts", "linear", "lowbit", "mamba", "norm"),
+    *("peak", "quant", "rotary", "route"),
 )
 ONCE = ("entry", "pool")
 

@@ -2,9 +2,10 @@
 
     python benchmarks/rollouts.py                      # minutes on two cores; prints the table
 
-The model is the 16M hybrid of `train_step.py` in float32 with random weights. Both sides draw at temperature 1, with
-log-probs of every drawn token kept (ours always has them; the peer is asked for its scores, as a trainer must), the
-same number of tokens for everybody, on the same threads, in turns. `--record FILE` appends the rows. Needs the `bench`
+The model is the 16M hybrid of `train_step.py` with random weights, computed with in float32 and in bfloat16, by both.
+Both sides draw at temperature 1, with log-probs of every drawn token kept (ours always has them; the peer is asked for
+its logits, as a trainer must), the same number of tokens for everybody, on the same threads, in turns. `best` is the
+faster precision of either side. `--record FILE` appends the rows. Needs the `bench`
 extra.
 """
 
@@ -25,6 +26,7 @@ from train_step import VOCAB, config, machine  # noqa: E402
 
 PROMPT, TOKENS, WARM = 32, 64, 8  # tokens
 EXPERTS = ("grouped_mm", "batched_mm", "eager")
+PRECISIONS = ("float32", "bfloat16")
 
 
 def prompts(batch: int) -> list[list[int]]:
@@ -32,13 +34,13 @@ def prompts(batch: int) -> list[list[int]]:
 
 
 class Ours:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, precision: str):
         import torch
 
         import nautilus
         from nautilus.serve import Engine
 
-        model, words = nautilus.load(folder, dtype=torch.float32)
+        model, words = nautilus.load(folder, dtype=getattr(torch, precision))
         model.requires_grad_(False).eval()
         self.engine = Engine(model, words, max_tokens=PROMPT + TOKENS + 1, rows=64)
 
@@ -50,13 +52,13 @@ class Ours:
 
 
 class Peer:
-    def __init__(self, folder: Path, experts: str):
+    def __init__(self, folder: Path, precision: str, experts: str):
         import torch
         from transformers import NemotronHForCausalLM
 
         self.torch = torch
         self.model = NemotronHForCausalLM.from_pretrained(
-            folder, experts_implementation=experts, dtype=torch.float32
+            folder, experts_implementation=experts, dtype=getattr(torch, precision)
         ).eval()
 
     def draw(self, batch: int, tokens: int) -> int:
@@ -67,18 +69,18 @@ class Peer:
                 max_new_tokens=tokens, min_new_tokens=tokens, output_logits=True, return_dict_in_generate=True,
                 pad_token_id=0,
             )  # fmt: skip
-        logprobs = self.torch.stack(found.logits, 1).log_softmax(-1)
+        logprobs = self.torch.stack(found.logits, 1).float().log_softmax(-1)
         drawn = found.sequences[:, PROMPT:]
         return int(logprobs.gather(-1, drawn[..., None]).numel())
 
 
-def worker(who: str, folder: Path, experts: str) -> None:
+def worker(who: str, folder: Path, precision: str, experts: str) -> None:
     """Answers `BATCH TOKENS` lines with the seconds that took."""
     import torch
 
     torch.set_num_threads(2)
     torch.manual_seed(0)
-    side = Ours(folder) if who == "ours" else Peer(folder, experts)
+    side = Ours(folder, precision) if who == "ours" else Peer(folder, precision, experts)
     for line in sys.stdin:
         batch, tokens = map(int, line.split())
         begin = time.perf_counter()
@@ -87,8 +89,9 @@ def worker(who: str, folder: Path, experts: str) -> None:
 
 
 class Side:
-    def __init__(self, who: str, folder: Path, experts: str = ""):
-        command = [sys.executable, __file__, "--worker", who, "--folder", str(folder), "--experts", experts]
+    def __init__(self, who: str, folder: Path, precision: str, experts: str = ""):
+        command = [sys.executable, __file__, "--worker", who, "--folder", str(folder)]
+        command += ["--precision", precision, "--experts", experts]
         self.name = f"{who} {experts}".strip()
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -110,15 +113,38 @@ class Side:
         self.process.wait()
 
 
-def fastest(folder: Path, batch: int) -> str:
+def fastest(folder: Path, precision: str, batch: int) -> str:
     """The peer's way to compute experts."""
     speed = {}
     for experts in EXPERTS:
-        side = Side("peer", folder, experts)
+        side = Side("peer", folder, precision, experts)
         side.draw(batch, WARM)
         speed[experts] = side.draw(batch, WARM)
         side.close()
     return max(speed, key=lambda name: speed[name])
+
+
+def compared(folder: Path, batch: int, repeats: int) -> list[dict]:
+    """All four sides in turns, and of each turn the ratios."""
+    peers = {name: fastest(folder, name, batch) for name in PRECISIONS}
+    sides = {("ours", name): Side("ours", folder, name) for name in PRECISIONS}
+    sides |= {("peer", name): Side("peer", folder, name, peers[name]) for name in PRECISIONS}
+    for side in sides.values():
+        side.draw(batch)
+    turns = [{key: side.draw(batch) for key, side in sides.items()} for _ in range(repeats)]
+    for side in sides.values():
+        side.close()
+    for turn in turns:
+        turn |= {(who, "best"): max(turn[who, name] for name in PRECISIONS) for who in ("ours", "peer")}
+    rows = []
+    for name in (*PRECISIONS, "best"):
+        ratios = sorted(turn["ours", name] / turn["peer", name] for turn in turns)
+        mine, theirs = (round(statistics.median(turn[who, name] for turn in turns), 1) for who in ("ours", "peer"))
+        times = [round(value, 2) for value in (ratios[0], statistics.median(ratios), ratios[-1])]
+        rows.append({"precision": name, "batch": batch, "prompt": PROMPT, "tokens": TOKENS, "peer": peers.get(name, ""),
+                     "ours_tokens_per_s": mine, "peer_tokens_per_s": theirs, "times_as_fast": times})  # fmt: skip
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    return rows
 
 
 def main(words: list[str]) -> None:
@@ -126,11 +152,11 @@ def main(words: list[str]) -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8, 32])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", type=Path)
-    for hidden in ("--worker", "--folder", "--experts"):
+    for hidden in ("--worker", "--folder", "--precision", "--experts"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     asked = parser.parse_args(words)
     if asked.worker:
-        return worker(asked.worker, Path(asked.folder), asked.experts)
+        return worker(asked.worker, Path(asked.folder), asked.precision, asked.experts)
     print(machine())
     with tempfile.TemporaryDirectory() as temporary:
         from nautilus.data.tokenizer import train_tokenizer
@@ -141,18 +167,7 @@ def main(words: list[str]) -> None:
         words = train_tokenizer(texts, vocab=VOCAB)
         Language(config()).initialise(0).save(folder, precision="fp32", tokenizer=words)
         for batch in asked.batches:
-            sides = [Side("ours", folder), Side("peer", folder, fastest(folder, batch))]
-            for side in sides:
-                side.draw(batch)
-            turns = [[side.draw(batch) for side in sides] for _ in range(asked.repeats)]
-            for side in sides:
-                side.close()
-            ratios = sorted(ours / peer for ours, peer in turns)
-            mine, theirs = (round(statistics.median(each), 1) for each in zip(*turns, strict=True))
-            times = [round(value, 2) for value in (ratios[0], statistics.median(ratios), ratios[-1])]
-            rows.append({"batch": batch, "prompt": PROMPT, "tokens": TOKENS, "peer": sides[1].name,
-                         "ours_tokens_per_s": mine, "peer_tokens_per_s": theirs, "times_as_fast": times})  # fmt: skip
-            print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            rows += compared(folder, batch, asked.repeats)
     append(asked.record, "rollouts.py", words, rows)
 
 

@@ -34,6 +34,9 @@ TRIED = {
     "boost": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2",
     "eagle": "{model} out={out} answers=8 measured=3 tokens=12 prompt_tokens=8 drafts=3 steps=2 rows=2 words=90",
     "speculate": "{model} prompts={text} answer=24 drafts=4 max_tokens=160 each=2 repeats=1 out={out}",
+    # A model that has learnt nothing writes what can be used only as rephrasings that may be anything.
+    "synthesize": "{model} texts={text} kinds=rephrase rephrased.shortest=0 rephrased.longest=1e9 rephrased.facts=0 "
+    "template=nemotron tokens=2000 turn_tokens=400 held_out=2 out={out}",
     "sft": "{model} tasks=count problems=40 length=200 steps=2 rows=2 optim.warmup=0 out={out}",
     "rlvr": f"{{model}} tasks=count {PRACTICE} group=2 out={{out}}",
     "dpo": f"{{model}} tasks=count {PRACTICE} group=8 out={{out}}",
@@ -45,6 +48,7 @@ TRIED = {
     "drafts.rows=2 drafts.prompt_tokens=48 drafts.tokens=12 drafts.drafts=3 measured=4 budgets= baselines=true",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
+    "environments": "tasks=count port=0",
 }
 
 
@@ -120,6 +124,13 @@ def test_an_evaluation_leaves_a_report(places, tmp_path, capsys):
     assert run("eval", model=places["model"], out=tmp_path / "out") == 0
     assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
     assert "single" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_synthesis_leaves_rows_and_a_report(places, tmp_path, capsys):
+    assert run("synthesize", text=places["text"], model=places["model"], out=tmp_path / "out") == 0
+    assert str(tmp_path / "out" / "report.html") in capsys.readouterr().out
+    assert (tmp_path / "out" / "conversations.jsonl").read_text() and (tmp_path / "out" / "report.png").exists()
 
 
 @pytest.mark.slow

@@ -36,6 +36,7 @@ COMMANDS = {
         "nautilus.recipes.compare", "train variants over several seeds; paired differences and intervals"
     ),
     "eval": Command("nautilus.recipes.eval", "examine a model: retrieval in long texts, tasks of lm-eval"),
+    "synthesize": Command("nautilus.recipes.synthesize", "make conversations and questions to learn from out of texts"),
     "sft": Command("nautilus.recipes.sft", "train a model on finished conversations and worked answers"),
     "rlvr": Command("nautilus.recipes.rlvr", "train a model by reinforcement on tasks that can be verified"),
     "dpo": Command("nautilus.recipes.dpo", "train a model to prefer its better answers"),
@@ -47,6 +48,7 @@ COMMANDS = {
     "eagle": Command("nautilus.recipes.eagle", "train a draft head for a model, in the manner of EAGLE-3"),
     "chat": Command("nautilus.recipes.chat", "talk to a model in the terminal", typed=True),
     "serve": Command("nautilus.recipes.serve", "answer over HTTP as OpenAI's API does"),
+    "environments": Command("nautilus.recipes.environments", "put tasks behind HTTP as environments of NeMo Gym"),
     "hvd train": Command("nautilus.recipes.hvd", "learn here which copied drafts are worth trying for a model"),
     "speculate": Command("nautilus.recipes.speculate", "what every way to draft brings a model, side by side"),
     "info": Command("nautilus.cli.info", "layers, parameters and memory of a preset or checkpoint"),

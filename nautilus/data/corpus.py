@@ -19,7 +19,8 @@ from nautilus.data.readers import Decoder, files_at, is_jsonl, name_of, read_dat
 from nautilus.runtime import UserError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cpp", ".rs", ".go", ".java", ".js", ".ts", ".sh")
-EMBEDDED = {"python": embedded.code, "docstrings": embedded.docstrings, "reference": embedded.reference}
+TEXTS = {"python": embedded.code, "docstrings": embedded.docstrings, "reference": embedded.reference}
+EMBEDDED = {**TEXTS, "twice": embedded.twice}
 KINDS = (*EMBEDDED, "files", "jsonl", "dataset", "tokens")
 
 
@@ -65,9 +66,9 @@ def sources(
 ) -> tuple[Source, ...]:
     """Sources as people write them: `[weight*]place[#field]`.
 
-    A place is `embedded` (or one of python, docstrings, reference), a text file or folder, a .jsonl file or a folder of
-    them, a folder written by `datasets`, `hub:owner/name[:split]`, or a pair of Megatron's token files, NAME.bin and
-    NAME.idx, by either name or none. `max_bytes` limits each source of text.
+    A place is `embedded` (or one of python, docstrings, reference), `twice` (lines to copy), a text file or folder, a
+    .jsonl file or a folder of them, a folder written by `datasets`, `hub:owner/name[:split]`, or a pair of Megatron's
+    token files, NAME.bin and NAME.idx, by either name or none. `max_bytes` limits each source of text.
     """
     found = []
     for text in places:
@@ -102,7 +103,7 @@ def parse_weight(text: str, whole: str) -> float:
 def locate(place: str) -> list[tuple[str, str, str, str]]:
     """(kind, name, where, split) for each source that a place stands for."""
     if place == "embedded":
-        return [(kind, kind, "", "train") for kind in EMBEDDED]
+        return [(kind, kind, "", "train") for kind in TEXTS]
     if place in EMBEDDED:
         return [(place, place, "", "train")]
     if place.startswith("hub:"):
@@ -124,15 +125,16 @@ def kind_of(path: Path) -> str:
     return "jsonl" if rows and all(rows) else "files"
 
 
-def read(source: Source, skipped: list[str] | None = None) -> Iterator[Document]:
-    """Every document that is not blank, in a fixed order. What is left out as undecodable is named in `skipped`."""
+def read(source: Source, skipped: list[str] | None = None, broken: list[str] | None = None) -> Iterator[Document]:
+    """Every document that is not blank, in a fixed order. What is left out as undecodable is named in `skipped`; where
+    `broken` is given, rows of JSONL that hold no text are left out too, and it says why."""
     if source.kind == "tokens":
         raise UserError(f"source {source.name!r} is tokens, {source.where}.bin, where text is needed; give its text")
     decode = Decoder(undecodable=source.undecodable, skipped=[] if skipped is None else skipped)
     if source.kind == "files":
         pairs = read_files(source.where, source.suffixes, decode)
     elif source.kind == "jsonl":
-        pairs = read_jsonl(source.where, source.field, decode)
+        pairs = read_jsonl(source.where, source.field, decode, broken)
     elif source.kind == "dataset":
         pairs = read_dataset(source.where, source.field, source.split, decode)
     else:

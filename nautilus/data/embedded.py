@@ -1,4 +1,5 @@
-"""Text that every Python brings along: the standard library's code, its docstrings, the language reference."""
+"""Text that every Python brings along: the standard library's code, its docstrings, the language reference; and lines
+made of their words, from which a model learns to copy."""
 
 from __future__ import annotations
 
@@ -6,12 +7,15 @@ import ast
 import functools
 import inspect
 import os
+import random
 import sysconfig
 from pathlib import Path
 
 # Tests and idlelib dwarf the rest and repeat themselves, encodings are tables, pydoc_data is the reference below, and
 # what is installed differs from machine to machine.
 LEFT_OUT = {"test", "tests", "idlelib", "encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+
+WORDS, LONG, MOST = (4, 16), 14, 40  # words of a line that comes twice; letters of a word too long; lines of a module
 
 
 @functools.cache
@@ -43,6 +47,20 @@ def module_prose(name: str, text: str) -> str:
     except SyntaxError:  # a distribution may add a file for another version of Python; it still serves as code
         return ""
     return "\n".join(f"{title}\n\n{doc}\n" for title, doc in described(tree, module))
+
+
+@functools.cache
+def twice() -> tuple[tuple[str, str], ...]:
+    """(relative path, lines): words of a module's prose in no order, and every line comes twice. What comes next is
+    then plain from what came before and from nothing else: within minutes a small model learns to look it up, which
+    takes it hours from the prose alone."""
+    return tuple((name, lines) for name, prose in docstrings() if (lines := lines_twice(name, prose)))
+
+
+def lines_twice(name: str, prose: str) -> str:
+    words, draw = sorted({word for word in prose.split() if len(word) < LONG}), random.Random(name)
+    count = min(MOST, len(words) // WORDS[0])
+    return "".join(2 * (" ".join(draw.choices(words, k=draw.randint(*WORDS))) + "\n") for _ in range(count))
 
 
 def described(node: ast.AST, title: str) -> list[tuple[str, str]]:

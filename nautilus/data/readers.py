@@ -110,8 +110,10 @@ def is_jsonl(path: Path) -> bool:
     return path.name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def read_jsonl(where: str, column: str, decode: Decoder) -> Iterator[tuple[str, str]]:
-    """One document per row: the text in its field `column`."""
+def read_jsonl(
+    where: str, column: str, decode: Decoder, broken: list[str] | None = None
+) -> Iterator[tuple[str, str]]:  # fmt: skip
+    """One document per row: the text in its field `column`. A row without it is an error, or is told to `broken`."""
     for name, path in files_at(where):
         if not is_jsonl(path):
             continue
@@ -122,7 +124,13 @@ def read_jsonl(where: str, column: str, decode: Decoder) -> Iterator[tuple[str, 
             if line is None or not line.strip():
                 continue
             place = f"{path} line {number}"
-            text = text_in(parse_row(line, place), column, place, decode)
+            try:
+                text = text_in(parse_row(line, place), column, place, decode)
+            except UserError as bad:
+                if broken is None:
+                    raise
+                broken.append(str(bad))
+                continue
             if text is not None:
                 yield f"{name}:{number}", text
 

@@ -32,7 +32,7 @@ from nautilus.ops.state_format import StateFormat
 from nautilus.presets import shrink
 from nautilus.runtime import UserError
 from nautilus.serve import Engine
-from nautilus.serve.forward import Step
+from nautilus.serve.forward import Part, Step
 from nautilus.serve.memory import Berth
 
 WIDE = {"bf16": torch.bfloat16, "f32": torch.float32}  # formats of keys and values that are numbers as they lie there
@@ -160,7 +160,8 @@ class Ready:
     def read(self, prompt: list[int], berth: Berth) -> None:
         berth.length, chunk = 0, self.engine.chunk
         for low in range(0, len(prompt), chunk):
-            self.engine.forward.read(prompt[low : low + chunk], berth, last=low + chunk >= len(prompt))
+            part = prompt[low : low + chunk]
+            self.engine.forward.read([Part(tokens=part, berth=berth, last=low + chunk >= len(prompt))])
 
     def fill(self, berth: Berth) -> None:
         """As after a prompt, with random numbers. Codes of fewer bits stay as they are: any are as fast."""

@@ -27,7 +27,15 @@ from nautilus.serve.sampling import Sampling
 from nautilus.serve.service import Service
 from nautilus.serve.toolcalls import split_answer
 from nautilus.tasks import Problem, Reply, Task, Verdict
-from nautilus.tasks.judge import UNREADABLE, Judgement, LengthControl, circular, judgement_of, rewards
+from nautilus.tasks.judge import (
+    UNREADABLE,
+    Judgement,
+    LengthControl,
+    asked_to_judge,
+    circular,
+    judgement_of,
+    rewards,
+)
 from nautilus.tasks.style import Style
 from nautilus.train.optim import setting
 
@@ -36,17 +44,14 @@ from nautilus.train.optim import setting
 class Judged(Practice):
     """Settings of training on answers of which some have to be compared."""
 
-    judges: tuple[str, ...] = setting((), "who compares answers to a task: style=oracle, its own, or style=RUN")
+    judges: tuple[str, ...] = setting(
+        (), "who compares answers to a task: style=oracle, its own, or style=RUN, of the task judge"
+    )
     control: LengthControl = LengthControl()
 
 
 Load = Callable[[str], tuple[Language, Tokenizer]]
 Judge = Callable[[Problem, Reply, Reply, int], Awaitable[Judgement]]
-
-ASKS = (
-    "Two answers to the last message of this conversation are given. Say which one is better, as JSON: score_1 and"
-    " score_2 from 1 to 5, and ranking from 1, the first is far better, to 6, the second is far better."
-)
 
 
 async def compared(group: Group, judge: Judge, control: LengthControl, *, seconds: float, seed: int) -> Group:
@@ -81,12 +86,6 @@ def oracle(task: Style) -> Judge:
     return judge
 
 
-def conversation(problem: Problem, first: Reply, second: Reply) -> str:
-    """What a reward model is asked."""
-    turns = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in problem.messages)
-    return f"{ASKS}\n\n{turns}\n\nanswer 1: {first.content}\n\nanswer 2: {second.content}"
-
-
 @dataclass(frozen=True, kw_only=True)
 class RewardModel:
     """A model that compares. tokens: most of what it says."""
@@ -97,7 +96,7 @@ class RewardModel:
     thinking: bool = True
 
     async def __call__(self, problem: Problem, first: Reply, second: Reply, seed: int) -> Judgement:
-        asked = [{"role": "user", "content": conversation(problem, first, second)}]
+        asked = asked_to_judge(problem.messages, first.content, second.content)
         tokens = chat_tokens(self.tokenizer, asked, settings=ChatSettings(enable_thinking=self.thinking))
         said, _ = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed))
         inside = opens_thinking(tokens, self.tokenizer)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain.remote import model_of, parts_of
 from nautilus.posttrain.rollout import Player, Playing
 from nautilus.posttrain.stream import Group, play_group
 from nautilus.serve import Engine
@@ -79,10 +80,7 @@ class Actor:
     """One process of Ray: it makes its engine from the parts of a model, inside its event loop."""
 
     def __init__(self, parts: Mapping[str, Any], playing: Playing, rows: int, version: int):
-        model = Language(parts["config"], device="meta").to_empty(device="cpu")
-        model.load_state_dict(parts["weights"])
-        model.compute = parts["compute"]
-        self.made = model.requires_grad_(False).eval(), parts["tokenizer"], playing, rows, version
+        self.made = model_of(parts), parts["tokenizer"], playing, rows, version
         self.here: Here | None = None
 
     async def crew(self) -> Here:
@@ -106,8 +104,9 @@ class Actors:
         version: int = 0,
     ):  # fmt: skip
         self.ray, self.playing, self.rows, self.version = ray, playing, rows, version
-        self.fixed = {"config": model.config, "compute": model.compute, "tokenizer": tokenizer}
-        self.weights = ray.put({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()})
+        parts = parts_of(model)
+        self.weights = ray.put(parts.pop("weights"))
+        self.fixed = {**parts, "tokenizer": tokenizer}
         cpus = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
         self.kind = ray.remote(num_cpus=cpus, max_concurrency=1 << 16)(Actor)
         self.busy = Counter[int]()

@@ -143,7 +143,7 @@ def practise(
 
 def shaping(settings: Practice) -> dict:
     """What a run that goes on must have been begun with, beside what `fit` sees itself."""
-    apart = ("out", "model", "steps", "save_every", "optim", "balance", "together", "actors", "measured", "profile")
+    apart = "out model steps save_every optim balance together actors teacher_actors measured profile".split()
     return {name: json.loads(json.dumps(value)) for name, value in to_dict(settings).items() if name not in apart}
 
 

@@ -8,24 +8,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain.remote import model_of, parts_of
 from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
 from nautilus.train.policy import drawn_logprob
 
+TRIES = 3  # of scores whose process died
+
 
 @dataclass(frozen=True, kw_only=True)
 class Teachers:
-    """routes: task → name of its teacher; models: by name, each once however many tasks it teaches."""
+    """routes: task → name of its teacher; models: by name, each once however many tasks it teaches; actors: who scores
+    in place of this process."""
 
     routes: Mapping[str, str]
     models: Mapping[str, Language]
+    actors: TeacherActors | None = None
 
     def check(self, tasks: Iterable[str], student: Language) -> None:
         """UserError for a task without a teacher, a teacher without a model, and one of another vocabulary."""
@@ -43,16 +50,59 @@ class Teachers:
 
     def batches(self, rows: Sequence[tuple[Rollout, float]], *, tokens: int, pad: int) -> list[Batch]:
         """Micro-batches that have one teacher each, with its log-probs."""
-        found = list[Batch]()
+        asked = list[tuple[str, Batch]]()
         for name in dict.fromkeys(self.routes[one.problem.task] for one, _ in rows):
             mine = [pair for pair in rows if self.routes[pair[0].problem.task] == name]
-            found += [scored(self.models[name], batch) for batch in batches_of(mine, tokens=tokens, pad=pad)]
-        return found
+            asked += [(name, batch) for batch in batches_of(mine, tokens=tokens, pad=pad)]
+        found = self.actors(asked) if self.actors else [score(self.models[name], batch) for name, batch in asked]
+        return [replace(batch, teacher_logprob=scores) for (_, batch), scores in zip(asked, found, strict=True)]
 
 
 @torch.no_grad()
-def scored(teacher: Language, batch: Batch) -> Batch:
-    return replace(batch, teacher_logprob=drawn_logprob(teacher, batch, "policy"))
+def score(teacher: Language, batch: Batch) -> Tensor:
+    return drawn_logprob(teacher, batch, "policy")
+
+
+class Scorer:
+    """One process of Ray, with all teachers."""
+
+    def __init__(self, teachers: Mapping[str, Any], threads: int):
+        torch.set_num_threads(threads)
+        self.models = {name: model_of(parts) for name, parts in teachers.items()}
+
+    def score(self, name: str, batch: Batch) -> Tensor:
+        return score(self.models[name], batch)
+
+
+class TeacherActors:
+    """So many of them; micro-batches go to them in turn. One that dies is replaced, and what it was at is scored again.
+    `ray` is the library, connected. They ask Ray for no cores, which may all be held by those that draw answers."""
+
+    def __init__(self, ray: Any, count: int, models: Mapping[str, Language]):
+        self.ray, self.kind = ray, ray.remote(num_cpus=0)(Scorer)
+        self.teachers = ray.put({name: parts_of(model) for name, model in models.items()})
+        self.threads = max(1, int(ray.cluster_resources().get("CPU", 1)) // count)
+        self.actors = [self.started() for _ in range(count)]
+
+    def started(self) -> Any:
+        return self.kind.remote(self.teachers, self.threads)
+
+    def __call__(self, asked: Sequence[tuple[str, Batch]]) -> list[Tensor]:
+        """The scores of each. UserError where processes go on dying."""
+        found = dict[int, Tensor]()
+        for _ in range(TRIES):
+            left = [number for number in range(len(asked)) if number not in found]
+            who = {number: self.actors[number % len(self.actors)] for number in left}
+            under_way = {number: actor.score.remote(*asked[number]) for number, actor in who.items()}
+            for number, scores in under_way.items():
+                try:
+                    found[number] = self.ray.get(scores)
+                except self.ray.exceptions.RayActorError:
+                    at = number % len(self.actors)
+                    self.actors[at] = self.started() if self.actors[at] is who[number] else self.actors[at]
+            if len(found) == len(asked):
+                return [found[number] for number in range(len(asked))]
+        raise UserError(f"processes of teachers died {TRIES} times in a row; take fewer of them, or smaller batches")
 
 
 def same_words(student: Tokenizer, others: Mapping[str, Tokenizer]) -> None:

@@ -17,7 +17,7 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.profile import asking
-from nautilus.posttrain.rollout import Rollout
+from nautilus.posttrain.rollout import Playing, Rollout
 from nautilus.runtime import Progress, UserError, read_metrics, write_atomic
 from nautilus.tasks import Problem, Task
 from nautilus.tasks.task import assistant
@@ -32,27 +32,42 @@ def conversation(one: Rollout) -> dict[str, Any]:
     return {"messages": messages, **({"tools": [*one.problem.tools]} if one.problem.tools else {})}
 
 
+def recorded(
+    path: Path, model: Language, tokenizer: Tokenizer, asked: Sequence[tuple[Task, Problem, int]], playing: Playing, *,
+    together: int, seed: int,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """A row for each (task, problem, time), with its conversation, or with the reward null where it was lost. They are
+    kept in the file as they come, and what that has is not asked again."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_metrics(path)
+    known = {(row["problem"], row["time"]): row for row in rows}
+    left = {(one[1].id, one[2]): one for one in asked if (one[1].id, one[2]) not in known}
+    with Progress(path, len(rows) + len(left), len(rows), shown=("reward",), unit="answer") as progress:
+
+        def told(problem: Problem, time: int, found: Rollout | None) -> None:
+            row = {"step": len(known), "problem": problem.id, "task": problem.task, "time": time, "reward": None}
+            if found is not None:
+                row |= {"reward": found.verdict.reward, "why": found.verdict.why, "ended": found.ended}
+                row |= conversation(found)
+            known[problem.id, time] = row
+            progress(row)
+
+        if left:
+            asyncio.run(asking(model, tokenizer, [*left.values()], playing, together, seed, told))
+    return [known[problem.id, time] for _, problem, time in asked]
+
+
 def written(
     folder: Path, model: Language, tokenizer: Tokenizer, questions: Sequence[tuple[Task, Problem]],
     settings: Practice, *, times: int = 1, least: float = -math.inf,
 ) -> Path:  # fmt: skip
     """The file of the conversations. UserError where none is left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn, kept = folder / "answers.jsonl", folder / "conversations.jsonl"
-    rows = read_metrics(drawn)
-    known = {(row["problem"], row["time"]) for row in rows}
     asked = [(task, problem, time) for task, problem in questions for time in range(times)]
-    left = [one for one in asked if (one[1].id, one[2]) not in known]
-    with Progress(drawn, len(asked), len(rows), shown=("reward",), unit="answer") as progress:
-
-        def told(problem: Problem, time: int, found: Rollout | None) -> None:
-            row = {"step": len(rows), "problem": problem.id, "task": problem.task, "time": time, "reward": None}
-            if found is not None:
-                row |= {"reward": found.verdict.reward, "ended": found.ended, **conversation(found)}
-            rows.append(row)
-            progress(row)
-
-        asyncio.run(asking(model, tokenizer, left, settings.playing, settings.together, settings.seed + 2, told))
+    kept = folder / "conversations.jsonl"
+    rows = recorded(
+        folder / "answers.jsonl", model, tokenizer, asked, settings.playing, together=settings.together,
+        seed=settings.seed + 2,
+    )  # fmt: skip
     good = [row for row in rows if row["reward"] is not None and row["ended"] and row["reward"] >= least]
     if not good:
         raise UserError(f"none of {len(rows)} answers earned {least:g} or more; ask easier problems, or lower it")

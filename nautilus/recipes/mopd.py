@@ -13,7 +13,7 @@ A second iteration begins from the first student, with teachers that were traine
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,8 +25,9 @@ from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
 from nautilus.posttrain.profile import examined
+from nautilus.posttrain.remote import connected
 from nautilus.posttrain.stream import Group
-from nautilus.posttrain.teachers import Teachers, same_words
+from nautilus.posttrain.teachers import TeacherActors, Teachers, same_words
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, distill
@@ -36,6 +37,7 @@ from nautilus.train.policy import Correction, Surrogate, distill
 class Settings(Practice):
     out: Path = field(default=Path("runs/mopd"), metadata={"help": "the run's folder; gone on with if it is there"})
     teachers: tuple[str, ...] = setting((), "who teaches what: task=RUN for each task")
+    teacher_actors: int = setting(0, "processes of Ray that score answers for all teachers; 0: this one does")
     prompts: int = setting(256, "problems of a step")
     group: int = setting(1, "answers to each problem")
     advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
@@ -45,8 +47,11 @@ class Settings(Practice):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.measured < 1:
-            raise UserError(f"measured={self.measured} was asked for; a mean needs at least 1 problem")
+        if self.measured < 1 or self.teacher_actors < 0:
+            raise UserError(
+                f"measured={self.measured} and teacher_actors={self.teacher_actors} were asked for; a mean needs at"
+                " least 1 problem, and there are no fewer processes than none"
+            )
 
 
 def main(settings: Settings) -> None:
@@ -65,6 +70,9 @@ def main(settings: Settings) -> None:
     how = Surrogate(
         correction=Correction(kind="mask", least=settings.least, most=settings.most), most=settings.advantage
     )
+    if settings.teacher_actors:
+        ray = connected(settings.teacher_actors)
+        teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
     learnt = partial(rows, settings, teachers, model.config.pad)
     practise(run, settings, model, tokenizer, blend, learnt, distill(how, settings.mtp))
     scores["after"] = exam("after", model)

@@ -28,7 +28,7 @@ from nautilus.serve.prefixes import Prefixes
 from nautilus.serve.prompt import Prompt, new_request, prompt_tokens
 from nautilus.serve.request import Completion, Piece, Request
 from nautilus.serve.rules import Rule
-from nautilus.serve.sample import Logits, draw_one, looked_at
+from nautilus.serve.sample import Logits, draw_one, drawn_ahead, looked_at
 from nautilus.serve.sampling import Sampling
 from nautilus.serve.scheduler import Scheduler
 
@@ -193,11 +193,11 @@ class Engine:
         them are read again and go on in calls of their own, which give the same and show whose fault it is.
         """
         found = self.admit()
-        for request, size in self.scheduler.readings():
+        for batch in self.scheduler.readings():
             try:
-                found += self.read(request, size)
+                found += self.read(batch)
             except Exception as bad:
-                found += self.fail(request, bad)
+                found += self.put_apart([one for one, _ in batch], bad)
         self.make_room()
         running = self.scheduler.running()
         alone = [[request] for request in running if request.apart]
@@ -221,26 +221,25 @@ class Engine:
             self.scheduler.begin(request)
         return found
 
-    def read(self, request: Request, size: int) -> list[tuple[Request, Piece]]:
-        """The next so many tokens of a prompt; the first token of the answer where that was the last of them. One whose
+    def read(self, batch: list[tuple[Request, int]]) -> list[tuple[Request, Piece]]:
+        """The next so many tokens of prompts; the first token of the answer where that was the last of them. One whose
         tokens have no log-probs ends with the error, alone."""
-        assert request.berth is not None
-        at, begin = request.berth.length, time.monotonic()
-        complete = at + size == len(request.tokens)
-        answered, part = request.answer and not request.warm, request.tokens[at : at + size]
-        watch = request.scores.add if request.scores and request.unscored else None
+        begin, parts = time.monotonic(), [request.part(size) for request, size in batch]
         try:
-            logits_1V = self.forward.read(part, request.berth, last=complete and answered, watch=watch)
+            logits_BV = self.forward.read(parts)
         except UserError as bad:
-            request.error = bad
-            return [(request, self.end(request, "error"))]
-        self.scheduler.measured(size, time.monotonic() - begin)
-        self.scheduler.served[request.tenant] += size
-        if at + size in request.marks:
-            self.prefixes.keep(request)
-        if complete and not answered:
-            return [(request, self.end(request, "length"))]
-        return self.accept([request], looked_at(logits_1V)) if logits_1V is not None else []
+            if len(batch) > 1:
+                raise
+            batch[0][0].error = bad
+            return [(batch[0][0], self.end(batch[0][0], "error"))]
+        self.scheduler.measured(batch, time.monotonic() - begin)
+        requests = [request for request, _ in batch]
+        for request in requests:
+            if len(request.tokens) - request.unread in request.marks:
+                self.prefixes.keep(request)
+        found = [(one, self.end(one, "length")) for one in requests if not (one.unread or one.answered)]
+        answered = [one for one, part in zip(requests, parts, strict=True) if part.last]
+        return found + (self.accept(answered, looked_at(logits_BV)) if logits_BV is not None else [])
 
     def end(self, request: Request, reason: str) -> Piece:
         piece = request.end(reason)
@@ -302,7 +301,7 @@ class Engine:
         return found
 
     def put_apart(self, requests: list[Request], bad: Exception) -> list[tuple[Request, Piece]]:
-        if requests[0].apart or not self.scheduler.grow:
+        if requests[0].apart or not self.scheduler.grow or (len(requests) == 1 and requests[0].reading):
             return [told for request in requests for told in self.fail(request, bad)]
         log.error("a step of the engine failed; %d requests are read again", len(requests), exc_info=bad)
         for request in requests:
@@ -324,7 +323,8 @@ class Engine:
 
     def accept(self, requests: list[Request], rows: list[Logits]) -> list[tuple[Request, Piece]]:
         """A token for each."""
-        found = [told for request, logits in zip(requests, rows, strict=True) for told in self.take(request, logits)]
+        drawn = drawn_ahead(rows, *zip(*((one.sampling, len(one.tokens), one.rules) for one in requests), strict=True))
+        found = [told for request, logits in zip(requests, drawn, strict=True) for told in self.take(request, logits)]
         for request in requests:
             self.settle(request)
         return found

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -39,6 +40,17 @@ class Watcher(Protocol):
 
     def read(self, berth: Berth, tokens_1N: Tensor, seen_ND: Tensor) -> None:
         """The same of a part of a prompt, at once after the call, within `computing`."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Part:
+    """Tokens of a prompt, to be read into its berth. last: it ends with them, and is answered; watch(at, logits_RV):
+    told the logits after every token, from the one at place `at` of the prompt on."""
+
+    tokens: Sequence[int]
+    berth: Berth
+    last: bool
+    watch: Callable[[int, Tensor], None] | None = None
 
 
 class Forward:
@@ -78,30 +90,34 @@ class Forward:
                 self.model.train()
 
     @torch.inference_mode()
-    def read(
-        self, tokens: Sequence[int], berth: Berth, *, last: bool, watch: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor | None:
-        """The berth holds these tokens too. With `last`, where its prompt ends: the logits (1, V) of the next one.
-
-        watch(at, logits_RV): told those after every token, from the one at place `at` of the prompt on."""
-        if berth.awake is None:
-            berth.awake = self.berths.waking(berth)
-        part_BT = torch.tensor([tokens], device=self.berths.device)
+    def read(self, parts: Sequence[Part]) -> Tensor | None:
+        """The berths hold these tokens too. The logits (B, V) of the next one of each of them whose prompt ends."""
+        berths, counts = [part.berth for part in parts], [len(part.tokens) for part in parts]
+        lanes = self.berths.reading(berths)
+        tokens_1N = torch.tensor([[*itertools.chain.from_iterable(part.tokens for part in parts)]])
+        tokens_1N = tokens_1N.to(self.berths.device)
         with self.computing():
-            point(berth.awake, [berth], [len(tokens)])
-            hidden_BTD, seen = self.hidden(part_BT, berth.awake)
-            if self.watcher is not None:
-                self.watcher.read(berth, part_BT, side_by_side(seen))
-            at, berth.length = berth.length, berth.length + len(tokens)
-            if watch is not None:
-                for part_BTD in hidden_BTD.split(rows_for(ELEMENTS, self.model.config.vocab), dim=1):
-                    watch(at, self.model.head(part_BTD)[0])
-                    at += part_BTD.shape[1]
-            if not last:
-                return None
-            self.berths.rest(berth, berth.awake)
-            berth.awake = None
-            return self.model.head(hidden_BTD[:, -1:])[:, 0]
+            point(lanes, berths, counts)
+            hidden_1ND, seen = self.hidden(tokens_1N, lanes)
+            whole_ND, end, ends = side_by_side(seen), 0, list[int]()
+            for part, count in zip(parts, counts, strict=True):
+                begin, end = end, end + count
+                if self.watcher is not None:
+                    self.watcher.read(part.berth, tokens_1N[:, begin:end], whole_ND[begin:end])
+                at, part.berth.length = part.berth.length, part.berth.length + count
+                if part.watch is not None:
+                    self.show(hidden_1ND[:, begin:end], at, part.watch)
+                if part.last:
+                    self.berths.rest(part.berth)
+                    ends.append(end - 1)
+                elif part.berth.awake is None:
+                    part.berth.awake = self.berths.waking(part.berth)
+            return self.model.head(hidden_1ND[:, ends])[0] if ends else None
+
+    def show(self, hidden_1ND: Tensor, at: int, watch: Callable[[int, Tensor], None]) -> None:
+        for part_1ND in hidden_1ND.split(rows_for(ELEMENTS, self.model.config.vocab), dim=1):
+            watch(at, self.model.head(part_1ND)[0])
+            at += part_1ND.shape[1]
 
     def hidden(self, tokens_BT: Tensor, lanes: Lanes) -> tuple[Tensor, list[Tensor]]:
         """The final hidden states, and what the watcher wants to see, of all tokens in a row: (N, D) for each tap."""

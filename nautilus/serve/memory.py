@@ -101,6 +101,15 @@ class Berths:
         self.slots.append(berth.slot)
         self.pool.release(berth.pages)
 
+    def reading(self, berths: Sequence[Berth]) -> Lanes:
+        """For a call that reads prompts into these: into several only where states rest as they are."""
+        if len(berths) == 1:
+            berths[0].awake = berths[0].awake or self.waking(berths[0])
+            return berths[0].awake
+        lanes = self.lanes(len(berths))
+        write(lanes.slot_B, [berth.slot for berth in berths])
+        return lanes
+
     def waking(self, berth: Berth) -> Lanes:
         """For the calls that read one prompt: between them its states are not rounded, however they rest later."""
         slot_B = torch.tensor([berth.slot], device=self.device)
@@ -108,12 +117,15 @@ class Berths:
         awake = any(isinstance(part, RestingSlots) for part in self.layers)
         return replace(self.lanes(1), layers=layers, slot_B=torch.zeros_like(slot_B.int()) if awake else slot_B.int())
 
-    def rest(self, berth: Berth, lanes: Lanes) -> None:
+    def rest(self, berth: Berth) -> None:
         """After the last of them."""
+        if berth.awake is None:
+            return
         slot_B, last_B = (torch.tensor([number], device=self.device) for number in (berth.slot, berth.length - 1))
-        for part, awake in zip(self.layers, lanes.layers, strict=True):
+        for part, awake in zip(self.layers, berth.awake.layers, strict=True):
             if isinstance(part, RestingSlots) and isinstance(awake, MambaSlots):
                 part.rest(slot_B, awake, last_B)
+        berth.awake = None
 
     def lanes(self, rows: int, *, tentative: bool = False) -> Lanes:
         """For calls of so many rows, to be told their slots, and the rest by `point`."""

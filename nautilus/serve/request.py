@@ -9,6 +9,7 @@ from typing import Any
 
 from nautilus.data.tokenizer import TextStream
 from nautilus.serve.control import StopStrings
+from nautilus.serve.forward import Part
 from nautilus.serve.memory import Berth
 from nautilus.serve.rules import Rule
 from nautilus.serve.sample import Drawn
@@ -93,6 +94,23 @@ class Request:
     def unscored(self) -> bool:
         """The prompt must be read from its beginning, for log-probs that are not known."""
         return self.scores is not None and not self.scores.complete
+
+    @property
+    def answered(self) -> bool:
+        """A token follows its prompt."""
+        return self.answer and not self.warm
+
+    def part(self, size: int) -> Part:
+        """The next so many tokens of its prompt, as a call reads them."""
+        assert self.berth is not None
+        at, watch = self.berth.length, self.scores.add if self.scores and self.unscored else None
+        last = at + size == len(self.tokens) and self.answered
+        return Part(tokens=self.tokens[at : at + size], berth=self.berth, last=last, watch=watch)
+
+    @property
+    def lonely(self) -> bool:
+        """Its prompt is read in calls of its own."""
+        return self.apart or self.unscored
 
     @property
     def reading(self) -> bool:

@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nautilus.ops.draw import draw as sampled
+from nautilus.ops.draw import place, uniform, weights
 from nautilus.ops.peak import peak
 from nautilus.runtime import UserError
 from nautilus.serve.rules import Rule
@@ -49,21 +51,23 @@ def draw(
     rules: Sequence[Sequence[Rule]] | None = None,
 ) -> list[Drawn]:
     """For each request the token that stands at its position, and the log-prob the model itself (before rules,
-    temperature and filters) gives that token. Requests are treated one by one, so none depends on its neighbours.
+    temperature and filters) gives that token. None depends on its neighbours.
 
     rules: those of each request; they are asked, and not told what was drawn.
     """
     each = [()] * len(samplings) if rules is None else rules
-    rows = zip(looked_at(logits_BV), samplings, positions, each, strict=True)
-    return [draw_one(*row) for row in rows]
+    rows = drawn_ahead(looked_at(logits_BV), samplings, positions, each)
+    return [draw_one(*row) for row in zip(rows, samplings, positions, each, strict=True)]
 
 
 class Logits(NamedTuple):
-    """Of one position. best: the most probable token; total: log sum exp of all logits."""
+    """Of one position. best: the most probable token; total: log sum exp of all logits; drawn: the token that stands
+    there, where it is known already."""
 
     logits_V: Tensor
     best: int
     total: float
+    drawn: int | None = None
 
     def logprob(self, token: int) -> float:
         return float(self.logits_V[token]) - self.total
@@ -73,6 +77,38 @@ def looked_at(logits_BV: Tensor) -> list[Logits]:
     logits_BV = logits_BV.detach()
     best_B, total_B = peak(logits_BV)
     return [*map(Logits, logits_BV.cpu().unbind(), best_B.tolist(), total_B.tolist())]
+
+
+def drawn_ahead(
+    rows: Sequence[Logits],
+    samplings: Sequence[Sampling],
+    positions: Sequence[int],
+    rules: Sequence[Sequence[Rule]],
+) -> list[Logits]:
+    """With the tokens of all requests that are drawn by temperature alone, which takes one call for all."""
+    found = [*rows]
+    each = zip(rows, samplings, rules, strict=True)
+    places = [at for at, (row, sampling, some) in enumerate(each) if plainly(sampling, some) and row.total == row.total]
+    if places:
+        mine = [found[at] for at in places]
+        how = [samplings[at] for at in places]
+        tokens = sampled(
+            [row.logits_V for row in mine],
+            [row.best for row in mine],
+            [one.temperature for one in how],
+            [one.seed for one in how],
+            [positions[at] for at in places],
+        )
+        for at, row, token in zip(places, mine, tokens, strict=True):
+            found[at] = row._replace(drawn=token)
+    return found
+
+
+def plainly(sampling: Sampling, rules: Sequence[Rule]) -> bool:
+    """By temperature, without filters, and without a rule that changes a logit."""
+    if not sampling.temperature or sampling.top_k or sampling.top_p != 1 or sampling.min_p:
+        return False
+    return all(type(rule).change is Rule.change for rule in rules)
 
 
 def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[Rule] = ()) -> Drawn:
@@ -85,6 +121,10 @@ def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[
     token = next((token for rule in reversed(rules) if (token := rule.forced()) is not None), None)
     if token is None and not rules and not sampling.temperature:
         token = logits.best
+    if token is None and logits.drawn is None and plainly(sampling, rules):
+        (logits,) = drawn_ahead([logits], [sampling], [position], [rules])
+    if token is None:
+        token = logits.drawn
     if token is None:
         token = chosen(logits.logits_V.double(), sampling, position, rules)
     return told(logits, token, sampling.top_logprobs)
@@ -102,7 +142,7 @@ def highest(logits_V: Tensor) -> int:
 
 
 def chosen(logits_V: Tensor, sampling: Sampling, position: int, rules: Sequence[Rule]) -> int:
-    """Inverse transform sampling: the first candidate, by id, at which the cumulated probability exceeds u."""
+    """Of the candidates by id."""
     for rule in rules:
         logits_V = rule.change(logits_V)
     if rules and logits_V.max() == -math.inf:
@@ -111,17 +151,14 @@ def chosen(logits_V: Tensor, sampling: Sampling, position: int, rules: Sequence[
             f"token {position} was asked for, but the request's rules ({names}) bar every token there; loosen one"
         )
     id_K, probs_K = candidates(logits_V, sampling)
-    cumulated_K = probs_K.cumsum(0)
-    place = torch.searchsorted(cumulated_K, uniform(sampling.seed, position) * cumulated_K[-1], right=True)
-    return int(id_K[place])
+    return int(id_K[place(probs_K, uniform(sampling.seed, position))])
 
 
 def candidates(logits_V: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
     """The ids that may be drawn, ascending, and their weights (float64, proportional to the probabilities)."""
     if sampling.temperature == 0:
         return torch.tensor([highest(logits_V)]), torch.ones(1, dtype=torch.float64)
-    # The maximum is taken off before the division, so that no temperature, however small, overflows.
-    probs_V = ((logits_V.double() - logits_V.max()) / sampling.temperature).softmax(0)
+    probs_V = weights(logits_V, sampling.temperature)
     if not sampling.top_k and sampling.top_p == 1 and not sampling.min_p:
         return torch.arange(len(probs_V)), probs_V
     id_K = kept(probs_V, sampling)
@@ -158,11 +195,3 @@ def ranked(probs_V: Tensor, size: int) -> Tensor:
     probs, place = probs_V.numpy(), len(probs_V) - size
     pool_K = torch.from_numpy((probs >= np.partition(probs, place)[place]).nonzero()[0])
     return pool_K[probs_V[pool_K].sort(descending=True, stable=True).indices]
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) alone: Philox 4x64 counts positions under the seed's key.
-
-    52 bits, not 53: u < 1 - 2^-52 keeps u times a sum of floats strictly below the sum after rounding.
-    """
-    return (int(np.random.Philox(key=seed, counter=position).random_raw()) >> 12) * 2.0**-52

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nautilus.ops.pages import PAGE
 from nautilus.serve.memory import Berths, pages_for
@@ -102,29 +102,45 @@ class Scheduler:
         ]
         return sorted(found, key=lambda request: request.berth.slot if request.berth else 0)
 
-    def readings(self) -> Iterator[tuple[Request, int]]:
-        """Whose prompt is read next, and how many tokens of it, while the time of a step lasts. The caller reads."""
+    def readings(self) -> Iterator[list[tuple[Request, int]]]:
+        """Whose prompts are read next, in one call, and how many tokens of each, while the time of a step lasts. The
+        caller reads. What is left of several is read together where that is little, but not of requests that are to be
+        apart, nor where states are rounded when prompts end."""
         begin = time.monotonic()
         while reading := [
             request for request in self.active if request.unread > 1 or (request.berth and request.berth.awake)
         ]:
-            left = self.step_seconds - (time.monotonic() - begin)
-            request = min(reading, key=self.order)
-            yield request, self.size(request, left)
+            first, *others = sorted(reading, key=self.order)
+            room = self.room(self.step_seconds - (time.monotonic() - begin))
+            batch = [(first, self.size(first, room))]
+            for other in others if self.grow and not first.lonely else ():
+                room -= batch[-1][1]
+                size = self.size(other, self.chunk)
+                if size > room or other.lonely:
+                    break
+                batch.append((other, size))
+            yield batch
             if time.monotonic() - begin >= self.step_seconds:
                 return
 
-    def size(self, request: Request, seconds: float) -> int:
+    def room(self, seconds: float) -> int:
+        """Tokens that can be read in this time, at least a few, and not more than `chunk`."""
+        if self.seconds_per_token and self.chunk * self.seconds_per_token > seconds:
+            return min(self.chunk, max(LEAST, int(seconds / self.seconds_per_token) // PAGE * PAGE))
+        return self.chunk
+
+    def size(self, request: Request, room: int) -> int:
+        """What is read of it at a time: not beyond a mark."""
         assert request.berth is not None
         at = request.berth.length
-        size = min(request.unread, self.chunk)
-        if self.seconds_per_token and size * self.seconds_per_token > seconds:
-            size = min(size, max(LEAST, int(seconds / self.seconds_per_token) // PAGE * PAGE))
-        return min([size, *(mark - at for mark in request.marks if mark > at)])
+        return min([request.unread, room, *(mark - at for mark in request.marks if mark > at)])
 
-    def measured(self, tokens: int, seconds: float) -> None:
-        """Of reading. Short pieces take longer for each token, so they say only that it takes less than thought: enough
-        to come back from one long pause, after which all pieces would else stay short."""
+    def measured(self, batch: Sequence[tuple[Request, int]], seconds: float) -> None:
+        """So long it took to read these. Short pieces take longer for each token, so they say only that it takes less
+        than thought: enough to come back from one long pause, after which all pieces would else stay short."""
+        for request, size in batch:
+            self.served[request.tenant] += size
+        tokens = sum(size for _, size in batch)
         now = seconds / tokens
         if tokens >= 4 * LEAST or now < self.seconds_per_token:
             self.seconds_per_token = now if not self.seconds_per_token else 0.7 * self.seconds_per_token + 0.3 * now

@@ -8,23 +8,33 @@
 | `math@rows.jsonl` | rows of a file, judged as `math` |
 | `pivot/store` | single turns of a task of several |
 | `rg/leg_counting` | a task of reasoning-gym, where that is installed |
+| `gym@http://127.0.0.1:8000#rows.jsonl` | rows of a file, whose environment is asked at a URL, as NeMo Gym has it |
+| `openenv@ws://127.0.0.1:8000` | an environment of OpenEnv |
+
+What follows `://` is all of the address: such tasks have no levels.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nautilus.runtime import UserError, installing
+from nautilus.tasks.gym import Gym
+from nautilus.tasks.judging import Judge
 from nautilus.tasks.named import TASKS
+from nautilus.tasks.openenv import OpenEnv
 from nautilus.tasks.pivot import Pivot
 from nautilus.tasks.puzzle import Puzzle
 from nautilus.tasks.rows import KINDS, Rows, rows_in
 from nautilus.tasks.task import Task
 
-FORM = re.compile(r"(?P<what>[^:*]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?")
+FORM = re.compile(
+    r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +60,7 @@ def asked(words: str) -> Asked:
 def named(what: str) -> Task:
     name, at, place = what.partition("@")
     if at:
-        return of_rows(name, Path(place))
+        return of_url(name, place) if "://" in place else of_rows(name, Path(place))
     if name.startswith("rg/"):
         try:
             return Puzzle(name.removeprefix("rg/"))
@@ -59,7 +69,8 @@ def named(what: str) -> Task:
     if name.startswith("pivot/"):
         return pivot_of(name.removeprefix("pivot/"))
     if name not in TASKS:
-        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and rows as {', '.join(KINDS)}@FILE")
+        rows = ", ".join([*KINDS, Judge.name])
+        raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and rows as {rows}@FILE")
     return TASKS[name]()
 
 
@@ -74,9 +85,22 @@ def several() -> list[str]:
     return [name for name, make in TASKS.items() if make().turns > 1]
 
 
+def of_url(kind: str, place: str) -> Task:
+    url, mark, file = place.partition("#")
+    if kind == "openenv" and not mark:
+        return OpenEnv(f"{kind}@{place}", url)
+    if kind == "gym" and file:
+        return read_rows(kind, Path(file), lambda rows: Gym(f"{kind}@{place}", url, rows))
+    raise UserError(f"the task {kind}@{place} was asked for; write openenv@URL, or gym@URL#ROWS.jsonl")
+
+
 def of_rows(kind: str, path: Path) -> Task:
+    return read_rows(kind, path, Judge if kind == Judge.name else lambda rows: Rows(kind, rows))
+
+
+def read_rows(kind: str, path: Path, make: Callable[[list[dict[str, Any]]], Task]) -> Task:
     try:
-        return Rows(kind, [*rows_in(path)])
+        return make([*rows_in(path)])
     except FileNotFoundError as bad:
         raise UserError(f"the rows of {kind} were to come from {path}, which is not there") from bad
     except (ValueError, OSError) as bad:

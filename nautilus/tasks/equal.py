@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are worth the same.
+"""Whether two answers are worth the same.
 
 Numbers are compared exactly, however they are written: 1,000, 1/2, \\frac12, 0.5, 50\\%. What is more than a number
 is asked of `math-verify`, where it is installed, in a process of its own, as its time limits are signals; else it has
@@ -19,6 +19,7 @@ from multiprocessing import get_context
 SECONDS = 20.0  # for one comparison; math-verify stops itself after five for each of its parts
 LONGEST = 500  # characters of an answer that is looked at
 FRACTION = re.compile(r"(-?)\\[dt]?frac\s*(?:\{(-?\d+)\}|(\d))\s*(?:\{(-?\d+)\}|(\d))")
+WORD, ARTICLES = re.compile(r"[\w+*/^=<>%-]+"), ("a", "an", "the")
 DRESS = re.compile(r"\\(?:left|right|,|!|;|text\{[^{}]*\}|mathrm\{[^{}]*\}|displaystyle)|[$\s]|\.$")
 
 
@@ -33,6 +34,16 @@ def same_value(said: str, truth: str) -> bool:
     if len(said) > LONGEST or importlib.util.find_spec("math_verify") is None:
         return False
     return in_time(said, truth)
+
+
+def same_words(said: str, truth: str) -> bool:
+    """Answers in words: numbers by their value, else word for word, whatever the case, articles and punctuation. What
+    is reckoned with (`same_value`) takes words for products of letters, of which "listen" and "silent" are the same."""
+    numbers = number(plain(said)), number(plain(truth))
+    if None not in numbers:
+        return numbers[0] == numbers[1]
+    one, other = ([word for word in WORD.findall(text.casefold()) if word not in ARTICLES] for text in (said, truth))
+    return bool(one) and one == other
 
 
 def plain(text: str) -> str:

@@ -19,12 +19,22 @@ import json
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nautilus.tasks.task import Reply
+from nautilus.tasks.task import Message, Reply, user
 
 MIDDLE = 3.5  # of the ranks
 OBJECT = re.compile(r"\{[^{}]*\}")
+ASKS = (
+    "Two answers to the last message of this conversation are given. Say which one is better, as JSON: score_1 and"
+    " score_2 from 1 to 5, and ranking from 1, the first is far better, to 6, the second is far better."
+)
+
+
+def asked_to_judge(messages: Sequence[Message], first: str, second: str) -> tuple[Message, ...]:
+    """What a reward model is shown, in training and in use."""
+    turns = "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
+    return user(f"{ASKS}\n\n{turns}\n\nanswer 1: {first}\n\nanswer 2: {second}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,11 @@ class Judgement:
         """With equal ones told apart by the ranking; their sum stays."""
         more = MIDDLE - self.ranking if self.score_1 == self.score_2 else 0.0
         return self.score_1 + more, self.score_2 - more
+
+    @property
+    def swapped(self) -> Judgement:
+        """What it says of the same answers, the second one first."""
+        return replace(self, score_1=self.score_2, score_2=self.score_1, ranking=round(2 * MIDDLE) - self.ranking)
 
     @property
     def text(self) -> str:
@@ -123,11 +138,3 @@ def rewards(judgements: Sequence[Judgement], replies: Sequence[Reply], control: 
         if weight and lengths.count(min(lengths)) == 1 and bases[shortest] >= good:
             total[shortest] += control.bonus
     return total
-
-
-def lesson_reward(said: Judgement, truth: Judgement) -> float:
-    """Of a reward model that is trained: how far it is from what people said; -10 for what cannot be read."""
-    if not said.readable:
-        return -10.0
-    pairs = ((said.score_1, truth.score_1), (said.score_2, truth.score_2), (said.ranking, truth.ranking))
-    return -sum(abs(one - other) for one, other in pairs)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from nautilus.tasks.agents import Repair, Store
 from nautilus.tasks.arithmetic import Arithmetic, Calculator
 from nautilus.tasks.forms import Constraints, Fields, Forbidden
+from nautilus.tasks.judging import Judge
 from nautilus.tasks.knowing import Abstain, Choice, Needle
 from nautilus.tasks.letters import Count, Reverse, Rotate, Sort
 from nautilus.tasks.style import Style
@@ -16,6 +17,6 @@ TASKS: dict[str, Callable[[], Task]] = {
     kind.name: kind
     for kind in (
         Arithmetic, Calculator, Sort, Reverse, Rotate, Count, Store, Repair, Fields, Constraints, Forbidden, Needle,
-        Choice, Abstain, Style,
+        Choice, Abstain, Style, Judge,
     )
 }  # fmt: skip

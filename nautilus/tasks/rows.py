@@ -5,6 +5,7 @@
 | task | what a row has beside the messages | right |
 |--|--|--|
 | `math` | `expected_answer` | the last `\\boxed{}` is worth the same |
+| `exact` | `expected_answer`, in a few words | the last box has the same words, or the same number |
 | `mcqa` | `expected_answer`, a letter | the last box holds it |
 | `code` | `verifier_metadata.unit_tests`: inputs and outputs | the program prints what it should for all of them |
 | `instruct` | `instruction_id_list`, `kwargs` | all instructions of IFEval (arXiv 2311.07911) are followed |
@@ -21,15 +22,16 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nautilus.tasks.arithmetic import NUMBER
-from nautilus.tasks.equal import same_value
+from nautilus.tasks.equal import same_value, same_words
 from nautilus.tasks.instructions import followed
 from nautilus.tasks.knowing import BOXED, letter_is
 from nautilus.tasks.programs import passes
-from nautilus.tasks.task import GraderBroken, Problem, Question, Reply, Verdict
+from nautilus.tasks.task import GraderBroken, Message, Problem, Question, Reply, Task, Verdict
 
 
 def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
@@ -45,18 +47,41 @@ def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
         )
     truth = {key: value for key, value in row.items() if key not in ("responses_create_params", "worked")}
     worked = tuple(row.get("worked") or ())
-    tools = tuple(asked.get("tools") or ())
+    tools = tuple(map(chat_tool, asked.get("tools") or ()))
     return Problem(task=task, level=level, messages=tuple(messages), truth=truth, worked=worked, tools=tools)
 
 
 def row_of(problem: Problem) -> dict[str, Any]:
-    """The other way round; a problem of a procedural task keeps its truth under that name."""
-    asked = {"input": [*problem.messages], **({"tools": [*problem.tools]} if problem.tools else {})}
+    """The other way round."""
+    asked = {"input": [*problem.messages], **({"tools": [*map(row_tool, problem.tools)]} if problem.tools else {})}
     truth = problem.truth if isinstance(problem.truth, Mapping) else {"expected_answer": problem.truth}
+    agent = {"type": "responses_api_agents", "name": problem.task}
     return {
-        "responses_create_params": asked, "agent_ref": {"name": problem.task}, **truth, "level": problem.level,
+        "responses_create_params": asked, "agent_ref": agent, **truth, "level": problem.level,
         "worked": [*problem.worked],
     }  # fmt: skip
+
+
+def posed(row: Mapping[str, Any], task: Task) -> Problem:
+    """The problem that a row is for this task, by whatever name its truth went in; ValueError as above."""
+    problem = problem_of(row, task.name, level=row["level"] if isinstance(row.get("level"), int) else 1)
+    if isinstance(task, Rows):
+        return problem
+    truth = {key: value for key, value in problem.truth.items() if key not in ("agent_ref", "level", "response")}
+    return replace(problem, truth=truth.get("expected_answer", truth))
+
+
+def chat_tool(tool: Any) -> Message:
+    """A function as a chat template is told of it; a row has it flat. ValueError for what is none."""
+    inside = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    if not isinstance(inside, Mapping) or not isinstance(inside.get("name"), str):
+        raise ValueError(f"the row has a tool without a name: {str(tool)[:200]}")
+    told = {key: inside[key] for key in ("name", "description", "parameters") if inside.get(key) is not None}
+    return {"type": "function", "function": {**told, **({"strict": True} if inside.get("strict") else {})}}
+
+
+def row_tool(tool: Message) -> dict[str, Any]:
+    return {"type": "function", "strict": False, **tool["function"]}
 
 
 class Rows(Question):
@@ -105,6 +130,13 @@ def math(truth: Mapping[str, Any], reply: Reply) -> Verdict:
     if not said:
         return Verdict(reward=0.0, why="no answer in a box, and no number")
     return Verdict(reward=float(same_value(said, wanted)), why=f"{said[:80]!r}, {wanted!r}")
+
+
+def exact(truth: Mapping[str, Any], reply: Reply) -> Verdict:
+    said, wanted = innermost(reply.content), str(truth["expected_answer"])
+    if not said:
+        return Verdict(reward=0.0, why="no answer in a box")
+    return Verdict(reward=float(same_words(said, wanted)), why=f"{said[:80]!r}, {wanted!r}")
 
 
 def innermost(text: str) -> str:
@@ -159,6 +191,7 @@ def arguments_of(one: Mapping[str, Any]) -> Any:
 KINDS = {
     "math": math,
     "mcqa": lambda truth, reply: letter_is(reply.content, truth["expected_answer"]),
+    "exact": exact,
     "code": code,
     "instruct": lambda truth, reply: followed(reply.content, truth["instruction_id_list"], truth["kwargs"]),
     "schema": schema,

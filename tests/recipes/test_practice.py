@@ -73,6 +73,24 @@ def test_reinforcement_end_to_end_and_what_it_tells(taught, tmp_path):
     assert not any("embeddings" in name for name in same)
 
 
+def test_a_judge_is_trained_and_then_judges(base, taught, tmp_path):
+    """Both stages of its training, and a step of a model whose answers it compares; nothing it says can be read yet."""
+    optim = OptimConfig(lr=5e-3, min_lr=1e-4, warmup=1)
+    more = {"tasks": ("judge:1",), "length": 768, "rows": 2, "problems": 60, "steps": 3, "optim": optim}
+    sft.main(sft.Settings(model=base, out=tmp_path / "taught", **more))
+    small = {**SMALL, "prompts": 1, "group": 2, "steps": 1, "measured": 2, "problems": 4}
+    judging = {"tasks": ("judge:1",), "tokens": 800, "thinking": False}
+    rlvr.main(rlvr.Settings(model=str(tmp_path / "taught"), out=tmp_path / "judge", **{**small, **judging}))
+    lines = [json.loads(line) for line in (tmp_path / "judge" / "rollouts.jsonl").read_text().splitlines()]
+    assert [line["parts"] for line in lines] == [{"readable": 0.0, "raw": -10.0}] * 2
+    words = f"style={tmp_path / 'judge'}"
+    rlvr.main(rlvr.Settings(
+        model=str(taught), out=tmp_path / "style", judges=(words,), **{**small, "tasks": ("style:1",)},
+    ))  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "style" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 2 and all(line["parts"]["unread"] == 1 for line in lines)
+
+
 def weights(folder):
     return nautilus.load(folder)[0].state_dict()
 

@@ -11,7 +11,7 @@ from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
-from nautilus.serve.forward import TRIED, Forward
+from nautilus.serve.forward import TRIED, Forward, Part
 from nautilus.serve.memory import Berth, Berths
 
 torch.set_num_threads(1)
@@ -53,7 +53,7 @@ class Both:
         self.draw = random.Random(seed)
         for row in range(rows):
             prompt = self.tokens(1 + 3 * row)
-            got, want = (f.read(prompt, b[row], last=True) for f, b in self.each)
+            got, want = (f.read([Part(tokens=prompt, berth=b[row], last=True)]) for f, b in self.each)
             self.same(got, want)
 
     @property
@@ -163,7 +163,7 @@ def test_what_is_kept_of_a_row_goes_on_in_another_place():
     fresh.berths.put_state(other, kept)
     other.length = first.length
     text = both.tokens(6)
-    got = fresh.read(text, other, last=True)
+    got = fresh.read([Part(tokens=text, berth=other, last=True)])
     equal(got, both.forward.attempt([first], [text])[-1:])
 
 

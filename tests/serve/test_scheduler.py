@@ -166,14 +166,15 @@ def test_what_tenants_have_had_is_kept_of_so_many_only(monkeypatch):
 
 
 def test_a_measured_pace_comes_back_from_one_long_pause():
-    scheduler = engine_of().scheduler
-    scheduler.measured(64, 0.064)
-    scheduler.measured(64, 500.0)
+    engine = engine_of()
+    scheduler, somebody = engine.scheduler, engine.request([1], ONE)
+    scheduler.measured([(somebody, 64)], 0.064)
+    scheduler.measured([(somebody, 64)], 500.0)
     assert scheduler.seconds_per_token > 1
     for _ in range(30):
-        scheduler.measured(16, 0.02)
+        scheduler.measured([(somebody, 16)], 0.02)
     assert 1e-3 < scheduler.seconds_per_token < 2e-3, "short pieces say that it takes less"
-    scheduler.measured(16, 1.0)
+    scheduler.measured([(somebody, 16)], 1.0)
     assert scheduler.seconds_per_token < 2e-3, "but not that it takes more"
 
 
@@ -208,3 +209,42 @@ def test_a_request_that_ends_in_an_error_takes_no_other_with_it(monkeypatch):
     assert [request.pieces[-1].finish_reason for request in requests] == ["length", "error", "length"]
     assert "NaN or infinity" in str(requests[1].error)
     assert_nothing_is_held(engine)
+
+
+def test_short_prompts_are_read_in_one_call_and_answers_are_those_that_each_gets_alone(monkeypatch):
+    engine = engine_of(rows=6, chunk=24)
+    prompts = [[1 + (7 * row + at) % 60 for at in range(size)] for row, size in enumerate((5, 9, 3, 11, 30, 2))]
+    alone = [engine.generate([prompt], Sampling(max_tokens=4, seed=3))[0] for prompt in prompts]
+    read, calls = engine.forward.read, list[list[int]]()
+
+    def counted(parts):
+        calls.append([len(part.tokens) for part in parts])
+        return read(parts)
+
+    monkeypatch.setattr(engine.forward, "read", counted)
+    together = engine.generate(prompts, Sampling(max_tokens=4, seed=3))
+    assert [one.tokens for one in together] == [one.tokens for one in alone]
+    if native().functions is not None:
+        assert [one.logprobs for one in together] == [one.logprobs for one in alone]
+    assert calls[0] == [2, 3, 5, 9] and sum(map(len, calls)) == 7 and all(sum(some) <= 24 for some in calls)
+
+
+def test_what_fails_in_a_call_for_several_prompts_is_read_alone_and_ends_only_whose_fault_it_is(monkeypatch):
+    engine = engine_of(rows=4)
+    prompts = [[1, 2, 3], [4, 5], [6, 7, 8, 9]]
+    wanted = [one.tokens for one in engine.generate(prompts, ONE)]
+    read = engine.forward.read
+
+    def failing(parts):
+        if any(4 in part.tokens for part in parts):
+            raise RuntimeError("the kernel fell over")
+        return read(parts)
+
+    monkeypatch.setattr(engine.forward, "read", failing)
+    requests = [engine.request(prompt, ONE) for prompt in prompts]
+    for request in requests:
+        engine.submit(request)
+    while not all(request.finished for request in requests):
+        engine.step()
+    assert requests[1].error is not None and requests[0].error is requests[2].error is None
+    assert [requests[at].completion().tokens for at in (0, 2)] == [wanted[0], wanted[2]]

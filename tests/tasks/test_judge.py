@@ -14,7 +14,6 @@ from nautilus.tasks.judge import (
     base_scores,
     circular,
     judgement_of,
-    lesson_reward,
     rewards,
     shortness,
 )
@@ -93,13 +92,6 @@ def test_what_cannot_be_read_is_the_middle(text):
     one = judgement_of(text)
     assert (one.score_1, one.score_2, one.ranking, one.readable) == (3, 3, 3.5, False)
     assert one.scores == (3, 3)
-
-
-def test_a_judge_that_learns_loses_by_what_it_is_off():
-    truth = Judgement(score_1=4, score_2=2, ranking=2)
-    assert lesson_reward(truth, truth) == 0
-    assert lesson_reward(Judgement(score_1=3, score_2=2, ranking=4), truth) == -3
-    assert lesson_reward(judgement_of(""), truth) == -10
 
 
 def test_the_oracle_prefers_its_style_from_either_side():

@@ -153,7 +153,7 @@ def test_rows_are_read_as_they_are_and_written_again(tmp_path):
     for name in TASKS:
         problem = next(TASKS[name]().problems("train"))
         again = json.loads(json.dumps(row_of(problem)))
-        assert again["agent_ref"] == {"name": name} and problem_of(again, name).id == problem.id
+        assert again["agent_ref"]["name"] == name and problem_of(again, name).id == problem.id
     path.write_text("{}\n[1]\n")
     with pytest.raises(ValueError, match="line 2, is no object"):
         [*rows_in(path)]

@@ -32,6 +32,7 @@
   void fill_rotary_##name(Kernels*);    \
   void fill_lowbit_##name(Kernels*);    \
   void fill_peak_##name(Kernels*);      \
+  void fill_draw_##name(Kernels*);      \
   static void fill_##name(Kernels* k) { \
     fill_mamba_##name(k);               \
     fill_experts_##name(k);             \
@@ -45,6 +46,7 @@
     fill_rotary_##name(k);              \
     fill_lowbit_##name(k);              \
     fill_peak_##name(k);                \
+    fill_draw_##name(k);                \
   }
 
 LEVEL(baseline)
@@ -146,7 +148,7 @@ int share_out(Piece piece, const void* arguments, int64_t bytes, int64_t items, 
 }  // namespace
 
 // Changes with every change of the interface; Python refuses a library that answers another number.
-EXPORT int nautilus_interface() { return 22; }
+EXPORT int nautilus_interface() { return 23; }
 
 // The name of level `index`, best first, or null past the last one.
 EXPORT const char* nautilus_level_name(int index) {
@@ -304,6 +306,8 @@ EXPORT int nautilus_rotary(const Rotary* f, int threads) {
 }
 
 EXPORT int nautilus_peak(const Peak* p, int threads) { return share_out_plainly(kernels.peak, p, p->rows, threads); }
+
+EXPORT int nautilus_draw(const Draw* d, int threads) { return share_out_plainly(kernels.draw, d, d->rows, threads); }
 
 EXPORT int nautilus_route(const Route* r, int threads) {
   return share_out(

@@ -256,6 +256,18 @@ struct Peak {
   double* total;        // (rows)
 };
 
+// token: of each row, the first at which the cumulated exp((logit - largest) / temperature) exceed their sum times a
+// number in [0, 1) that depends on seed and position alone.
+struct Draw {
+  int64_t rows, vocab;
+  const float* const* logits;  // (rows), of (vocab) each
+  const int64_t* best;         // (rows), of the largest logits
+  const double* temperature;   // (rows), positive
+  const uint64_t* seed;        // (rows)
+  const uint64_t* position;    // (rows)
+  int64_t* token;              // (rows)
+};
+
 // Reads memory, to see how fast that goes; `sum` is of no use but that it cannot be left out.
 struct ReadAll {
   const int64_t* memory;
@@ -393,6 +405,7 @@ struct Kernels {
   void (*swiglu_backward)(const SwigluBackward*, int64_t block);
   void (*rotary)(const Rotary*, int64_t block);
   void (*peak)(const Peak*, int64_t row);
+  void (*draw)(const Draw*, int64_t row);
   void (*route)(const Route*, int64_t block, void* scratch);
   int64_t (*route_scratch)(const Route*);
   int (*kv_check)(const KvWrite*);  // 2 when a page, a length or a document lies outside

@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 
 log = logging.getLogger("nautilus.ops")
-INTERFACE = 22
+INTERFACE = 23
 HARD = 2  # omp_pause_hard of OpenMP 5.0
 CROWDED = "a tentative call has more tokens of a row than slots can keep; draft fewer, or give slots a larger window"
 UNDECIDED = "tokens of an earlier tentative call wait; before the next call say how many of them stay, 0 or more"

@@ -15,6 +15,7 @@ from nautilus.serve.api.errors import ApiError
 from nautilus.serve.api.exchange import Exchange, Stopped
 from nautilus.serve.api.items import item_of, part_of
 from nautilus.serve.api.kept import KeptResponses
+from nautilus.serve.api.logprobs import LEAST
 from nautilus.serve.request import Piece
 
 IDS = {"reasoning": "rs_", "text": "msg_", "call": "fc_"}
@@ -30,7 +31,8 @@ STATES = {"stop": "completed", "tool_calls": "completed", "length": "incomplete"
 
 @dataclass(kw_only=True, eq=False)
 class ResponseForm:
-    """talk: the messages so far, without instructions. echo: what the response repeats of its request."""
+    """talk: the messages so far, without instructions. echo: what the response repeats of its request. prompt: its
+    tokens."""
 
     choice: ChatChoice
     kept: KeptResponses
@@ -38,6 +40,7 @@ class ResponseForm:
     talk: list[dict]
     store: bool
     echo: dict[str, Any]
+    prompt: Sequence[int]
     blocks: Blocks = field(default_factory=Blocks)
     number: int = 0  # of the next event
     exchange: Exchange | None = None  # where it is told as a stream
@@ -110,7 +113,16 @@ class ResponseForm:
         last = block is self.blocks.all[-1]
         cut = last and self.choice.finish_reason == "length"
         status = "incomplete" if cut else "completed" if block.done or self.choice.finish_reason else "in_progress"
-        return item_of(block, self.id_of(block), status)
+        told = self.tokens() if last and self.choice.wanted.token_ids and self.choice.finish_reason else {}
+        return {**item_of(block, self.id_of(block), status), **told}
+
+    def tokens(self) -> dict[str, Any]:
+        """Of the whole answer, on its last item: what it was drawn after, what was drawn, and each one's log-prob."""
+        drawn = self.choice.pieces
+        return {
+            "prompt_token_ids": [*self.prompt], "generation_token_ids": [piece.token for piece in drawn],
+            "generation_log_probs": [max(piece.logprob, LEAST) for piece in drawn],
+        }  # fmt: skip
 
     def id_of(self, block: Block) -> str:
         return f"{IDS[block.kind]}{self.id}{block.index:04x}"

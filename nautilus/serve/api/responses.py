@@ -67,6 +67,7 @@ class ResponsesRequest(Record):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     stream: bool | None = None
+    return_token_ids: bool | None = None
 
 
 def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
@@ -82,7 +83,7 @@ def prepare(context: Context, body: Mapping[str, Any], owner: str) -> Prepared:
     prepared = chat.prepare(context, chat.as_chat(asked, fields_of(asked, talk)), owner)
     form = ResponseForm(
         choice=cast(ChatChoice, prepared.choices[0]), kept=context.kept, owner=owner, talk=talk,
-        store=asked.store is not False, echo=echo(asked, prepared),
+        store=asked.store is not False, echo=echo(asked, prepared), prompt=prepared.jobs[0].tokens,
     )  # fmt: skip
     return dataclasses.replace(prepared, form=form)
 
@@ -100,6 +101,7 @@ def fields_of(asked: ResponsesRequest, talk: list[dict]) -> dict[str, Any]:
         "temperature": asked.temperature, "top_p": asked.top_p, "stream": asked.stream,
         "reasoning_effort": asked.reasoning.effort if asked.reasoning else None, "response_format": shape_of(asked),
         "truncate_prompt_tokens": -1 if asked.truncation == "auto" else None,
+        "return_token_ids": asked.return_token_ids,
     }  # fmt: skip
 
 

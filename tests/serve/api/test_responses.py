@@ -195,3 +195,20 @@ def test_an_error_after_the_first_byte_is_the_last_event(client, here):
     last = list(ask(client, stream=True))[-1]
     assert last.type == "response.failed" and last.response.status == "failed"
     assert last.response.error.code == "internal_error" and "secret" not in last.response.error.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_trainer_is_told_tokens_and_log_probs_on_the_last_item(api, client, here, stream):
+    here.service.answers = [BOTH]
+    more = {"tools": [TOOL], "extra_body": {"return_token_ids": True}}
+    output = (list(ask(client, stream=True, **more))[-1].response if stream else ask(client, **more)).output
+    *others, last = [item.model_dump() for item in output]
+    assert [item["type"] for item in others] == ["reasoning", "message"] and last["type"] == "function_call"
+    assert not any("generation_token_ids" in item for item in others)
+    tokenizer = here.service.engine.tokenizer
+    drawn = [*tokenizer.encode(BOTH, control=True), tokenizer.eos]
+    assert last["prompt_token_ids"] == prompt(here) and last["generation_token_ids"] == drawn
+    assert last["generation_log_probs"] == [-0.5] * len(drawn)
+    # An agent sends the items back as they are; without being asked for, nothing of this is told.
+    assert post(api, input=[{"role": "user", "content": "Hi"}, *others, last]).status_code == 200
+    assert "generation_token_ids" not in ask(client, tools=[TOOL]).output[-1].model_dump()

@@ -10,7 +10,7 @@ from nautilus.model.state import place
 from nautilus.ops.cpu.library import native
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.draft.chain import Chain, EagleHead, MtpHead
-from nautilus.serve.forward import Forward
+from nautilus.serve.forward import Forward, Part
 from nautilus.serve.memory import Berths
 from tests.serve.test_scheduler import ATTENTION, MAMBA, TOKENIZER, VOCAB
 
@@ -45,7 +45,7 @@ class Played:
         request.berth = self.engine.berths.take(300)
         for at in range(0, len(tokens), 7):
             part = tokens[at : at + 7]
-            logits = self.forward.read(part, request.berth, last=at + 7 >= len(tokens))
+            logits = self.forward.read([Part(tokens=part, berth=request.berth, last=at + 7 >= len(tokens))])
         request.tokens.append(int(logits.argmax()))
         return request
 

@@ -139,7 +139,7 @@ def test_logits_that_are_no_numbers_end_their_row_and_are_not_gone_on_from(monke
 
 
 def test_an_answer_that_ends_in_the_step_in_which_another_breaks_is_told(monkeypatch):
-    engine = engine_of(MODEL, step_seconds=9.0)
+    engine = engine_of(MODEL, step_seconds=9.0, chunk=3)
     first, second = (engine.request([7, 8, 9 + index], Sampling(max_tokens=1)) for index in range(2))
     second.priority = 1
     fail_at(monkeypatch, engine.forward, "read", lambda count, _: count == 2)
@@ -344,10 +344,10 @@ def test_one_long_pause_does_not_make_all_later_pieces_short(monkeypatch):
     engine = engine_of(MODEL, chunk=128, step_seconds=0.5, saved_gb=0)
     compute, sizes = engine.forward.read, []
 
-    def read(tokens, *args, **named):
-        sizes.append(len(tokens))
+    def read(parts):
+        sizes.extend(len(part.tokens) for part in parts)
         clock.offset += 1000.0 * (len(sizes) == 1)
-        return compute(tokens, *args, **named)
+        return compute(parts)
 
     monkeypatch.setattr(engine.forward, "read", read)
     for _ in range(3):
