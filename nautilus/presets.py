@@ -13,7 +13,7 @@ ULTRA_PATTERN = "MEMEME" + "M*EMEMEM*EMEMEMEM*EMEMEME" * 4 + "ME"
 
 
 def toy(vocab: int = 4096) -> Config:
-    """The model of the demo: every part of the family at a size that trains in minutes on two cores."""
+    """Every part of the family at a size that trains in minutes on two cores."""
     mamba = Mamba(heads=8, head_width=64, state=64, groups=2, chunk=64)
     attention = Attention(heads=4, groups=2, head_width=64)
     experts = Experts(experts=16, active=4, hidden=128, shared=384, latent=128, scale=2.5)
@@ -21,6 +21,21 @@ def toy(vocab: int = 4096) -> Config:
         vocab=vocab,
         width=256,
         layers=lay("MEM*EME", mamba, attention, experts),
+        mtp=lay("*E", attention, experts),
+        positions=1 << 20,
+    )
+
+
+def starter(vocab: int = 4096) -> Config:
+    """The model of the demo, 2.2M weights beside the embeddings. With two layers of attention, one after the other, a
+    model as small as this learns to look up what stood before; with one it learns the form of answers and not more."""
+    mamba = Mamba(heads=6, head_width=64, state=64, groups=2, chunk=64)
+    attention = Attention(heads=4, groups=2, head_width=48)
+    experts = Experts(experts=8, active=2, hidden=128, shared=256, latent=128, scale=2.5)
+    return Config(
+        vocab=vocab,
+        width=192,
+        layers=lay("M*EM*E", mamba, attention, experts),
         mtp=lay("*E", attention, experts),
         positions=1 << 20,
     )
@@ -133,6 +148,7 @@ def gpt_oss_20b() -> Config:
 
 PRESETS = {
     "toy": toy,
+    "starter": starter,
     "toy_1m": toy_1m,
     "nano": nano,
     "lightning": lightning,

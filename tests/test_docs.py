@@ -47,7 +47,7 @@ def workplace(tmp_path_factory):
     (here / "text").mkdir()
     for number in range(20):
         (here / "text" / f"{number}.txt").write_text(f"def part_{number}(path):\n    return {number}\n" * 30)
-    small = "steps=2 rows=1 micro=1 length=48 optim.warmup=0 optim.decay=0.5 model.vocab=400 prompts=a"
+    small = "steps=2 rows=1 micro=1 length=48 optim.warmup=0 optim.decay=0.5 model.vocab=400 prompts=a answers=false"
     assert main(["demo", f"data={here / 'text'}", f"out={here / 'runs' / 'demo'}", *small.split()]) == 0
     command = here / ".venv" / "bin" / "nautilus"
     command.parent.mkdir(parents=True)

@@ -23,6 +23,7 @@ class Batch:
     (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
     the first), and for a teacher or a reference (`teacher_logprob`).
     routes: the experts that wrote each token, (B, T, L, K); -1 where nobody knows (`train/replay.py`).
+    teacher: who teaches the rows, by name, where it is asked of more than the log-probs of their tokens.
     told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
@@ -35,6 +36,7 @@ class Batch:
     proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     routes: Tensor | None = None
+    teacher: str = ""
     told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
 | | `Here` | `Actors` |
 |--|--|--|
-| plays | in a thread, many episodes at once | the same in each process; groups go to whoever has least to do |
+| plays | many episodes at once; in a thread, if training goes on | the same in each process; groups go where least is |
 | new weights | are copied between two steps of the engine | are put into Ray's store once, and fetched by each |
 | what breaks | loses its own rollout | a process that dies loses the groups it was at; another takes its place |
 """
@@ -26,6 +26,7 @@ from nautilus.posttrain.rollout import Player, Playing
 from nautilus.posttrain.stream import Group, play_group
 from nautilus.serve import Engine
 from nautilus.serve.service import Service
+from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task
 from nautilus.train.replay import routes_of
 
@@ -45,12 +46,15 @@ class Crew(Protocol):
 
 
 class Here:
-    """Make it inside a running event loop."""
+    """Make it inside a running event loop. beside: this process goes on with something else meanwhile."""
 
-    def __init__(self, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int, version: int = 0):
+    def __init__(
+        self, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int, version: int = 0,
+        beside: bool = False,
+    ):  # fmt: skip
         self.engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=rows)
         self.version, self.versions = version, dict[int, int]()  # by changes of the engine's weights
-        self.service = Service(self.engine, **MUCH)
+        self.service = (Service if beside else Turns)(self.engine, **MUCH)
         self.player = Player(self.service, tokenizer, playing, lambda changes: self.versions.get(changes, self.version))
 
     async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:

@@ -8,14 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from nautilus.data.mix import number_of
 from nautilus.posttrain.blend import domain
 from nautilus.posttrain.compared import Load
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.written import written
-from nautilus.runtime import Run, write_atomic
+from nautilus.runtime import write_atomic
 from nautilus.tasks.asked import Asked, asked
-from nautilus.train.average import average_checkpoints
 
 
 def questions(path: Path, tasks: Sequence[Asked], count: int, seed: int = 0) -> Path:
@@ -32,7 +33,10 @@ def averaged(runs: Sequence[Path], folder: Path, load: Load) -> Path:
     """A checkpoint folder with the mean of their weights, each with the same say."""
     if not folder.is_dir():
         model, tokenizer = load(str(runs[0]))
-        model.load_state_dict(average_checkpoints([Run(place).model for place in runs], kind="uniform"))
+        others = [load(str(place))[0].state_dict() for place in runs[1:]]
+        for name, mine in model.state_dict().items():
+            same = [mine, *(weights[name] for weights in others)]
+            mine.copy_(torch.stack([one.double() for one in same]).mean(0))
         model.save(folder, tokenizer=tokenizer, facts={"mean of": ", ".join(place.name for place in runs)})
     return folder
 
@@ -50,7 +54,7 @@ def written_by(
         problems = domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 7)).problems
         pairs = [(one.task, problem) for problem in problems]
         how = replace(settings, tasks=(tasks[name],))
-        file = written(folder / name, model.requires_grad_(False).eval(), tokenizer, pairs, how)
+        file = written(folder / name, settings.computing(model).requires_grad_(False).eval(), tokenizer, pairs, how)
         parts.append(file.read_text())
     write_atomic(whole, "".join(parts))
     return whole

@@ -16,6 +16,7 @@ from nautilus.config import to_dict
 from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
+from nautilus.ops.precision import compute_dtype
 from nautilus.posttrain.blend import Blend, Domain, domain
 from nautilus.posttrain.crew import Actors, Crew, Here
 from nautilus.posttrain.onpolicy import Ahead, Finish, Fresh, Plan, Rows
@@ -53,6 +54,7 @@ class Practice:
     optim: OptimConfig = OptimConfig(
         lr=3e-4, min_lr=3e-5, warmup=-1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
     )  # fmt: skip
+    compute: str = setting("auto", "bf16 or fp32 activations, in answers too; auto: what is faster here")
     balance: float = setting(1e-3, "step of the load-balancing biases; the routers' weights stay as they are")
     replay: bool = setting(False, "experts that wrote an answer learn from it, whatever the routers say by then")
     mtp: Mtp = Mtp()
@@ -67,7 +69,13 @@ class Practice:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        compute_dtype(self.compute)
         schedule(self.optim, self.steps)
+
+    def computing(self, model: Language) -> Language:
+        """The model, with the activations that are asked for."""
+        model.compute = compute_dtype(self.compute, model.head_weight.device.type)
+        return model
 
     @property
     def playing(self) -> Playing:
@@ -106,6 +114,7 @@ def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> 
             f"tokens={settings.tokens} of a conversation were asked for, the model has"
             f" positions={model.config.positions}; lower tokens"
         )
+    settings.computing(model)
     return continue_or_create(settings.out, {**to_dict(settings), "weights": fingerprint(model)})
 
 
@@ -157,7 +166,7 @@ def stream_of(
             ray = connected(settings.actors)
             return Actors(ray, settings.actors, model, tokenizer, settings.playing, rows=settings.together)
         own = copy_of(model) if settings.age else model
-        return Here(own, tokenizer, settings.playing, rows=settings.together)
+        return Here(own, tokenizer, settings.playing, rows=settings.together, beside=bool(settings.age))
 
     if settings.age:
         return Ahead(model, plan, make, rows, log, age=settings.age)

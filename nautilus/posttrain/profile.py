@@ -16,7 +16,7 @@ from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.rollout import Dropped, Player, Playing, Rollout
 from nautilus.runtime import Progress, Run, read_metrics
 from nautilus.serve import Engine
-from nautilus.serve.service import Service
+from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task
 from nautilus.tasks.asked import Asked
 
@@ -156,7 +156,7 @@ async def asking(
     seed: int, told: Callable[[Problem, int, Rollout | None], None],
 ) -> None:  # fmt: skip
     engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=together)
-    service = Service(engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
+    service = Turns(engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
     player = Player(service, tokenizer, playing)
 
     async def one(task: Task, problem: Problem, time: int) -> None:

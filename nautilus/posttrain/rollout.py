@@ -25,10 +25,10 @@ from nautilus.posttrain.credit import form_fault
 from nautilus.runtime import UserError
 from nautilus.serve.budget import thinking_rules
 from nautilus.serve.control import opens_thinking
+from nautilus.serve.job import Busy, Job, Lost
 from nautilus.serve.markers import CLOSE, OPEN, THOUGHT
 from nautilus.serve.request import Completion, Piece
 from nautilus.serve.sampling import Sampling
-from nautilus.serve.service import Busy, Job, Lost
 from nautilus.serve.toolcalls import split_answer
 from nautilus.tasks import Call, Episode, GraderBroken, Problem, Reply, Task, Verdict
 from nautilus.tasks.task import Message
@@ -137,12 +137,13 @@ class Player:
 
     def __init__(self, answers: Answers, tokenizer: Tokenizer, playing: Playing, version: Callable[[int], int] = int):
         self.answers, self.tokenizer, self.playing, self.version = answers, tokenizer, playing, version
+        self.opened: tuple[Problem, bool, list[int]] | None = None
 
     async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
         """Dropped where nothing can be said of it."""
         episode, messages = task.episode(problem), [*problem.messages]
         told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
-        tokens = chat_tokens(self.tokenizer, messages, **told_how)
+        tokens = self.opening(problem, told_how)
         logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
         for number in range(task.turns):
             room = self.playing.tokens - len(tokens)
@@ -168,6 +169,13 @@ class Player:
             problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
             versions=tuple(versions),
         )  # fmt: skip
+
+    def opening(self, problem: Problem, told_how: dict[str, Any]) -> list[int]:
+        """Its prompt. All answers of a group begin with the same one, one after another."""
+        thinks = told_how["settings"].enable_thinking
+        if self.opened is None or self.opened[0] is not problem or self.opened[1] != thinks:
+            self.opened = problem, thinks, chat_tokens(self.tokenizer, [*problem.messages], **told_how)
+        return self.opened[2]
 
     def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem) -> Turn:
         inside = opens_thinking(tokens, self.tokenizer)

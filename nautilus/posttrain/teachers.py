@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor
 from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain.divergence import weighted_kl
 from nautilus.posttrain.remote import model_of, parts_of
 from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
-from nautilus.train.policy import drawn_logprob
+from nautilus.train.objective import Objective, Pairs
+from nautilus.train.policy import Mtp, Surrogate, drawn_logprob, read
 
 TRIES = 3  # of scores whose process died
 
@@ -55,7 +58,36 @@ class Teachers:
             mine = [pair for pair in rows if self.routes[pair[0].problem.task] == name]
             asked += [(name, batch) for batch in batches_of(mine, tokens=tokens, pad=pad)]
         found = self.actors(asked) if self.actors else [score(self.models[name], batch) for name, batch in asked]
-        return [replace(batch, teacher_logprob=scores) for (_, batch), scores in zip(asked, found, strict=True)]
+        each = zip(asked, found, strict=True)
+        return [replace(batch, teacher_logprob=scores, teacher=name) for (name, batch), scores in each]
+
+    def distill_whole(self, how: Surrogate, mtp: Mtp) -> Objective:
+        """Distillation by all words of the vocabulary: at every token that the student drew, its reverse KL from the
+        teacher, in place of the drawn word's share in that; less noise, and a second pass of the teacher.
+
+            L = (1/N) sum_t w_t KL(student(. | tokens < t) || teacher(. | tokens < t))
+        """
+        return Objective(partial(self.whole_terms, how=how, mtp=mtp), mtp.coefficients, mtp.weigh)
+
+    def whole_terms(
+        self, model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp
+    ) -> tuple[Pairs, Pairs]:  # fmt: skip
+        assert batch.teacher_logprob is not None and batch.sampled_logprob is not None
+        teacher, mask_BT = self.models[batch.teacher], batch.weights["policy"]
+        lp_BT, hidden_BTD = read(model, batch, "policy")
+        lp_BT = lp_BT.detach()
+        weight_BT = mask_BT * how.correction.of((lp_BT - batch.sampled_logprob).where(mask_BT > 0, 0), mask_BT)
+        with torch.no_grad():
+            other_BTE, _ = teacher.hidden(batch.tokens, document_BT=batch.document)
+        loss, _ = weighted_kl(
+            hidden_BTD[:, :-1].flatten(0, 1)[None], model.head_weight, other_BTE[:, :-1].flatten(0, 1),
+            teacher.head_weight, weight_BT[:, 1:].flatten()[None], reverse=True,
+        )  # fmt: skip
+        count = mask_BT.sum()
+        seen = {"mismatch": (lp_BT - batch.sampled_logprob).abs(), "surprise": -lp_BT}
+        seen |= {"teacher_gap": batch.teacher_logprob - lp_BT, "left_out": (weight_BT == 0).to(mask_BT.dtype)}
+        watched = {name: ((value_BT * mask_BT).sum(), count) for name, value_BT in seen.items()}
+        return {"policy": (loss, count)} | mtp.terms(model, batch, hidden_BTD), watched
 
 
 @torch.no_grad()

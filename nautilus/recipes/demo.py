@@ -1,38 +1,63 @@
-"""The whole main job in minutes on two cores: train a small model of the family, report on it, let it talk.
+"""The whole main job in minutes on two cores: train a small model of the family until it answers, and report on it.
 
 A hybrid of Mamba-2, attention and LatentMoE layers with multi-token prediction learns from the text that came with
-Python. Nothing is downloaded. The same command again goes on where an interrupted one stopped.
+Python. Then it is taught to answer: worked answers, a specialist for each task by reinforcement, all of them distilled
+into one student, twice, and a prediction block that drafts for it. Nothing is downloaded. The same command again goes
+on where an interrupted one stopped.
+
+answers=false       pretraining alone
+then.iterations=1   less post-training; see `nautilus posttrain` for its settings
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nautilus.config import Config
 from nautilus.eval.examine import talk
 from nautilus.eval.loss import HeldOut
+from nautilus.presets import starter
+from nautilus.recipes import boost, mopd, posttrain, rlvr, sft
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
-from nautilus.train.optim import OptimConfig
+from nautilus.runtime import Run
+from nautilus.train.optim import OptimConfig, setting
 
 LINES = 7  # of a completion that are printed; the report has all of them
+RATE = {"lr": 1.5e-4, "min_lr": 1e-5}
+SHORT = {**posttrain.SHORT, "problems": 4096}
+SCHOOL = posttrain.Settings(
+    tasks=("sort:3-6", "reverse:3-6", "arithmetic:1-2"),
+    supervised=sft.Settings(
+        steps=420, length=256, problems=32_000, save_every=0, cut=0.15, mtp_depths=2,
+        optim=replace(sft.Settings().optim, lr=3e-3),
+    ),
+    specialist=rlvr.Settings(steps=100, prompts=32, group=8, optim=replace(rlvr.Settings().optim, **RATE), **SHORT),
+    student=mopd.Settings(steps=60, optim=replace(mopd.Settings().optim, **RATE), **SHORT),
+    drafts=boost.Settings(chat=True, prompt_tokens=64, answers=256, tokens=48, steps=60, save_every=0),
+)  # fmt: skip
 PROMPTS = ("def read_lines(path):\n", "class Queue:\n    ", "Return the ")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(PretrainSettings):
     out: Path = field(default=Path("runs/demo"), metadata={"help": "the run's folder; resumed if it is there"})
-    steps: int = 560
+    model: Config = setting(starter(), "a preset, or sizes: model.width=384, model.layers=MEM*E")
+    data: tuple[str, ...] = setting(("embedded", "twice"), "text: [weight*]place[#field]; embedded, twice, paths")
+    steps: int = 640
     rows: int = 8
     length: int = 256
     max_bytes: int = 6_000_000
     optim: OptimConfig = OptimConfig(lr=5e-3, min_lr=5e-5, warmup=-1, decay=0.3)
     prompts: tuple[str, ...] = PROMPTS
+    answers: bool = setting(True, "post-training follows, until the model answers")
+    then: posttrain.Settings = SCHOOL
 
 
 def main(settings: Settings) -> None:
@@ -47,6 +72,12 @@ def main(settings: Settings) -> None:
     minutes, bits = (time.monotonic() - begin) / 60, scores.total.bits_per_byte if scores else float("nan")
     console.print(f"{minutes:.1f} minutes, held-out bits per byte {bits:.3f}")
     console.print(f"report      {run.report}\ntalk to it  {talk(run)}")
+    if settings.answers:
+        school = Run(run.folder / "posttrain")
+        posttrain.main(replace(settings.then, model=str(run.folder), out=school.folder, seed=settings.seed))
+        minutes = (time.monotonic() - begin) / 60
+        console.print(f"{minutes:.1f} minutes in all\nreport      {school.report}")
+        console.print(f"talk to it  {talk(Run(school.folder / 'boost'))}")
 
 
 def beginning(completion: str) -> str:

@@ -38,6 +38,9 @@ class Settings(Practice):
     out: Path = field(default=Path("runs/mopd"), metadata={"help": "the run's folder; gone on with if it is there"})
     teachers: tuple[str, ...] = setting((), "who teaches what: task=RUN for each task")
     teacher_actors: int = setting(0, "processes of Ray that score answers for all teachers; 0: this one does")
+    whole: bool = setting(
+        False, "at every token all words are compared with the teacher's, and not the drawn one alone"
+    )
     prompts: int = setting(256, "problems of a step")
     group: int = setting(1, "answers to each problem")
     advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
@@ -74,7 +77,8 @@ def main(settings: Settings) -> None:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
     learnt = partial(rows, settings, teachers, model.config.pad)
-    practise(run, settings, model, tokenizer, blend, learnt, distill(how, settings.mtp))
+    objective = (teachers.distill_whole if settings.whole else distill)(how, settings.mtp)
+    practise(run, settings, model, tokenizer, blend, learnt, objective)
     scores["after"] = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
     title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"
@@ -86,7 +90,7 @@ def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:
     models, words_of = dict[str, Language](), dict[str, Tokenizer]()
     for place in dict.fromkeys(named.values()):
         teacher, words_of[place] = nautilus.load(place)
-        models[place] = teacher.float().requires_grad_(False).eval()
+        models[place] = settings.computing(teacher.float()).requires_grad_(False).eval()
     same_words(tokenizer, words_of)
     return Teachers(routes=named, models=models)
 

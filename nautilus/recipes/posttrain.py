@@ -110,7 +110,7 @@ def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:
     model, tokenizer = nautilus.load(place)
     asked = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
     given = {"tasks": wanted(asked), "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
-    return model.requires_grad_(False).eval(), given
+    return asked.computing(model).requires_grad_(False).eval(), given
 
 
 def measured(settings: Settings, run: Run, name: str, place: Path) -> dict[str, Score]:

@@ -15,19 +15,22 @@ runs/sft tasks=sort age=1                       answers are drawn while training
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import nautilus
 from nautilus.data.batch import Batch
 from nautilus.eval import practice as report
+from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend, Curriculum
 from nautilus.posttrain.compared import Judged, judges_of
 from nautilus.posttrain.credit import Effort
-from nautilus.posttrain.practice import domains, open_practice, practise, wanted
+from nautilus.posttrain.onpolicy import Rows
+from nautilus.posttrain.practice import copy_of, domains, open_practice, practise, wanted
 from nautilus.posttrain.profile import curve, examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
+from nautilus.posttrain.teachers import score
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, policy
@@ -43,6 +46,7 @@ class Settings(Judged):
     correction: str = setting("truncate", "of answers that other weights drew: none, truncate, mask or sequence")
     least: float = setting(0.0, "weight below which an answer's token is raised to it, or left out")
     most: float = setting(5.0, "weight above which it is lowered to it, or left out")
+    kl: float = setting(0.0, "weight of the distance from the model as it was before")
     effort: Effort = Effort()
     effort_words: str = setting("", "words of a prompt that ask for less effort: shorter answers earn more there")
     profile: int = setting(0, "answers to each problem before training, by which the order is easy to hard; 0: mixed")
@@ -75,8 +79,10 @@ def main(settings: Settings) -> None:
         seed=settings.seed,
     )  # fmt: skip
     correction = Correction(kind=settings.correction, least=settings.least, most=settings.most)
-    how = Surrogate(low=settings.low, high=settings.high, correction=correction)
+    how = Surrogate(low=settings.low, high=settings.high, correction=correction, kl=settings.kl)
     learnt = partial(rows, settings, model.config.pad)
+    if settings.kl:
+        learnt = beside(copy_of(model), learnt)
     judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
     practise(run, settings, model, tokenizer, blend, learnt, policy(how, settings.mtp), judges)
     after = exam("after", model)
@@ -86,6 +92,11 @@ def main(settings: Settings) -> None:
     how = {"tasks": tasks, "count": settings.measured, "settings": settings, "tokenizer": tokenizer}
     found = curve(run, model, settings.budgets, **how)
     report.show(run, {"before": before, "after": after}, title=title, facts=facts, curve=found)
+
+
+def beside(reference: Language, learnt: Rows) -> Rows:
+    """With the log-probs of the reference."""
+    return lambda groups: [replace(batch, teacher_logprob=score(reference, batch)) for batch in learnt(groups)]
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:

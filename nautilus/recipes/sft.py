@@ -21,10 +21,11 @@ from rich.console import Console
 import nautilus
 from nautilus.config import to_dict
 from nautilus.data.conversations import Conversation, Taught, Teaching, conversations_in, taught
-from nautilus.data.mix import Stream
+from nautilus.data.mix import Stream, number_of
 from nautilus.data.pack import pack_best_fit
 from nautilus.data.template import template_of
 from nautilus.eval.examine import examine
+from nautilus.ops.precision import compute_dtype
 from nautilus.posttrain.blend import domain
 from nautilus.runtime import UserError, continue_or_create, keep_memory
 from nautilus.serve.prefixes import fingerprint
@@ -50,6 +51,7 @@ class Settings:
     off: float = setting(0.0, "share of samples with thinking that are learnt without it")
     cut: float = setting(0.0, "share whose thinking is cut at random; the answer stays, its end does not count")
     toggle: bool = setting(False, "the system message says whether to think, as in Llama-Nemotron")
+    compute: str = setting("auto", "bf16 or fp32 activations; auto: what is faster here")
     optim: OptimConfig = OptimConfig(lr=1e-3, min_lr=1e-5, warmup=-1, decay=0.9, shape="cosine")
     mtp_depths: int = setting(0, "tokens ahead that the multi-token-prediction block learns")
     mtp_weight: float = setting(0.3, "of the losses of those tokens, over the depths")
@@ -64,6 +66,7 @@ def main(settings: Settings) -> None:
         raise UserError("no model to train; write nautilus sft MODEL data=…, a run, a checkpoint folder or a hub id")
     keep_memory()
     model, tokenizer = nautilus.load(settings.model)
+    model.compute = compute_dtype(settings.compute, model.head_weight.device.type)
     tokenizer.template = template_of(
         settings.template or ("" if tokenizer.template else "nemotron"), tokenizer.template
     )
@@ -91,12 +94,13 @@ def main(settings: Settings) -> None:
 
 
 def worked(settings: Settings) -> Iterator[Conversation]:
-    """Of the problems that are trained on, by the shares of their tasks."""
+    """Of the problems that are trained on, by the shares of their tasks; others than those that reinforcement with this
+    seed draws, where there are others: on what it knows by heart a model has little to find out."""
     tasks = [asked(words) for words in settings.tasks]
     total = sum(one.share for one in tasks)
     for one in tasks:
         count = max(1, round(settings.problems * one.share / total))
-        for problem in domain(one.task, count, levels=one.levels, seed=settings.seed).problems:
+        for problem in domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 3)).problems:
             yield Conversation(messages=[*problem.messages, *problem.worked], tools=[*problem.tools] or None)
 
 

@@ -12,9 +12,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import Tensor
@@ -22,11 +21,10 @@ from torch import Tensor
 from nautilus.ops.cpu.library import leave_computing
 from nautilus.runtime import UserError
 from nautilus.serve.engine import Engine
+from nautilus.serve.job import Busy, Draining, Job
 from nautilus.serve.limits import engine_failed
 from nautilus.serve.load import Load, arms_of
 from nautilus.serve.request import Piece, Request
-from nautilus.serve.rules import Rule
-from nautilus.serve.sampling import Sampling
 from nautilus.serve.watchdog import Watchdog
 
 T = TypeVar("T")
@@ -34,37 +32,6 @@ log = logging.getLogger("nautilus.serve")
 # Seconds for which pieces are collected before the event loop hears of them. A small model makes thousands of tokens a
 # second, and to wake the loop for each takes longer than the token. First and last pieces are told at once.
 TELL_EVERY = 0.002
-
-
-class Busy(RuntimeError):
-    """Too much waits already; come again in `retry_after` seconds."""
-
-    def __init__(self, message: str, retry_after: float):
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Draining(RuntimeError):
-    """The server ends, or its engine hangs or has failed: it takes nothing new."""
-
-
-class Lost(RuntimeError):
-    """What worked at an answer has ended, or nothing is there that could; another try may go well."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A prompt and how to answer it; see Request for tenant, priority, marks and answer, Engine.request for
-    prompt_logprobs. rules: grammars, for example."""
-
-    tokens: Sequence[int]
-    sampling: Sampling = Sampling()
-    rules: Sequence[Rule] = ()
-    tenant: str = ""
-    priority: int = 0
-    marks: Sequence[int] = ()
-    prompt_logprobs: int | None = None
-    answer: bool = True
 
 
 class Reply:
@@ -141,6 +108,9 @@ class Service:
         self.broken: BaseException | None = None
         self.watchdog = Watchdog(step_limit)
         self.looking = self.loop.create_task(self.watchdog.look())
+        self.start()
+
+    def start(self) -> None:
         leave_computing()
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
         self.thread.start()
@@ -278,6 +248,9 @@ class Service:
                 self.turn()
             except Exception as bad:
                 self.give_up(bad)
+        self.finish()
+
+    def finish(self) -> None:
         while self.orders:
             with contextlib.suppress(Exception):  # of an engine that has failed, which has been told
                 self.take_orders()
@@ -289,12 +262,15 @@ class Service:
         self.take_orders()
         if self.engine.scheduler.idle:
             if not self.idle_work() and not self.orders:
-                self.wake.wait()
+                self.rest()
             return
         self.steps += 1
         with self.watchdog.step():
             told = self.engine.step()
         self.send(told, [*self.engine.scheduler.active])
+
+    def rest(self) -> None:
+        self.wake.wait()
 
     def give_up(self, bad: Exception) -> None:
         """What goes wrong at a request ends that request. This is something else, and would go wrong again."""

@@ -19,14 +19,15 @@ def problem(dtype=torch.float64, students=3, rows=37, words=29):
     return student.requires_grad_(), own.requires_grad_(), teacher, other, weight
 
 
+@pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_value_and_gradients(temperature, monkeypatch):
+def test_value_and_gradients(temperature, reverse, monkeypatch):
     monkeypatch.setattr(divergence, "ELEMENTS", 1)  # chunks of 16 rows
     student, own, teacher, other, weight = problem()
     weight[:, 5] = 0
     results = []
     for function in (weighted_kl, weighted_kl_reference):
-        total, parts = function(student, own, teacher, other, weight, temperature=temperature)
+        total, parts = function(student, own, teacher, other, weight, temperature=temperature, reverse=reverse)
         results.append((total, parts, *torch.autograd.grad(3 * total, (student, own))))
     for mine, wanted in zip(*results, strict=True):
         torch.testing.assert_close(mine, wanted)
@@ -35,8 +36,10 @@ def test_value_and_gradients(temperature, monkeypatch):
 
 def test_a_student_like_its_teacher_has_nothing_to_learn():
     student, own, teacher, other, weight = problem(students=1)
-    total, _ = weighted_kl(teacher[None].clone().requires_grad_(), other, teacher, other, weight)
-    torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-12, rtol=0)
+    for reverse in (False, True):
+        same = teacher[None].clone().requires_grad_()
+        total, _ = weighted_kl(same, other, teacher, other, weight, reverse=reverse)
+        torch.testing.assert_close(total, torch.zeros_like(total), atol=1e-12, rtol=0)
 
 
 def test_rows_without_weight_are_not_looked_at():

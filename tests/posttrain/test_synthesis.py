@@ -13,8 +13,8 @@ from nautilus.posttrain import profile
 from nautilus.posttrain.synthesis import Made, Synthesis, listed, synthesise
 from nautilus.posttrain.synthetic import KINDS, Bounds
 from nautilus.runtime import Run, UserError
+from nautilus.serve.job import Lost
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Lost
 from nautilus.tasks.asked import asked
 from nautilus.tasks.named import TASKS
 
@@ -73,7 +73,7 @@ def writes(prompt: str) -> str:
 def made(tmp_path, monkeypatch):
     """A way to make rows, with what the writer and the verifier say; `made.writer` has what it was asked last."""
     monkeypatch.setattr(profile, "Engine", lambda model, *given, **more: model)
-    monkeypatch.setattr(profile, "Service", lambda engine, **more: engine)
+    monkeypatch.setattr(profile, "Turns", lambda engine, **more: engine)
     few = {name: TASKS[name] for name in ("sort", "choice")}
     monkeypatch.setattr("nautilus.posttrain.contamination.TASKS", few)
 

@@ -1,6 +1,7 @@
 """From plain text to a student of several teachers, by the commands, on a model of some thousand weights."""
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
-from nautilus.recipes import mopd, rlvr, sft
+from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
 from nautilus.train.optim import OptimConfig
 
@@ -142,6 +143,29 @@ def test_distillation_from_two_teachers(taught, tmp_path):
     assert len(rows) == 3 and all("teacher_gap" in row and row["mismatch"] == 0 for row in rows)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(found["scores"]) == 4
+
+
+def test_distillation_by_all_words(taught, tmp_path):
+    """A student that is its own teacher has nothing to learn: no gradient, whatever it draws."""
+    how = {**SMALL, "prompts": 8, "group": 1, "compute": "fp32"}
+    mopd.main(mopd.Settings(model=str(taught), out=tmp_path / "run", teachers=(f"count={taught}",), whole=True, **how))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["policy"] == pytest.approx(0, abs=1e-5) and rows[0]["grad_norm"] < 1e-3 and rows[0]["mismatch"] == 0
+
+
+def test_the_distance_from_the_model_as_it_was_grows_from_nothing(taught, tmp_path):
+    optim = OptimConfig(lr=1e-2, min_lr=1e-2, warmup=0)
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", kl=0.1, optim=optim, **SMALL))
+    first, *_, last = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert first["kl"] == pytest.approx(0, abs=1e-6) and last["kl"] > 1e-4
+
+
+def test_preferences_end_to_end(taught, tmp_path):
+    settings = dpo.Settings(model=str(taught), out=tmp_path / "run", **{**SMALL, "group": 8, "prompts": 8})
+    dpo.main(settings)
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) == 3 and rows[0]["preference"] == pytest.approx(math.log(2), rel=0.05)
+    assert set(json.loads((tmp_path / "run" / "results.json").read_text())["scores"]) == {"before", "after"}
 
 
 def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taught, base, tmp_path):

@@ -10,7 +10,8 @@ import torch
 from nautilus.model.language import Language
 from nautilus.runtime import UserError
 from nautilus.serve import Engine, Sampling
-from nautilus.serve.service import Busy, Draining, Job, Service
+from nautilus.serve.job import Busy, Draining, Job
+from nautilus.serve.service import Service
 from tests.serve.test_scheduler import MODEL, TOKENIZER, VOCAB, assert_nothing_is_held, facts
 
 torch.set_num_threads(1)

@@ -215,3 +215,26 @@ def test_engine_and_trainer_agree_bit_for_bit_on_what_was_drawn(compute):
         lp_BT = drawn_logprob(model, Batch(tokens_BT, {"policy": mask_BT}), "policy")
         assert lp_BT.requires_grad
         assert torch.equal(lp_BT[0, len(one.prompt) :], torch.tensor(one.logprobs)), one
+
+
+def test_a_preference_is_the_formula_pair_by_pair():
+    """-log sigmoid(beta ((lp - ref)(chosen) - (lp - ref)(rejected))), by a loop, in the mean over pairs."""
+    model, whole, beta = tiny(5), batch(3), 0.3
+    sign_B1, mask_BT = torch.tensor([1.0, -1.0, 1.0, -1.0])[:, None], whole.weights["policy"]
+    first_BT = torch.zeros(4, 9)
+    first_BT[0::2, 1] = 1
+    weights = {"preference": first_BT, "next_token": mask_BT * (sign_B1 > 0)}
+    given_batch = dataclasses.replace(whole, weights=weights, advantage=mask_BT * sign_B1)
+    terms, watched = preference(beta=beta)(model, given_batch)
+    lp_BT, loss, agrees, chosen = logprobs(model, whole.tokens), 0.0, 0, 0.0
+    for pair in range(2):
+        gained = [
+            sum(float(lp_BT[row, at] - whole.teacher_logprob[row, at]) for at in range(9) if mask_BT[row, at])
+            for row in (2 * pair, 2 * pair + 1)
+        ]
+        margin = beta * (gained[0] - gained[1])
+        loss, agrees = loss + math.log1p(math.exp(-margin)), agrees + (margin > 0)
+        chosen -= sum(float(lp_BT[2 * pair, at]) for at in range(9) if mask_BT[2 * pair, at])
+    assert float(terms["preference"][0]) == pytest.approx(loss, rel=1e-4) and terms["preference"][1] == 2
+    assert float(terms["next_token"][0]) == pytest.approx(chosen, rel=1e-4)
+    assert float(watched["agrees"][0]) == agrees

@@ -21,7 +21,8 @@ from nautilus.serve.api.gate import Gate
 from nautilus.serve.api.keys import Quota
 from nautilus.serve.api.page import add_page
 from nautilus.serve.api.stream import EventStream, unless_gone
-from nautilus.serve.service import Draining, Service
+from nautilus.serve.job import Draining
+from nautilus.serve.service import Service
 
 PROMETHEUS = "text/plain; version=0.0.4; charset=utf-8"
 Read = Callable[[Context, Mapping[str, Any]], Mapping[str, Any]]

@@ -30,8 +30,8 @@ from nautilus.serve.api.messages import (
     without_end,
 )
 from nautilus.serve.control import opens_thinking
+from nautilus.serve.job import Job
 from nautilus.serve.markers import OPEN
-from nautilus.serve.service import Job
 from nautilus.serve.toolcalls import AnswerStream
 
 log = logging.getLogger("nautilus.serve.api")

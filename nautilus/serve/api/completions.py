@@ -17,8 +17,8 @@ from nautilus.serve.api.constraints import ResponseFormat, StructuredOutputs, ru
 from nautilus.serve.api.context import Context, Prepared, fitted
 from nautilus.serve.api.errors import ApiError
 from nautilus.serve.api.fields import Asked, check_sizes, known_tokens, read, sampling_of
+from nautilus.serve.job import Job
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Job
 from nautilus.serve.sources import runs_of
 
 LONGEST = 16  # tokens of an answer where none are asked for, as OpenAI has it

@@ -20,7 +20,8 @@ from nautilus.serve.api.kept import KeptResponses
 from nautilus.serve.api.keys import Keys
 from nautilus.serve.api.metrics import Meters
 from nautilus.serve.api.settings import Defaults, Limits
-from nautilus.serve.service import Job, Service
+from nautilus.serve.job import Job
+from nautilus.serve.service import Service
 
 log = logging.getLogger("nautilus.serve.api")
 WORKERS, SLOW_WORKERS = 8, 2  # threads that read, render and encode requests

@@ -20,8 +20,8 @@ from fastapi import Response
 from starlette.exceptions import HTTPException
 
 from nautilus.runtime import UserError
+from nautilus.serve.job import Busy, Draining, Lost
 from nautilus.serve.sample import BrokenLogits
-from nautilus.serve.service import Busy, Draining, Lost
 
 log = logging.getLogger("nautilus.serve.api")
 

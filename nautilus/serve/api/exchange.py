@@ -17,8 +17,9 @@ import orjson
 from nautilus.serve.api.errors import ApiError, ClientGone, described
 from nautilus.serve.api.metrics import Meters
 from nautilus.serve.api.settings import Limits
+from nautilus.serve.job import Job
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Job, Reply, Service
+from nautilus.serve.service import Reply, Service
 from nautilus.serve.sources import PLAIN
 
 log = logging.getLogger("nautilus.serve.api")

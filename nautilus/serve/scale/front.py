@@ -13,11 +13,11 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.serve.job import Busy, Draining, Job, Lost
 from nautilus.serve.load import Load, together
 from nautilus.serve.prompt import Prompt, checked_prompt, prompt_tokens
 from nautilus.serve.request import Piece
 from nautilus.serve.scale.replica import State
-from nautilus.serve.service import Busy, Draining, Job, Lost
 
 WATCH = 1.0  # seconds between two looks at the replicas
 PATIENCE = 10.0  # seconds for their answers

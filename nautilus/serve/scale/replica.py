@@ -11,9 +11,10 @@ from ray import serve
 
 from nautilus.serve.engine import Engine
 from nautilus.serve.grammar import Source, compile_grammar
+from nautilus.serve.job import Job
 from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Job, Service
+from nautilus.serve.service import Service
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 
+from nautilus.serve.job import Job
 from nautilus.serve.prefix import Node, PrefixTree, as_tokens
-from nautilus.serve.service import Job
 
 # So many tokens to read are as bad as one more request to share every step with. A long conversation goes back to where
 # it is known, even if others run there; a short one rather goes where nobody is.

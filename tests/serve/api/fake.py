@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.serve.control import StopStrings
+from nautilus.serve.job import Busy, Draining
 from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
 from nautilus.serve.sample import Drawn
-from nautilus.serve.service import Busy, Draining
 
 TOKENIZER = train_tokenizer([], vocab=SMALLEST)  # one token per byte, and the control tokens
 THOUGHT = "Let me see.\n</think>\n\nHello."

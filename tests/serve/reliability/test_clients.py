@@ -135,7 +135,7 @@ def test_a_fault_is_a_500_for_one_and_the_counters_agree(monkeypatch, caplog):
         def broken(parts):
             if any(13 in part.tokens for part in parts):
                 raise RuntimeError("a secret of the inside")
-            logits_BV = compute(parts)
+            logits_BV = compute(parts).clone()
             for row, part in enumerate(parts):
                 logits_BV[row] *= float("nan") if 14 in part.tokens else 1.0
             return logits_BV

@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from nautilus.serve import Sampling
-from nautilus.serve.service import Draining, Job, Service
+from nautilus.serve.job import Draining, Job
+from nautilus.serve.service import Service
 from tests.serve.reliability.parts import Oracle, audit, engine_of, hybrid
 
 MODEL = hybrid()

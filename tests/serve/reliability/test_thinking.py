@@ -8,7 +8,8 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from nautilus.serve import Sampling
-from nautilus.serve.service import Job, Service
+from nautilus.serve.job import Job
+from nautilus.serve.service import Service
 from tests.serve.reliability.parts import TOKENIZER, Oracle, audit, engine_of, facts, hybrid, run, words
 
 MODEL = hybrid()

@@ -8,9 +8,9 @@ from nautilus.data.tokenizer import SMALLEST, train_tokenizer
 from nautilus.runtime import UserError
 from nautilus.serve.draft.proposal import Counts
 from nautilus.serve.grammar import compile_grammar
+from nautilus.serve.job import Busy, Draining, Job, Lost
 from nautilus.serve.load import Load
 from nautilus.serve.request import Piece
-from nautilus.serve.service import Busy, Draining, Job, Lost
 
 pytest.importorskip("ray.serve")
 

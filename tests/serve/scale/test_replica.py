@@ -12,8 +12,8 @@ from nautilus.model.language import Language
 from nautilus.presets import preset, shrink
 from nautilus.serve import Engine, Sampling
 from nautilus.serve.grammar import compile_grammar
+from nautilus.serve.job import Job
 from nautilus.serve.scale.routes import Known
-from nautilus.serve.service import Job
 from tests.serve.test_prefixes import engine_of
 from tests.serve.test_scheduler import VOCAB
 

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
+from nautilus.serve.job import Job
 from nautilus.serve.scale import routes
 from nautilus.serve.scale.routes import CROWD, Routes
-from nautilus.serve.service import Job
 
 TWO = ["one", "two"]
 
