@@ -226,7 +226,7 @@ def test_a_preference_is_the_formula_pair_by_pair():
     weights = {"preference": first_BT, "next_token": mask_BT * (sign_B1 > 0)}
     given_batch = dataclasses.replace(whole, weights=weights, advantage=mask_BT * sign_B1)
     terms, watched = preference(beta=beta)(model, given_batch)
-    lp_BT, loss, agrees, chosen = logprobs(model, whole.tokens), 0.0, 0, 0.0
+    lp_BT, loss, agrees, chosen = logprobs(model, whole.tokens).detach(), 0.0, 0, 0.0
     for pair in range(2):
         gained = [
             sum(float(lp_BT[row, at] - whole.teacher_logprob[row, at]) for at in range(9) if mask_BT[row, at])
@@ -235,6 +235,7 @@ def test_a_preference_is_the_formula_pair_by_pair():
         margin = beta * (gained[0] - gained[1])
         loss, agrees = loss + math.log1p(math.exp(-margin)), agrees + (margin > 0)
         chosen -= sum(float(lp_BT[2 * pair, at]) for at in range(9) if mask_BT[2 * pair, at])
-    assert float(terms["preference"][0]) == pytest.approx(loss, rel=1e-4) and terms["preference"][1] == 2
-    assert float(terms["next_token"][0]) == pytest.approx(chosen, rel=1e-4)
+    found = {name: (float(total.detach()), float(count)) for name, (total, count) in terms.items()}
+    assert found["preference"] == (pytest.approx(loss, rel=1e-4), 2)
+    assert found["next_token"][0] == pytest.approx(chosen, rel=1e-4)
     assert float(watched["agrees"][0]) == agrees

@@ -36,7 +36,7 @@ struct Weights {
 };
 
 void draw(const Draw* d, int64_t row) {
-  const float* x = d->logits[row];
+  const float* x = d->logits + d->at[row];
   Weights weights = {x, d->vocab, set(x[d->best[row]]), set(static_cast<float>(d->temperature[row]))};
   int64_t vectors = (d->vocab + W - 1) / W, size = (vectors + PARTS - 1) / PARTS * W;
   if (size < 1024) size = 1024;

@@ -5,10 +5,11 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from nautilus.ops.cpu.library import call, refuses
+from nautilus.ops.cpu.library import call, pointer, refuses
 
 COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that, and the quotients of logits by them, are floats of some precision
 
@@ -16,7 +17,7 @@ COLDEST, HOTTEST = 1e-6, 1e6  # temperatures that, and the quotients of logits b
 class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "vocab")),
-        *((name, ctypes.c_void_p) for name in ("logits", "best", "temperature", "seed", "position", "token")),
+        *((name, ctypes.c_void_p) for name in ("logits", "at", "best", "temperature", "seed", "position", "token")),
     ]
 
 
@@ -28,18 +29,16 @@ def draw_native(
     positions: Sequence[int],
 ) -> list[int]:
     """See `ops/draw.py`."""
-    count, vocab = len(rows), len(rows[0])
-    tokens = (ctypes.c_int64 * count)()
-    lists = (
-        (ctypes.c_void_p * count)(*(row.data_ptr() for row in rows)),
-        (ctypes.c_int64 * count)(*best),
-        (ctypes.c_double * count)(*temperatures),
-        (ctypes.c_uint64 * count)(*seeds),
-        (ctypes.c_uint64 * count)(*positions),
-        tokens,
+    first, token = rows[0], torch.empty(len(rows), dtype=torch.int64)
+    numbers = (
+        torch.tensor([(row.data_ptr() - first.data_ptr()) // first.itemsize for row in rows]),
+        torch.tensor(best),
+        torch.tensor(temperatures, dtype=torch.float64),
+        *(torch.from_numpy(np.array(some, np.uint64)) for some in (seeds, positions)),
+        token,
     )
-    call("nautilus_draw", Arguments(count, vocab, *map(ctypes.addressof, lists)))
-    return [*tokens]
+    call("nautilus_draw", Arguments(len(rows), len(first), pointer(first), *map(pointer, numbers)))
+    return token.tolist()
 
 
 def draw_refuses(rows: Sequence[Tensor], best: object, temperatures: Sequence[float], *others: object) -> str | None:

@@ -260,12 +260,13 @@ struct Peak {
 // number in [0, 1) that depends on seed and position alone.
 struct Draw {
   int64_t rows, vocab;
-  const float* const* logits;  // (rows), of (vocab) each
-  const int64_t* best;         // (rows), of the largest logits
-  const double* temperature;   // (rows), positive
-  const uint64_t* seed;        // (rows)
-  const uint64_t* position;    // (rows)
-  int64_t* token;              // (rows)
+  const float* logits;        // of the first row
+  const int64_t* at;          // (rows): where those of each row begin, from there
+  const int64_t* best;        // (rows), of the largest logits
+  const double* temperature;  // (rows), positive
+  const uint64_t* seed;       // (rows)
+  const uint64_t* position;   // (rows)
+  int64_t* token;             // (rows)
 };
 
 // Reads memory, to see how fast that goes; `sum` is of no use but that it cannot be left out.

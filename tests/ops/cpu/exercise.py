@@ -15,6 +15,7 @@ from nautilus.ops.cpu import library
 from nautilus.ops.cpu.activation import swiglu_native
 from nautilus.ops.cpu.attention import Rows, attention_native, attention_paged, kv_write, new_pool, positions_native
 from nautilus.ops.cpu.attention_backward import Native
+from nautilus.ops.cpu.draw import draw_native
 from nautilus.ops.cpu.experts import experts_native
 from nautilus.ops.cpu.linear import linear_native
 from nautilus.ops.cpu.mamba import fold_native, mamba_native, new_slots, slots_native
@@ -195,6 +196,13 @@ def peaks(rows, vocab):
     assert peak_native(logits_BV)[1].isnan().tolist() == [True] + [False] * (rows - 1)
 
 
+def draws(rows, vocab):
+    logits_BV = torch.randn(rows, vocab)
+    heats, seeds = [0.3 + row for row in range(rows)], [2**63 + row for row in range(rows)]
+    given = [*logits_BV.unbind()], logits_BV.argmax(1).tolist(), heats, seeds, [7 * row for row in range(rows)]
+    assert all(0 <= token < vocab for token in draw_native(*given))
+
+
 def everything():
     for kernel, sizes in ((mixer, MIXERS), (experts, EXPERTS), (norm, NORMS), (linear, LINEARS), (quant, QUANTS),
                           (attention, ATTENTIONS), (number_by_number, NORMS), (lowbit, LOWBITS)):  # fmt: skip
@@ -205,6 +213,7 @@ def everything():
         route(*size)
     for size in PEAKS:
         peaks(*size)
+        draws(*size)
     numbers = torch.arange(999)
     for ahead in (0, 4096):
         read = ReadAll(library.pointer(numbers), len(numbers), ahead)
