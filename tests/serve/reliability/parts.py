@@ -23,10 +23,10 @@ ATTENTION = Attention(heads=4, groups=2, head_width=16)
 PAGE_BYTES = PAGE * 2 * 2 * 16 * 4  # of the keys and values of the one layer that has them, in float32
 
 
-def hybrid(seed=3, mtp=False):
+def hybrid(seed=3, mtp=False, room=ROOM):
     """2 Mamba layers, experts, attention. Sharp enough that answers differ from each other and end now and then."""
     layers, block = (lay(p, MAMBA, ATTENTION, Experts(experts=6, active=2, hidden=32)) for p in ("ME*M", "*E"))
-    sizes = {"vocab": VOCAB, "width": 64, "positions": ROOM, "layers": layers, "mtp": block if mtp else ()}
+    sizes = {"vocab": VOCAB, "width": 64, "positions": room, "layers": layers, "mtp": block if mtp else ()}
     model = Language(Config(**sizes, eos=(TOKENIZER.eos,)))
     model.initialise(seed).head_weight.data *= 12
     return model.requires_grad_(False).eval()

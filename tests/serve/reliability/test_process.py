@@ -21,7 +21,7 @@ HOW = Sampling(seed=1, max_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return model_folder(tmp_path_factory.mktemp("served") / "model")
+    return model_folder(tmp_path_factory.mktemp("served") / "model", room=32768)
 
 
 def want(folder, prompt, sampling):
@@ -71,7 +71,7 @@ def stream(port, count):
 
 def test_sigterm_lets_an_answer_end_and_takes_nothing_new(folder):
     with command(folder, "rows=1", "grace=60") as (running, port):
-        rests = [stream(port, 250) for _ in range(8)]  # one after another: the last has not begun
+        rests = [stream(port, 1500) for _ in range(8)]  # one after another: the last has not begun
         running.send_signal(signal.SIGTERM)
         end = time.monotonic() + 30
         while get(port, "/health/ready")[0] != 503 and time.monotonic() < end:
@@ -86,7 +86,7 @@ def test_sigterm_lets_an_answer_end_and_takes_nothing_new(folder):
 
 def test_a_second_sigterm_ends_streams_with_an_error(folder):
     with command(folder, "rows=1", "grace=60") as (running, port):
-        texts, rests = [], [stream(port, 250) for _ in range(12)]
+        texts, rests = [], [stream(port, 20_000) for _ in range(3)]  # far more than end between the two signals
         readers = [threading.Thread(target=lambda rest=rest: texts.append(rest())) for rest in rests]
         for reader in readers:
             reader.start()

@@ -121,8 +121,8 @@ def serving(engine, *, limits=None, **how):
     assert not thread.is_alive()
 
 
-def model_folder(path, seed=3):
-    save_model(hybrid(seed), path, tokenizer=TOKENIZER)
+def model_folder(path, **how):
+    save_model(hybrid(**how), path, tokenizer=TOKENIZER)
     return path
 
 
