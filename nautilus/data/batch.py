@@ -23,6 +23,8 @@ class Batch:
     (`sampled_logprob`), for the trained model before the first update on it (`proximal_logprob`; None: the update is
     the first), and for a teacher or a reference (`teacher_logprob`).
     routes: the experts that wrote each token, (B, T, L, K); -1 where nobody knows (`train/replay.py`).
+    alike, common: rows with equal numbers in `alike`, of shape (B,), have the same first `common` columns, documents
+    included; None: nothing is known of that (`train/shared.py`).
     teacher: who teaches the rows, by name, where it is asked of more than the log-probs of their tokens.
     told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
@@ -36,6 +38,8 @@ class Batch:
     proximal_logprob: Tensor | None = None
     teacher_logprob: Tensor | None = None
     routes: Tensor | None = None
+    alike: Tensor | None = None
+    common: int = 0
     teacher: str = ""
     told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
@@ -51,16 +55,24 @@ class Batch:
             check(name, value, self.tokens.shape, floating=name != "document")
         if self.routes is not None and self.routes.shape[:2] != self.tokens.shape:
             raise ValueError(f"routes has shape {tuple(self.routes.shape)}, tokens {tuple(self.tokens.shape)}")
+        if self.alike is not None and not 0 < self.common < self.tokens.shape[1]:
+            raise ValueError(f"common={self.common} columns cannot be shared by rows of {self.tokens.shape[1]}")
+        if self.alike is not None:
+            check("alike", self.alike, self.tokens.shape[:1], floating=False)
 
     def evidence(self) -> dict[str, Tensor]:
         """The optional tensors that are there."""
         return {name: vars(self)[name] for name in EVIDENCE if vars(self)[name] is not None}
 
+    def by_row(self) -> dict[str, Tensor]:
+        """The optional tensors that are there and have other shapes than the tokens."""
+        return {name: vars(self)[name] for name in ("routes", "alike") if vars(self)[name] is not None}
+
     def to(self, device: torch.device | str) -> Batch:
         moved = {name: value.to(device) for name, value in self.evidence().items()}
         weights = {name: weight.to(device) for name, weight in self.weights.items()}
-        routes = None if self.routes is None else self.routes.to(device)
-        return dataclasses.replace(self, tokens=self.tokens.to(device), weights=weights, routes=routes, **moved)
+        moved |= {name: value.to(device) for name, value in self.by_row().items()}
+        return dataclasses.replace(self, tokens=self.tokens.to(device), weights=weights, **moved)
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
@@ -68,12 +80,9 @@ class Batch:
     def take(self, rows: Sequence[int]) -> Batch:
         """These rows, in this order."""
         index = torch.as_tensor(rows, dtype=torch.int64, device=self.tokens.device)
-        taken = {name: value[index] for name, value in self.evidence().items()}
+        taken = {name: value[index] for name, value in (self.evidence() | self.by_row()).items()}
         weights = {name: weight[index] for name, weight in self.weights.items()}
-        routes = None if self.routes is None else self.routes[index]
-        return dataclasses.replace(
-            self, tokens=self.tokens[index], weights=weights, routes=routes, told={}, **taken
-        )  # fmt: skip
+        return dataclasses.replace(self, tokens=self.tokens[index], weights=weights, told={}, **taken)
 
     @property
     def fingerprint(self) -> str:

@@ -73,7 +73,7 @@ class Cache:
         return self.k_buffer[:, : self.length], self.v_buffer[:, : self.length]
 
     def rows(self, index: Tensor) -> Cache:
-        return start_cache(*(t[index] for t in self.keys_values))
+        return start_cache(*(t.index_select(0, index) for t in self.keys_values))
 
 
 def start_cache(k_BTGP: Tensor, v_BTGP: Tensor) -> Cache:
@@ -92,7 +92,7 @@ class MambaState:
     ssm_BHPN: Tensor
 
     def rows(self, index: Tensor) -> MambaState:
-        return MambaState(self.tail_BRC[index], self.ssm_BHPN[index])
+        return MambaState(self.tail_BRC.index_select(0, index), self.ssm_BHPN.mT.index_select(0, index).mT)
 
     def stored(self, format: StateFormat, *, layer: int, span: Span) -> StoredMamba:
         last_B = span.rotary_BT[:, -1]

@@ -99,7 +99,12 @@ class Fresh(Stream):
         self.own, self.runner = own, asyncio.Runner()
 
     def groups(self) -> list[Group]:
-        return self.runner.run(self.play())
+        training = self.model.training
+        self.model.eval()  # the engine would do so in every pass
+        try:
+            return self.runner.run(self.play())
+        finally:
+            self.model.train(training)
 
     async def play(self) -> list[Group]:
         if self.crew is None:

@@ -112,6 +112,11 @@ class Rollout:
         return max(self.versions, default=0)
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """All before the first token that the model drew."""
+        return self.tokens[: self.turns[0].begin] if self.turns else self.tokens
+
+    @property
     def drawn(self) -> list[bool]:
         """Which tokens the model chose."""
         chosen = [False] * len(self.tokens)

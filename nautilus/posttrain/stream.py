@@ -24,6 +24,7 @@ from nautilus.runtime import UserError
 from nautilus.tasks import Problem, Task
 from nautilus.train.replay import NONE
 
+Rows = list[tuple[Rollout, float]]
 MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong with all of them
 
 
@@ -89,19 +90,45 @@ def checked(groups: Sequence[Group]) -> Sequence[Group]:
 
 def batches_of(rows: Sequence[tuple[Rollout, float]], *, tokens: int, pad: int) -> list[Batch]:
     """Micro-batches of at most so many tokens, padding included (at least a row each); rows of about one length
-    together. The number beside a rollout is its advantage."""
-    ordered = sorted(rows, key=lambda pair: len(pair[0].tokens))
-    found, part = list[Batch](), list[tuple[Rollout, float]]()
-    for pair in ordered:
-        if part and (len(part) + 1) * len(pair[0].tokens) > tokens:
-            found.append(batch_of(part, pad))
-            part = []
-        part.append(pair)
-    return [*found, batch_of(part, pad)] if part else found
+    together. The number beside a rollout is its advantage. What answers to one prompt share counts once, and only those
+    to prompts of one length come together: with padding before a prompt, attention would add in another order than the
+    engine."""
+    asked: dict[tuple[int, ...], Rows] = {}
+    for pair in rows:
+        asked.setdefault(pair[0].prompt, []).append(pair)
+    kinds: dict[int, list[Rows]] = {}  # by the columns that are shared
+    for prompt, group in asked.items():
+        common = len(prompt) if len(group) > 1 else 0
+        kinds.setdefault(common, []).extend(parts_of(group, common, tokens))
+    return [
+        batch_of([pair for piece in pieces for pair in piece], pad, common)
+        for common, parts in kinds.items()
+        for pieces in packed(parts, common, tokens)
+    ]
 
 
-def batch_of(rows: Sequence[tuple[Rollout, float]], pad: int) -> Batch:
-    """Padding is document 0, of weight 0."""
+def parts_of(group: Rows, common: int, tokens: int) -> list[Rows]:
+    """The answers to a prompt in parts of at most so many tokens, short ones first; at least one answer each."""
+    found = list[Rows]()
+    for pair in sorted(group, key=lambda pair: len(pair[0].tokens)):
+        if not found or common + (len(found[-1]) + 1) * (len(pair[0].tokens) - common) > tokens:
+            found.append([])
+        found[-1].append(pair)
+    return found
+
+
+def packed(parts: Sequence[Rows], common: int, tokens: int) -> list[list[Rows]]:
+    found, width = list[list[Rows]](), lambda part: max(len(one.tokens) for one, _ in part) - common
+    for part in sorted(parts, key=width):
+        rows = sum(map(len, found[-1])) + len(part) if found else 0
+        if not found or (len(found[-1]) + 1) * common + rows * width(part) > tokens:
+            found.append([])
+        found[-1].append(part)
+    return found
+
+
+def batch_of(rows: Rows, pad: int, common: int = 0) -> Batch:
+    """Padding is document 0, of weight 0. common: tokens of every prompt, where it is shared."""
     longest = max(len(one.tokens) for one, _ in rows)
     shape = len(rows), longest
     tokens_BT, document_BT = torch.full(shape, pad), torch.zeros(shape, dtype=torch.int64)
@@ -117,9 +144,11 @@ def batch_of(rows: Sequence[tuple[Rollout, float]], pad: int) -> Batch:
             if turn.reply.fault:
                 advantage_BT[row, turn.begin : turn.end] = FAULT
     weight_BT[:, 0] = 0
+    numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(one.prompt for one, _ in rows))}
+    alike_B = torch.tensor([numbers[one.prompt] for one, _ in rows]) if common else None
     return Batch(
         tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT,
-        routes=experts_of([one.routes for one, _ in rows], longest),
+        routes=experts_of([one.routes for one, _ in rows], longest), alike=alike_B, common=common,
     )  # fmt: skip
 
 
@@ -135,14 +164,22 @@ def experts_of(known: Sequence[Tensor | None], longest: int) -> Tensor | None:
     return found
 
 
-def trained_on(groups: Sequence[Group], scoring: Scoring) -> list[tuple[Rollout, float]]:
-    """What a step learns from: answers whose advantage says something, or with a turn whose form is broken."""
+def trained_on(groups: Sequence[Group], scoring: Scoring) -> Rows:
+    """What a step learns from: its answers and their advantages."""
     found = []
     for group in groups:
         for one, advantage in zip(group.rollouts, scoring.advantages(group), strict=True):
             if scoring.overlong or one.ended:
                 found.append((one, advantage))
     return found
+
+
+def telling(rows: Rows) -> tuple[Rows, float]:
+    """Those with an advantage, or a turn whose form is broken: from the others no gradient comes. And their share of
+    all drawn tokens: times that, the mean over theirs is the sum over theirs by the number of all."""
+    found = [pair for pair in rows if pair[1] or any(turn.reply.fault for turn in pair[0].turns)] or [*rows]
+    count, whole = (sum(sum(one.drawn) for one, _ in some) for some in (found, rows))
+    return found, count / max(1, whole)
 
 
 def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:

@@ -24,6 +24,7 @@ from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
 from nautilus.train.objective import Objective, Pairs
 from nautilus.train.policy import Mtp, Surrogate, drawn_logprob, read
+from nautilus.train.shared import hidden_of
 
 TRIES = 3  # of scores whose process died
 
@@ -78,7 +79,7 @@ class Teachers:
         lp_BT = lp_BT.detach()
         weight_BT = mask_BT * how.correction.of((lp_BT - batch.sampled_logprob).where(mask_BT > 0, 0), mask_BT)
         with torch.no_grad():
-            other_BTE, _ = teacher.hidden(batch.tokens, document_BT=batch.document)
+            other_BTE = hidden_of(teacher, replace(batch, routes=None))
         loss, _ = weighted_kl(
             hidden_BTD[:, :-1].flatten(0, 1)[None], model.head_weight, other_BTE[:, :-1].flatten(0, 1),
             teacher.head_weight, weight_BT[:, 1:].flatten()[None], reverse=True,

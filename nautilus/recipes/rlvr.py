@@ -29,7 +29,7 @@ from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.onpolicy import Rows
 from nautilus.posttrain.practice import copy_of, domains, open_practice, practise, wanted
 from nautilus.posttrain.profile import curve, examined, with_rates
-from nautilus.posttrain.stream import Group, Scoring, batches_of, trained_on
+from nautilus.posttrain.stream import Group, Scoring, batches_of, telling, trained_on
 from nautilus.posttrain.teachers import score
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
@@ -105,4 +105,9 @@ def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:
         group=settings.group, most=settings.advantage, overlong=settings.overlong, effort=effort,
         effort_words=settings.effort_words,
     )  # fmt: skip
-    return batches_of(trained_on(groups, scoring), tokens=settings.micro, pad=pad)
+    learnt = trained_on(groups, scoring)
+    if settings.kl or settings.mtp.depths:  # which learn from every answer
+        return batches_of(learnt, tokens=settings.micro, pad=pad)
+    found, share = telling(learnt)
+    batches = batches_of(found, tokens=settings.micro, pad=pad)
+    return [replace(one, advantage=share * one.advantage) for one in batches if one.advantage is not None]

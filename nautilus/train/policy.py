@@ -27,7 +27,7 @@ from nautilus.data.batch import Batch
 from nautilus.model.language import Language
 from nautilus.ops.loss import token_logprob, weighted_nll
 from nautilus.train.objective import Objective, Pairs, depth_weights
-from nautilus.train.replay import replaying
+from nautilus.train.shared import hidden_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +98,7 @@ def drawn_logprob(model: Language, batch: Batch, term: str) -> Tensor:
 
 def read(model: Language, batch: Batch, term: str) -> tuple[Tensor, Tensor]:
     """As `drawn_logprob`, by the experts that wrote the tokens where these are known, and the hidden states."""
-    with replaying(model, batch.routes):
-        hidden_BTD, _ = model.hidden(batch.tokens, document_BT=batch.document)
+    hidden_BTD = hidden_of(model, batch)
     row_R, time_R = batch.weights[term].nonzero(as_tuple=True)
     found_R = token_logprob(hidden_BTD[row_R, time_R - 1], model.head_weight, batch.tokens[row_R, time_R])
     lp_BT = torch.zeros(batch.tokens.shape, dtype=found_R.dtype, device=found_R.device)

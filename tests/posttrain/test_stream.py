@@ -1,13 +1,14 @@
 """Rollouts as rows to learn from."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from nautilus.posttrain.credit import FAULT, Effort
 from nautilus.posttrain.rollout import Rollout, Turn
-from nautilus.posttrain.stream import Group, Scoring, batches_of, checked, told_of, trained_on
+from nautilus.posttrain.stream import Group, Scoring, batches_of, checked, telling, told_of, trained_on
 from nautilus.runtime import UserError
 from nautilus.tasks import Problem, Reply, Verdict
 
@@ -31,6 +32,13 @@ def group(*rollouts, lost=()):
     return Group(problem=rollouts[0].problem if rollouts else problem(), rollouts=rollouts, lost=Counter(lost))
 
 
+def passed(batch):
+    """Tokens that pass through a model."""
+    if batch.alike is None:
+        return batch.tokens.numel()
+    return len(batch.alike.unique()) * batch.common + len(batch) * (batch.tokens.shape[1] - batch.common)
+
+
 def test_rows_have_what_was_drawn_at_its_place():
     rows = [(rollout(prompt=3, answer=4, forced=[4]), 0.5), (rollout(prompt=2, answer=2), -1.0)]
     (batch,) = batches_of(rows, tokens=1000, pad=99)
@@ -39,6 +47,29 @@ def test_rows_have_what_was_drawn_at_its_place():
     assert batch.weights["policy"].tolist() == [[0, 0, 1, 1, 0, 0, 0], [0, 0, 0, 1, 0, 1, 1]]
     assert batch.sampled_logprob.tolist() == [[0, 0, 0, -1, 0, 0, 0], [0, 0, 0, 0, -1, -2, -3]]
     assert batch.advantage[0, :4].tolist() == [-1] * 4 and batch.advantage[1].tolist() == [0.5] * 7
+    assert batch.alike is None, "two prompts"
+
+
+def test_answers_to_one_prompt_share_it_and_prompts_of_one_length_come_together():
+    rows = [(rollout(prompt=size, answer=own), float(own)) for size in (3, 6) for own in (4, 1, 2, 3)]
+    short, long = batches_of([*rows, (rollout(prompt=5), 7.0)], tokens=1000, pad=0)[:2]
+    for batch, common in ((short, 3), (long, 6)):
+        assert batch.common == common and batch.alike.tolist() == [0] * 4 and batch.tokens.shape == (4, common + 4)
+        assert len(batch.tokens[:, :common].unique(dim=0)) == 1
+    found = batches_of(rows, tokens=10, pad=0)
+    assert all(passed(one) <= 10 or len(one) == 1 for one in found) and len(found) > 4
+    assert sorted(float(row.max()) for one in found for row in one.advantage) == [1, 1, 2, 2, 3, 3, 4, 4]
+    two = [(replace(one, tokens=(9, *one.tokens[1:])), 5.0) for one, _ in rows[:2]]
+    (batch,) = batches_of([*rows[:4], *two], tokens=1000, pad=0)
+    assert batch.alike.bincount().tolist() == [2, 4] or batch.alike.bincount().tolist() == [4, 2]
+
+
+def test_answers_that_say_nothing_are_not_computed_and_the_mean_is_still_over_all():
+    right, wrong, broken = rollout(1.0), rollout(0.0, answer=2), rollout(0.0, fault="no such call")
+    rows = trained_on([group(right, wrong), group(wrong, wrong), group(broken, broken)], Scoring())
+    found, share = telling(rows)
+    assert [one for one, _ in found] == [right, wrong, broken, broken] and share == 14 / 18
+    assert telling(rows[2:4]) == (rows[2:4], 1.0), "a step is made even where nothing can be learnt"
 
 
 def test_broken_turns_lose_what_they_lose_whatever_the_answer_earned():
@@ -51,7 +82,7 @@ def test_micro_batches_stay_within_their_tokens_and_have_every_row_once(tokens):
     rows = [(rollout(prompt=size % 5 + 1, answer=size), float(size)) for size in (9, 1, 4, 7, 2, 3)]
     found = batches_of(rows, tokens=tokens, pad=0)
     assert sum(len(batch) for batch in found) == 6
-    assert all(batch.tokens.numel() <= tokens or len(batch) == 1 for batch in found)
+    assert all(passed(batch) <= tokens or len(batch) == 1 for batch in found)
     assert sorted(float(row.max()) for batch in found for row in batch.advantage) == [1, 2, 3, 4, 7, 9]
     assert sum(batch.weights["policy"].sum() for batch in found) == sum(sum(one.drawn) for one, _ in rows)
     assert not batches_of([], tokens=9, pad=0)

@@ -236,6 +236,7 @@ class Mixer(torch.autograd.Function):
         output, y, borders = run(sizes, inputs, None, last, keep=True)
         ctx.save_for_backward(*inputs, y, borders)
         ctx.dtypes = [None if t is None else t.dtype for t in tensors]
+        ctx.set_materialize_grads(False)  # most rows do not go on: zeros as large as all states would be made for them
         return output, last
 
     @staticmethod
@@ -243,7 +244,9 @@ class Mixer(torch.autograd.Function):
     def backward(ctx, doutput, dlast):  # type: ignore[override]
         *inputs, y, borders = ctx.saved_tensors
         input_BTE, *parameters, tail, state, _, _, _ = inputs
-        dinput, doutput, dlast = torch.empty_like(input_BTE), doutput.contiguous(), dlast.contiguous()
+        dinput, dlast = torch.empty_like(input_BTE), None if dlast is None else dlast.contiguous()
+        inner = ctx.sizes.heads * ctx.sizes.head_width
+        doutput = input_BTE.new_zeros(*y.shape[:2], inner) if doutput is None else doutput.contiguous()
         apart = [t.new_empty(ctx.sizes.rows, *t.shape) for t in parameters]  # one gradient per row, then their sum
         dtail = None if tail is None else torch.empty_like(tail, dtype=torch.float32)
         dstate = None if state is None else torch.empty_like(state)

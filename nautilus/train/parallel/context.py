@@ -102,7 +102,7 @@ def stretch(batch: Batch, group: dist.ProcessGroup) -> Batch:
         if term == "balance" and begin:
             weights[term][:] = 0
     evidence = {name: piece(tensor) for name, tensor in batch.evidence().items()}
-    return dataclasses.replace(batch, tokens=piece(batch.tokens), weights=weights, **evidence)
+    return dataclasses.replace(batch, tokens=piece(batch.tokens), weights=weights, alike=None, **evidence)
 
 
 def tokens_ahead(term: str) -> int:
