@@ -5,9 +5,9 @@
 The model is the 16M hybrid of `train_step.py` with random weights. A step puts 16 problems to it, draws 8 answers of 32
 tokens to each, rewards them by their share of vowels, and makes one update of all weights (ours leaves the routers as
 they are, as always). Both in float32 and in bfloat16, as processes in turns; of each the first steps are not counted.
-The peer gets what makes it fastest: no checkpoints of activations, one pass for all answers, its fastest experts, no
-reference model. `best` is the faster precision of either side. `--record FILE` appends the rows. Needs the `bench`
-extra.
+The peer gets what makes it fastest: no checkpoints of activations, one pass for all answers, the experts with which it
+trains faster (all at once, `batched_mm`, its backward takes more memory than there is), no reference model. `best` is
+the faster precision of either side. `--record FILE` appends the rows. Needs the `bench` extra.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recorded import append  # noqa: E402
-from rollouts import PRECISIONS, fastest  # noqa: E402
+from rollouts import PRECISIONS  # noqa: E402
 from train_step import VOCAB, config, machine  # noqa: E402
 
 PROBLEMS, GROUP, TOKENS, WARM = 16, 8, 32, 2
+EXPERTS = ("grouped_mm", "eager")
 ASKED = "Write as many vowels as you can. Number {} of them. Begin."
 RATE = 1e-5
 
@@ -60,11 +61,11 @@ def ours(folder: Path, precision: str, steps: int, work: Path) -> list[float]:
             return Verdict(reward=vowels(reply.content))
 
     model, words = nautilus.load(folder, dtype=torch.float32)
-    model.compute = getattr(torch, precision)
     optim = OptimConfig(lr=RATE, min_lr=RATE, warmup=0, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0)
     settings = Settings(
         model=str(folder), out=work, steps=steps, prompts=PROBLEMS, group=GROUP, tokens=256, turn_tokens=TOKENS,
         thinking=False, optim=optim, together=PROBLEMS * GROUP, save_every=0, tasks=("vowels",),
+        compute={"float32": "fp32", "bfloat16": "bf16"}[precision],
     )  # fmt: skip
     times, run = list[float](), open_practice(settings, model, words)
     blend = Blend(domains=[domain(Vowels(), 512)], prompts=PROBLEMS, steps=steps, seed=0)
@@ -139,6 +140,13 @@ def seconds(who: str, folder: Path, precision: str, experts: str, steps: int) ->
     return statistics.median(json.loads(done.stdout.splitlines()[-1]))
 
 
+def fastest(folder: Path, precision: str) -> str:
+    """The peer's way to compute experts."""
+    found = {experts: seconds("peer", folder, precision, experts, WARM + 1) for experts in EXPERTS}
+    print(f"peer {precision}: {', '.join(f'{name} {took:.1f} s' for name, took in found.items())} a step", flush=True)
+    return min(found, key=lambda name: found[name])
+
+
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8, help="of each process")
@@ -158,7 +166,7 @@ def main(words: list[str]) -> None:
         folder = Path(temporary) / "model"
         texts = (path.read_text() for path in Path(argparse.__file__).parent.glob("*.py"))
         Language(config()).initialise(0).save(folder, precision="fp32", tokenizer=train_tokenizer(texts, vocab=VOCAB))
-        experts = {name: fastest(folder, name, 32) for name in PRECISIONS}
+        experts = {name: fastest(folder, name) for name in PRECISIONS}
         turns = []
         for _ in range(asked.repeats):
             turn = {}

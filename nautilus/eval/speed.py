@@ -134,7 +134,8 @@ class Ready:
 
     @property
     def step(self) -> Step:
-        return self.engine.forward.steps[len(self.berths)]
+        assert self.engine.forward.latest is not None
+        return self.engine.forward.latest
 
     def turn(self) -> Turn:
         work, bandwidth = self.work, self.meter.bandwidth() if self.work.steps else None

@@ -98,7 +98,7 @@ class RewardModel:
     async def __call__(self, problem: Problem, first: Reply, second: Reply, seed: int) -> Judgement:
         asked = asked_to_judge(problem.messages, first.content, second.content)
         tokens = chat_tokens(self.tokenizer, asked, settings=ChatSettings(enable_thinking=self.thinking))
-        said, _ = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed))
+        said, _ = await drawn(self.answers, tokens, Sampling(max_tokens=self.tokens, seed=seed), kept=False)
         inside = opens_thinking(tokens, self.tokenizer)
         return judgement_of(split_answer(said.text, inside=inside).content)
 

@@ -30,6 +30,7 @@ from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task
 from nautilus.train.replay import routes_of
 
+SAVED = 1.0  # 10^9 bytes: what answers to one prompt share, and turns of one conversation
 MUCH = {"most_waiting": 1 << 20, "most_waiting_tokens": 1 << 40}
 
 
@@ -52,7 +53,7 @@ class Here:
         self, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int, version: int = 0,
         beside: bool = False,
     ):  # fmt: skip
-        self.engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=rows)
+        self.engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=rows, saved_gb=SAVED)
         self.version, self.versions = version, dict[int, int]()  # by changes of the engine's weights
         self.service = (Service if beside else Turns)(self.engine, **MUCH)
         self.player = Player(self.service, tokenizer, playing, lambda changes: self.versions.get(changes, self.version))

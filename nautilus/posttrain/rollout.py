@@ -154,7 +154,8 @@ class Player:
             room = self.playing.tokens - len(tokens)
             if room < 1:
                 break
-            answer, changes = await drawn(self.answers, tokens, self.playing.sampling(number_of(seed, number), room))
+            sampling = self.playing.sampling(number_of(seed, number), room)
+            answer, changes = await drawn(self.answers, tokens, sampling, kept=number + 1 < task.turns)
             turn = self.turn(tokens, answer, problem)
             tokens, logprobs = [*tokens, *answer.tokens], [*logprobs, *answer.logprobs]
             versions += map(self.version, changes)
@@ -219,9 +220,12 @@ class Player:
             raise Dropped("task", f"{name} failed with {type(bad).__name__}: {bad}") from bad
 
 
-async def drawn(answers: Answers, tokens: Sequence[int], sampling: Sampling) -> tuple[Completion, list[int]]:
-    """One answer, and how often the weights had changed before each of its tokens; Dropped where there can be none."""
-    job = Job(tokens=tokens, sampling=sampling)
+async def drawn(
+    answers: Answers, tokens: Sequence[int], sampling: Sampling, *, kept: bool
+) -> tuple[Completion, list[int]]:  # fmt: skip
+    """One answer, and how often the weights had changed before each of its tokens; Dropped where there can be none.
+    kept: another turn may follow. Other answers to the same prompt go on from its state, whoever reads it first."""
+    job = Job(tokens=tokens, sampling=sampling, marks=(len(tokens) - 1,), kept=kept)
     try:
         pieces: list[Piece] = [piece async for some in answers.submit(job) for piece in some]
     except (Lost, Busy, UserError, RuntimeError) as bad:

@@ -40,7 +40,7 @@ from nautilus.recipes import boost, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, continue_or_create, keep_memory, read_json, write_atomic
 from nautilus.train.optim import setting
 
-SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "measured": 32, "save_every": 0}
+SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -207,9 +207,9 @@ class Engine:
 
     def admit(self) -> list[tuple[Request, Piece]]:
         """Those who wait take memory in their order, until one of them finds none."""
-        found = []
+        found, coming = [], {one for active in self.scheduler.active for one in self.prefixes.ahead(active)}
         for request in self.scheduler.in_order() if self.berths.slots else ():
-            if self.prefixes.comes(request, self.scheduler.active):
+            if self.prefixes.comes(request, coming):
                 continue
             try:
                 request.berth = self.prefixes.board(request)
@@ -219,6 +219,7 @@ class Engine:
             if request.berth is None:
                 break
             self.scheduler.begin(request)
+            coming.update(self.prefixes.ahead(request))
         return found
 
     def read(self, batch: list[tuple[Request, int]]) -> list[tuple[Request, Piece]]:
@@ -259,8 +260,7 @@ class Engine:
         berths, begin = [request.berth for request in requests if request.berth], time.monotonic()
         try:
             if proposals:
-                tried = [[one.tokens[-1], *proposals.get(one, PLAIN).tokens] for one in requests]
-                self.forward.attempt(berths, tried)
+                self.forward.attempt(berths, [[o.tokens[-1], *proposals.get(o, PLAIN).tokens] for o in requests])
             else:
                 self.forward.step(berths, [request.tokens[-1] for request in requests])
         except Exception as bad:
@@ -350,6 +350,6 @@ class Engine:
         if request.finished and request.berth:  # what led to an error is not to be gone on from, and has left
             if self.speculation and self.prefixes.saved:
                 self.speculation.leave(request)
-            if request.scores is None:  # nor would another that is scored go on from it
+            if request.kept and request.scores is None:  # nor would another that is scored go on from it
                 self.prefixes.keep(request)
             self.leave(request)

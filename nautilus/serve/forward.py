@@ -1,13 +1,14 @@
 """The model at work for an engine: prompts are read in chunks, and every step adds one token to each running request.
 
 What a step of so many requests does is recorded the first time and replayed from then on, where all of it is native.
+Numbers of requests that seldom come take the record of some more: the others of its tokens go where nobody reads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,6 +27,7 @@ from nautilus.serve.recorded import Recorded
 from nautilus.serve.sample import Logits
 from nautilus.serve.seen import Raw, raw
 
+OFTEN = 16  # steps of a number of requests after which it has a record of its own
 TRIED = 512  # most tokens of all recorded attempts together: each keeps the memory of its activations and logits
 
 
@@ -64,6 +66,7 @@ class Forward:
         self.watcher: Watcher | None = None
         self.packs: Packs = {}
         self.steps: dict[int, Step] = {}
+        self.asked = Counter[int]()  # steps, by the number of requests
         self.attempts: OrderedDict[tuple[int, int], Step] = OrderedDict()
         self.latest: Step | None = None
         self.tried: Step | None = None
@@ -74,6 +77,7 @@ class Forward:
         self.version += 1
         self.packs.clear()
         self.steps.clear()
+        self.asked.clear()
         self.attempts.clear()
 
     @contextlib.contextmanager
@@ -130,15 +134,23 @@ class Forward:
 
     def step(self, berths: list[Berth], tokens: Sequence[int]) -> Tensor:
         """The logits (B, V) after one more token in each berth."""
-        rows = len(berths)
-        if rows not in self.steps:
-            self.steps[rows] = Step(self, rows, rows)
-        step = self.steps[rows]
-        logits_BV = self.run(step, berths, tokens, [1] * rows)
-        self.tell(step, step.counts)
+        rows, step = len(berths), self.fitting(len(berths))
+        over, step.own = len(step.tokens) - rows, rows
+        counts = [*[1] * rows, over, *[0] * over][: len(step.tokens)]
+        self.run(step, [*berths, *[self.berths.spare] * over], [*tokens, *[0] * over], counts)
+        self.tell(step, [1] * rows)
         for berth in berths:
             berth.length += 1
-        return logits_BV
+        return step.logits_NV[:rows]
+
+    def fitting(self, rows: int) -> Step:
+        """Of so many requests, or of some more."""
+        self.asked[rows] += 1
+        some = rows in self.steps or self.asked[rows] > OFTEN or not self.berths.roomy
+        size = rows if some else rounded(rows)
+        if size not in self.steps:
+            self.steps[size] = Step(self, size, size)
+        return self.steps[size]
 
     def attempt(self, berths: list[Berth], tokens: Sequence[Sequence[int]]) -> Tensor:
         """The logits (N, V) after each of these tokens, of one or more for each berth, one berth's after the other's.
@@ -176,14 +188,14 @@ class Forward:
     def looked_at(self) -> list[Logits]:
         """What a draw needs of each row of logits that the latest step or attempt gave, until the next one."""
         assert self.latest is not None
-        return self.latest.looked_at()
+        return self.latest.looked_at()[: self.latest.own]
 
     def tell(self, step: Step, counts: Sequence[int]) -> None:
         """The watcher sees what came of the first so many of each berth's tokens."""
         if self.watcher is None:
             return
         at = 0
-        for berth, size, count in zip(step.berths, step.counts, counts, strict=True):
+        for berth, size, count in zip(step.berths, step.counts, counts, strict=False):  # of spare berths nothing
             if count:
                 self.watcher.see(berth, step, at, count)
             at += size
@@ -199,6 +211,7 @@ class Step:
         self.berths: list[Berth] = []  # that it was told of last, of how many pages and new tokens each
         self.pages: list[int] = []
         self.counts: list[int] = []
+        self.own = tokens  # of them are not spare
         self.tokens_1N = torch.zeros(1, tokens, dtype=torch.int64, device=forward.berths.device)
         self.tokens, self.lengths = plain(self.tokens_1N[0]), plain(self.lanes.rows.length)
         rows_in = self.lanes.rows
@@ -240,6 +253,12 @@ class Step:
             hidden_1ND, seen = self.forward.hidden(self.tokens_1N, self.lanes)
             logits_NV = self.forward.model.head(hidden_1ND)[0]
             return logits_NV, seen, peak(logits_NV)
+
+
+def rounded(rows: int) -> int:
+    """The next number for which a step is recorded."""
+    by = 1 if rows <= 4 else 4 if rows <= 16 else 8 if rows <= 64 else 16
+    return -(-rows // by) * by
 
 
 def side_by_side(seen: list[Tensor]) -> Tensor:

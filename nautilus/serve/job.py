@@ -27,7 +27,7 @@ class Lost(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A prompt and how to answer it; see Request for tenant, priority, marks and answer, Engine.request for
+    """A prompt and how to answer it; see Request for tenant, priority, marks, kept and answer, Engine.request for
     prompt_logprobs. rules: grammars, for example."""
 
     tokens: Sequence[int]
@@ -36,5 +36,6 @@ class Job:
     tenant: str = ""
     priority: int = 0
     marks: Sequence[int] = ()
+    kept: bool = True
     prompt_logprobs: int | None = None
     answer: bool = True

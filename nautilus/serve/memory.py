@@ -20,6 +20,7 @@ from nautilus.config import Layer
 from nautilus.config.keys import short
 from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory, plain
 from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
 from nautilus.ops.pages import PAGE, Pool, Rows
 from nautilus.ops.state_format import EXACT, StateFormat
 from nautilus.runtime import UserError
@@ -60,8 +61,8 @@ class Berths:
         try:
             self.layers = new_memory(
                 config,
-                slots=rows,
-                pages=count,
+                slots=rows + 1,
+                pages=count + 1,
                 dtype=model.compute,
                 cache=cache,
                 device=device,
@@ -76,6 +77,8 @@ class Berths:
             ) from bad
         self.device, self.slots = device, list(range(rows))
         self.pool = Pages(self.pools(), count)
+        self.spare = Berth(slot=rows, pages=[count])  # for tokens of nobody
+        self.roomy = device.type == "cpu" and state.lossless and native().functions is not None  # calls may have them
 
     def take(self, tokens: int, shared: Sequence[int] = ()) -> Berth | None:
         """Room for so many tokens, the first of them in `shared` pages, or None until others have left. The states are

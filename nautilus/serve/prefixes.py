@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 
 import torch
@@ -88,18 +88,20 @@ class Prefixes:
             raise
         berth.length = length
 
-    def comes(self, request: Request, active: Sequence[Request]) -> bool:
-        """Whether one of these is about to read, up to one of its marks, what this one would read as well."""
-        if self.saved is None or request.unscored:
+    def ahead(self, request: Request) -> list[tuple[str, tuple[int, ...]]]:
+        """What it is about to read up to each of its marks, which will then be known."""
+        berth = request.berth
+        if self.saved is None or berth is None or berth.mixed or not request.reading:
+            return []
+        marks = [mark for mark in request.marks if mark > max(berth.length, LEAST - 1)]
+        return [(request.tenant, tuple(request.tokens[:mark])) for mark in marks]
+
+    def comes(self, request: Request, coming: Set[tuple[str, tuple[int, ...]]]) -> bool:
+        """Whether another is about to read what this one would read as well."""
+        if not coming or request.unscored:
             return False
-        mine = request.tokens
-        for other in active:
-            if other.berth is None or other.berth.mixed or not other.reading or other.tenant != request.tenant:
-                continue
-            ahead = [mark for mark in other.marks if max(other.berth.length, LEAST - 1) < mark < len(mine)]
-            if any(mine[:mark] == other.tokens[:mark] for mark in ahead):
-                return True
-        return False
+        lengths = {len(tokens) for _, tokens in coming if len(tokens) < len(request.tokens)}
+        return any((request.tenant, tuple(request.tokens[:length])) in coming for length in lengths)
 
     def room(self, request: Request) -> int:
         return self.scheduler.pages_needed(request) * PAGE

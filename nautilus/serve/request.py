@@ -56,7 +56,8 @@ class Completion:
 @dataclass(kw_only=True, eq=False)
 class Request:
     """`tokens` is the prompt and grows. tenant: whose prefixes it may share; priority: lower runs first; marks: lengths
-    of the prompt after which its state is worth keeping; warm: the prompt is read for these alone, not answered;
+    of the prompt after which its state is worth keeping; kept: so is that at its end; warm: the prompt is read for these
+    alone, not answered;
     scores: the log-probs of the prompt, where they are asked for; answer: False, if it is read for those alone."""
 
     prompt: int
@@ -70,6 +71,7 @@ class Request:
     tenant: str = ""
     priority: int = 0
     marks: Sequence[int] = ()
+    kept: bool = True
     warm: bool = False
     scores: PromptScores | None = None
     answer: bool = True

@@ -125,7 +125,9 @@ class Service:
         """UserError for a job that cannot be; Busy where too much waits; Draining at the end."""
         if not self.ready:
             raise Draining(f"the {'server is stopping' if self.draining else 'engine has stopped'}; ask another one")
-        more = {name: getattr(job, name) for name in ("tenant", "priority", "marks", "prompt_logprobs", "answer")}
+        more = {
+            name: getattr(job, name) for name in ("tenant", "priority", "marks", "kept", "prompt_logprobs", "answer")
+        }
         request = self.engine.request(list(job.tokens), job.sampling, job.rules, **more)
         self.refuse_too_many(request)
         reply = self.replies[request] = Reply(self, request)
@@ -284,11 +286,12 @@ class Service:
             self.loop.call_soon_threadsafe(self.abandon, bad)
 
     def begin(self, request: Request) -> None:
-        scheduler, comes = self.engine.scheduler, self.engine.prefixes.comes
+        scheduler, prefixes = self.engine.scheduler, self.engine.prefixes
         # What is being read for this one, or for one that waits, goes on: they begin where it ends.
         asking = [request, *(one for one in scheduler.waiting if not one.warm)]
         for other in [one for one in (*scheduler.active, *scheduler.waiting) if one.warm]:
-            if not any(comes(one, [other]) for one in asking):
+            coming = {*prefixes.ahead(other)}
+            if not any(prefixes.comes(one, coming) for one in asking):
                 self.engine.cancel(other)
         self.engine.submit(request)
 

@@ -11,7 +11,7 @@ from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.presets import preset, shrink
-from nautilus.serve.forward import TRIED, Forward, Part
+from nautilus.serve.forward import OFTEN, TRIED, Forward, Part
 from nautilus.serve.memory import Berth, Berths
 
 torch.set_num_threads(1)
@@ -140,6 +140,27 @@ def test_requests_in_changing_company_with_any_numbers_of_tokens_have_their_own_
         both.cycle([both.draw.randint(1, WINDOW) for _ in rows], rows)
     both.states_are_the_same()
     both.plain()
+
+
+@pytest.mark.parametrize("way", ["native", "torch"])
+@pytest.mark.parametrize("kind", [*PATTERNS, "super"])
+def test_numbers_of_requests_that_seldom_come_take_the_record_of_some_more(kind, way, monkeypatch):
+    monkeypatch.setenv("NAUTILUS_OPS", "" if way == "native" else way)
+    exact = way == "native" and native().functions is not None
+    both = Both(model_of(kind), 13, equal if exact else near)
+    for rows in (13, 9, 10, 5, 7, 6, 8, 3, 12, 11):
+        berths, tokens = both.berths[:rows], both.tokens(rows)
+        logits_BV = both.forward.step(berths, tokens)
+        assert logits_BV.shape == (rows, VOCAB) and len(both.forward.looked_at()) == rows
+        for token, alone, got in zip(tokens, both.alone, logits_BV.clone(), strict=False):
+            both.same(got, both.serial.step([alone], [token])[0])
+    assert [*both.forward.steps] == (
+        [16, 12, 8, 3] if both.forward.berths.roomy else [13, 9, 10, 5, 7, 6, 8, 3, 12, 11]
+    )
+    both.states_are_the_same()
+    for _ in range(OFTEN):
+        both.forward.step(both.berths[:5], both.tokens(5))
+    assert 5 in both.forward.steps, "what comes often has a record of its own"
 
 
 def test_on_torch_they_agree_to_rounding(monkeypatch):
