@@ -151,8 +151,7 @@ class Player:
         tokens = self.opening(problem, told_how)
         logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
         for number in range(task.turns):
-            room = self.playing.tokens - len(tokens)
-            if room < 1:
+            if (room := self.playing.tokens - len(tokens)) < 1:
                 break
             sampling = self.playing.sampling(number_of(seed, number), room)
             answer, changes = await drawn(self.answers, tokens, sampling, kept=number + 1 < task.turns)

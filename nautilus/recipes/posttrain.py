@@ -49,6 +49,7 @@ class Settings:
     tasks: tuple[str, ...] = setting(("sort:3", "reverse:4", "arithmetic:2"), "what is taught; see `nautilus rlvr`")
     out: Path = setting(Path("runs/posttrain"), "folder of all stages; gone on with if it is there")
     iterations: int = setting(2, "times that specialists are trained, and distilled into a student")
+    again: float = setting(1.0, "steps of the later times, as a share of the first one's")
     supervised: sft.Settings = sft.Settings(steps=240, length=256, problems=12_000, save_every=0, cut=0.15)
     specialist: rlvr.Settings = rlvr.Settings(**SHORT)
     student: mopd.Settings = mopd.Settings(steps=60, **SHORT)
@@ -63,6 +64,8 @@ class Settings:
     def __post_init__(self):
         if self.iterations < 1 or self.measured < 1:
             raise UserError(f"iterations={self.iterations} and measured={self.measured} must be at least 1")
+        if not 0 < self.again <= 1:
+            raise UserError(f"again={self.again} must be more than 0 and at most 1")
 
 
 def main(settings: Settings) -> None:
@@ -91,18 +94,23 @@ def trained(settings: Settings, run: Run, tasks: Mapping[str, str]) -> dict[str,
     """The runs of all specialists and students by name, and of what they begin from."""
     taught, do = settings.supervised.tasks or settings.tasks, partial(stage, run, settings)
     student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
-    models = {"sft": student}
+    models, each = {"sft": student}, (settings.specialist, settings.student)
     for number in range(1, settings.iterations + 1):
+        specialist, distilled = (shorter(one, settings.again) if number > 1 else one for one in each)
         teachers = {
-            name: do(f"{number}-{name}", rlvr, settings.specialist, model=str(student), tasks=(words,))
+            name: do(f"{number}-{name}", rlvr, specialist, model=str(student), tasks=(words,))
             for name, words in tasks.items()
         }
         routes = tuple(f"{name}={place}" for name, place in teachers.items())
         given = {"model": str(student), "tasks": settings.tasks, "teachers": routes}
-        student = do(f"{number}-student", mopd, settings.student, **given)
+        student = do(f"{number}-student", mopd, distilled, **given)
         models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
         models[f"student {number}"] = student
     return models
+
+
+def shorter(settings: Any, share: float) -> Any:
+    return replace(settings, steps=max(1, round(share * settings.steps)))
 
 
 def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:

@@ -60,16 +60,9 @@ class Berths:
         count = max(pages, min(rows * pages, affordable))
         try:
             self.layers = new_memory(
-                config,
-                slots=rows + 1,
-                pages=count + 1,
-                dtype=model.compute,
-                cache=cache,
-                device=device,
-                scales=model.cache_scales,
-                state=state,
-                window=window,
-            )
+                config, slots=rows + 1, pages=count + 1, dtype=model.compute, cache=cache, device=device,
+                scales=model.cache_scales, state=state, window=window,
+            )  # fmt: skip
         except (MemoryError, OSError, OverflowError, RuntimeError) as bad:  # the system's words for it, and torch's
             raise UserError(
                 f"room for {rows} requests of {max_tokens} tokens was asked for, but there is no memory for their"

@@ -56,9 +56,9 @@ class Completion:
 @dataclass(kw_only=True, eq=False)
 class Request:
     """`tokens` is the prompt and grows. tenant: whose prefixes it may share; priority: lower runs first; marks: lengths
-    of the prompt after which its state is worth keeping; kept: so is that at its end; warm: the prompt is read for these
-    alone, not answered;
-    scores: the log-probs of the prompt, where they are asked for; answer: False, if it is read for those alone."""
+    of the prompt after which its state is worth keeping; kept: so is that at the end; warm: the prompt is read for
+    these alone, not answered; scores: the log-probs of the prompt, where they are asked for; answer: False, if it is
+    read for those alone."""
 
     prompt: int
     tokens: list[int]
