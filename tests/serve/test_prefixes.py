@@ -105,6 +105,18 @@ def test_who_begins_like_one_that_is_being_read_waits_for_its_mark():
     audit(engine)
 
 
+def test_answers_to_one_prompt_read_it_once_and_leave_nothing_else_where_no_turn_follows():
+    draw, engine = random.Random(4), engine_of(rows=16)
+    prompts = [words(draw, 40), words(draw, 33)]
+    how = [Sampling(max_tokens=6, temperature=1.0, seed=seed) for seed in range(6)]
+    asked = [(prompt, one) for prompt in prompts for one in how]
+    got = run(engine, *(engine.request(p, one, marks=(len(p) - 1,), kept=False) for p, one in asked))
+    assert [one.cached for one in got] == [0, *[39] * 5, 0, *[32] * 5]
+    assert [facts(one) for one in got] == [facts(alone(*pair)) for pair in asked]
+    assert len(engine.prefixes.saved.tree) == 2
+    audit(engine)
+
+
 def test_a_model_without_states_finds_any_common_beginning():
     config = Config(vocab=VOCAB, width=20, layers=lay("**", MAMBA, ATTENTION), eos=())
     model = Language(config).initialise(3).requires_grad_(False).eval()

@@ -1,0 +1,86 @@
+"""What post-training brings at the demo's size, with several seeds: specialists, students, and what else could be made
+of as many answers.
+
+    python benchmarks/posttrain.py --out runs/seeds     # 35 minutes a seed on two cores; goes on where it was stopped
+
+Each seed is a demo of its own, from its pretraining on, with the pipeline's baselines beside it. Points are the mean
+reward times 100 of answers to 256 problems of each task that nobody was trained on. gain: of the first specialist;
+recovered: of that gain, what the student of the second iteration has. least: of a model's tasks the one it is worst at.
+The thinking budgets are those the last student is asked with: `rises` says whether no larger budget is worse than a
+smaller one beyond their 95 % intervals, `within` whether no answer thought longer than it might. `--record FILE`
+appends the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from recorded import append  # noqa: E402
+from train_step import machine  # noqa: E402
+
+SEEDS, WIDE = 3, 1.96
+LAST = "student 2"
+
+
+def trained(folder: Path, seed: int) -> dict:
+    """The results of the pipeline."""
+    command = [sys.executable, "-m", "nautilus", "demo", f"out={folder}", f"seed={seed}", "then.baselines=true"]
+    subprocess.run(command, check=True)
+    return json.loads((folder / "posttrain" / "results.json").read_text())
+
+
+def points(scores: dict, model: str, task: str) -> float:
+    return round(100 * scores[model][task]["reward"], 1)
+
+
+def rows_of(seed: int, found: dict) -> list[dict]:
+    """One for each task, and one for the seed."""
+    scores, tasks = found["scores"], [*found["scores"]["sft"]]
+    rows = []
+    for task in tasks:
+        base, best = (scores[name][task]["reward"] for name in ("sft", f"{task} specialist 1"))
+        gained = (scores[LAST][task]["reward"] - base) / (best - base) if best > base else None
+        by_model = {name: points(scores, name, task) for name in scores}
+        rows.append({"seed": seed, "task": task, "gain": round(100 * (best - base), 1),
+                     "recovered": gained and round(gained, 3), **by_model})  # fmt: skip
+    least = {name: min(points(scores, name, task) for task in tasks) for name in scores}
+    minutes = {stage["stage"]: float(stage["minutes"]) for stage in found["stages"]}
+    return [*rows, {"seed": seed, "least": least, "budgets": budgets(found["curve"]), "minutes": minutes}]
+
+
+def budgets(curve: dict) -> dict:
+    """By task that thinks."""
+    told = {}
+    for task in next(iter(curve.values())):
+        line = [(int(budget), by_task[task]) for budget, by_task in curve.items()]
+        ends = [(one["reward"] - WIDE * one["error"], one["reward"] + WIDE * one["error"]) for _, one in line]
+        told[task] = {
+            "points": {str(budget): round(100 * one["reward"], 1) for budget, one in line},
+            "longest": {str(budget): one["longest"] for budget, one in line},
+            "rises": all(low <= high for (low, _), (_, high) in itertools.combinations(ends, 2)),
+            "within": all(one["longest"] <= budget for budget, one in line),
+        }
+    return told
+
+
+def main(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder of all runs")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--record", type=Path)
+    asked = parser.parse_args(words)
+    print(machine())
+    rows = [row for seed in range(asked.seeds) for row in rows_of(seed, trained(asked.out / f"seed-{seed}", seed))]
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    append(asked.record, "posttrain.py", words, rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
