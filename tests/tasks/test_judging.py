@@ -133,7 +133,7 @@ def test_a_judge_in_use_is_asked_what_it_was_trained_on(monkeypatch):
     tokenizer = Tokenizer(plain.core, bos="<s>", eos="<|im_end|>", template=template_text("spaced"))
     seen = []
 
-    async def drawn(answers, tokens, sampling):
+    async def drawn(answers, tokens, sampling, **more):
         seen.append(tokens)
         text = f"so.\n</think>\n\n{Judgement(score_1=2, score_2=4, ranking=5).text}"
         return Completion(prompt=tuple(tokens), text=text, tokens=(), logprobs=(), finish_reason="stop"), []
