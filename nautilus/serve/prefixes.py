@@ -58,6 +58,7 @@ class Prefixes:
     def board(self, request: Request) -> Berth | None:
         """A berth that holds as much of the request's tokens as is known; None until there is room for it."""
         if self.saved is None:
+            request.marks = ()  # nothing is kept after them: a prompt is not read in pieces for that
             return self.berths.take(self.room(request)) if self.fits(self.needed(request, 0)) else None
         most = 0 if request.unscored else len(request.tokens) - 1
         found = self.saved.find(request.tenant, request.tokens, most)

@@ -117,6 +117,15 @@ def test_answers_to_one_prompt_read_it_once_and_leave_nothing_else_where_no_turn
     audit(engine)
 
 
+def test_where_nothing_is_kept_a_mark_does_not_cut_the_prompt(monkeypatch):
+    engine, sizes = engine_of(saved_gb=0), []
+    read = engine.forward.read
+    monkeypatch.setattr(engine.forward, "read", lambda parts: sizes.append(len(parts[0].tokens)) or read(parts))
+    prompt = words(random.Random(5), 40)
+    (got,) = run(engine, engine.request(prompt, SHORT, marks=(39,)))
+    assert sizes == [40] and facts(got) == facts(alone(prompt, SHORT))
+
+
 def test_a_model_without_states_finds_any_common_beginning():
     config = Config(vocab=VOCAB, width=20, layers=lay("**", MAMBA, ATTENTION), eos=())
     model = Language(config).initialise(3).requires_grad_(False).eval()
