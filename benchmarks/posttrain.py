@@ -1,11 +1,12 @@
 """What post-training brings at the demo's size, with several seeds: specialists, students, and what else could be made
 of as many answers.
 
-    python benchmarks/posttrain.py --out runs/seeds     # 35 minutes a seed on two cores; goes on where it was stopped
+    python benchmarks/posttrain.py --out runs/seeds     # 40 minutes a seed on two cores; goes on where it was stopped
 
-Each seed is a demo of its own, from its pretraining on, with the pipeline's baselines beside it. Points are the mean
-reward times 100 of answers to 256 problems of each task that nobody was trained on. gain: of the first specialist;
-recovered: of that gain, what the student of the second iteration has. least: of a model's tasks the one it is worst at.
+Each seed is a demo of its own, from its pretraining on, with the pipeline's baselines beside it and more problems to be
+measured on. Points are the mean reward times 100 of answers to 1,024 problems of each task that nobody was trained on.
+gain: of the first specialist; recovered: of that gain, what the student of the second iteration has. least: of a
+model's tasks the one it is worst at.
 The thinking budgets are those the last student is asked with: `rises` says whether no larger budget is worse than a
 smaller one beyond their 95 % intervals, `within` whether no answer thought longer than it might. `--record FILE`
 appends the rows.
@@ -24,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
-SEEDS, WIDE = 3, 1.96
+SEEDS, MEASURED, WIDE = 3, 1024, 1.96  # problems of each task that models are measured on
 LAST = "student 2"
 
 
 def trained(folder: Path, seed: int) -> dict:
     """The results of the pipeline."""
-    command = [sys.executable, "-m", "nautilus", "demo", f"out={folder}", f"seed={seed}", "then.baselines=true"]
-    subprocess.run(command, check=True)
+    words = [f"out={folder}", f"seed={seed}", "then.baselines=true", f"then.measured={MEASURED}"]
+    subprocess.run([sys.executable, "-m", "nautilus", "demo", *words], check=True)
     return json.loads((folder / "posttrain" / "results.json").read_text())
 
 

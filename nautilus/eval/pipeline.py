@@ -35,7 +35,7 @@ def gains(scores: Mapping[str, Mapping[str, Score]], tasks: Sequence[str], itera
 
 def stages(minutes: Mapping[str, float]) -> More:
     rows = [[name, f"{value:.1f}"] for name, value in minutes.items()]
-    return "Stages", ["stage", "minutes"], [*rows, ["all", f"{sum(minutes.values()):.1f}"]]
+    return "Stages", ["stage", "minutes"], [*rows, ["together", f"{sum(minutes.values()):.1f}"]]
 
 
 def accepted(run: Path) -> More:

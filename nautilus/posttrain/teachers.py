@@ -24,7 +24,6 @@ from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
 from nautilus.train.objective import Objective, Pairs
 from nautilus.train.policy import Mtp, Surrogate, drawn_logprob, read
-from nautilus.train.shared import hidden_of
 
 TRIES = 3  # of scores whose process died
 
@@ -52,19 +51,23 @@ class Teachers:
                     " from"
                 )
 
-    def batches(self, rows: Sequence[tuple[Rollout, float]], *, tokens: int, pad: int) -> list[Batch]:
-        """Micro-batches that have one teacher each, with its log-probs."""
+    def batches(
+        self, rows: Sequence[tuple[Rollout, float]], *, tokens: int, pad: int, whole: bool = False
+    ) -> list[Batch]:
+        """Micro-batches that have one teacher each, with its log-probs; whole: for `distill_whole`, without these."""
         asked = list[tuple[str, Batch]]()
         for name in dict.fromkeys(self.routes[one.problem.task] for one, _ in rows):
             mine = [pair for pair in rows if self.routes[pair[0].problem.task] == name]
             asked += [(name, batch) for batch in batches_of(mine, tokens=tokens, pad=pad)]
+        if whole:
+            return [replace(batch, teacher=name) for name, batch in asked]
         found = self.actors(asked) if self.actors else [score(self.models[name], batch) for name, batch in asked]
         each = zip(asked, found, strict=True)
         return [replace(batch, teacher_logprob=scores, teacher=name) for (name, batch), scores in each]
 
     def distill_whole(self, how: Surrogate, mtp: Mtp) -> Objective:
         """Distillation by all words of the vocabulary: at every token that the student drew, its reverse KL from the
-        teacher, in place of the drawn word's share in that; less noise, and a second pass of the teacher.
+        teacher, in place of the drawn word's share in that, which is as right in the mean and noisier.
 
             L = (1/N) sum_t w_t KL(student(. | tokens < t) || teacher(. | tokens < t))
         """
@@ -73,20 +76,20 @@ class Teachers:
     def whole_terms(
         self, model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp
     ) -> tuple[Pairs, Pairs]:  # fmt: skip
-        assert batch.teacher_logprob is not None and batch.sampled_logprob is not None
+        assert batch.sampled_logprob is not None
         teacher, mask_BT = self.models[batch.teacher], batch.weights["policy"]
         lp_BT, hidden_BTD = read(model, batch, "policy")
         lp_BT = lp_BT.detach()
         weight_BT = mask_BT * how.correction.of((lp_BT - batch.sampled_logprob).where(mask_BT > 0, 0), mask_BT)
         with torch.no_grad():
-            other_BTE = hidden_of(teacher, replace(batch, routes=None))
+            told_BT, other_BTE = read(teacher, replace(batch, routes=None), "policy")
         loss, _ = weighted_kl(
             hidden_BTD[:, :-1].flatten(0, 1)[None], model.head_weight, other_BTE[:, :-1].flatten(0, 1),
             teacher.head_weight, weight_BT[:, 1:].flatten()[None], reverse=True,
         )  # fmt: skip
         count = mask_BT.sum()
         seen = {"mismatch": (lp_BT - batch.sampled_logprob).abs(), "surprise": -lp_BT}
-        seen |= {"teacher_gap": batch.teacher_logprob - lp_BT, "left_out": (weight_BT == 0).to(mask_BT.dtype)}
+        seen |= {"teacher_gap": told_BT - lp_BT, "left_out": (weight_BT == 0).to(mask_BT.dtype)}
         watched = {name: ((value_BT * mask_BT).sum(), count) for name, value_BT in seen.items()}
         return {"policy": (loss, count)} | mtp.terms(model, batch, hidden_BTD), watched
 

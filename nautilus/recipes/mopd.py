@@ -55,6 +55,11 @@ class Settings(Practice):
                 f"measured={self.measured} and teacher_actors={self.teacher_actors} were asked for; a mean needs at"
                 " least 1 problem, and there are no fewer processes than none"
             )
+        if self.whole and self.teacher_actors:
+            raise UserError(
+                f"whole=true compares all words in this process, without teacher_actors={self.teacher_actors}; leave"
+                " either out"
+            )
 
 
 def main(settings: Settings) -> None:
@@ -97,4 +102,4 @@ def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:
 
 def rows(settings: Settings, teachers: Teachers, pad: int, groups: Sequence[Group]) -> list[Batch]:
     answers = [(one, 0.0) for group in groups for one in group.rollouts]
-    return teachers.batches(answers, tokens=settings.micro, pad=pad)
+    return teachers.batches(answers, tokens=settings.micro, pad=pad, whole=settings.whole)

@@ -49,7 +49,7 @@ class Settings:
     tasks: tuple[str, ...] = setting(("sort:3", "reverse:4", "arithmetic:2"), "what is taught; see `nautilus rlvr`")
     out: Path = setting(Path("runs/posttrain"), "folder of all stages; gone on with if it is there")
     iterations: int = setting(2, "times that specialists are trained, and distilled into a student")
-    again: float = setting(1.0, "steps of the later times, as a share of the first one's")
+    again: float = setting(1.0, "steps of the later specialists, as a share of the first ones'")
     supervised: sft.Settings = sft.Settings(steps=240, length=256, problems=12_000, save_every=0, cut=0.15)
     specialist: rlvr.Settings = rlvr.Settings(**SHORT)
     student: mopd.Settings = mopd.Settings(steps=60, **SHORT)
@@ -94,23 +94,19 @@ def trained(settings: Settings, run: Run, tasks: Mapping[str, str]) -> dict[str,
     """The runs of all specialists and students by name, and of what they begin from."""
     taught, do = settings.supervised.tasks or settings.tasks, partial(stage, run, settings)
     student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
-    models, each = {"sft": student}, (settings.specialist, settings.student)
+    models, specialist = {"sft": student}, settings.specialist
     for number in range(1, settings.iterations + 1):
-        specialist, distilled = (shorter(one, settings.again) if number > 1 else one for one in each)
         teachers = {
             name: do(f"{number}-{name}", rlvr, specialist, model=str(student), tasks=(words,))
             for name, words in tasks.items()
         }
         routes = tuple(f"{name}={place}" for name, place in teachers.items())
         given = {"model": str(student), "tasks": settings.tasks, "teachers": routes}
-        student = do(f"{number}-student", mopd, distilled, **given)
+        student = do(f"{number}-student", mopd, settings.student, **given)
         models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
         models[f"student {number}"] = student
+        specialist = replace(specialist, steps=max(1, round(settings.again * settings.specialist.steps)))
     return models
-
-
-def shorter(settings: Any, share: float) -> Any:
-    return replace(settings, steps=max(1, round(share * settings.steps)))
 
 
 def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:

@@ -33,7 +33,7 @@ from nautilus.tasks.rows import KINDS, Rows, rows_in
 from nautilus.tasks.task import Task
 
 FORM = re.compile(
-    r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d+)(?:-(?P<high>\d+))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?"
+    r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d{1,9})(?:-(?P<high>\d{1,9}))?)?(?:\*(?P<share>\d{1,9}(?:\.\d{1,9})?))?"
 )
 
 
@@ -51,7 +51,7 @@ def asked(words: str) -> Asked:
         raise UserError(f"the task {words!r} was asked for; write NAME, NAME:1-3 or NAME:2*0.5, a file as KIND@FILE")
     task = named(found["what"])
     low, high = found["low"], found["high"]
-    levels = [*task.levels] if low is None else [*range(int(low), int(high or low) + 1)]
+    levels = task.levels if low is None else range(int(low), int(high or low) + 1)
     if not levels or levels[0] not in task.levels or levels[-1] not in task.levels:
         raise UserError(f"{words!r} was asked for; {task.name} has levels {task.levels[0]} to {task.levels[-1]}")
     return Asked(task=task, levels=levels, share=float(found["share"] or 1))

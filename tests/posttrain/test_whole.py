@@ -32,7 +32,7 @@ def batch() -> Batch:
     zeros_BT = torch.zeros(4, 9)
     tokens_BT = torch.randint(11, (4, 9), generator=rng)
     return Batch(
-        tokens_BT, {"policy": mask_BT}, sampled_logprob=zeros_BT, teacher_logprob=zeros_BT, teacher="one",
+        tokens_BT, {"policy": mask_BT}, sampled_logprob=zeros_BT, teacher="one",
     )  # fmt: skip
 
 
@@ -48,6 +48,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_reverse_divergence():
     wanted = ((log_q.exp() * (log_q - log_p)).sum(-1) * mask_BT).sum()
     torch.testing.assert_close(terms["policy"][0], wanted, rtol=1e-4, atol=1e-5)
     assert terms["policy"][1] == given.weights["policy"].sum()
+    apart = (drawn_logprob(teacher, given, "policy") - drawn_logprob(student, given, "policy")).sum()
+    torch.testing.assert_close(watched["teacher_gap"][0], apart.detach())
     weights = [*student.parameters()]
     mine, own = (torch.autograd.grad(loss, weights, allow_unused=True) for loss in (terms["policy"][0], wanted))
     for a, b in zip(mine, own, strict=True):
@@ -61,8 +63,7 @@ def test_drawn_tokens_push_in_the_mean_as_all_words_do():
     student, teacher = tiny(3), tiny(4).requires_grad_(False)
     start = torch.tensor([[5, 0]])
     given = Batch(
-        start, {"policy": torch.tensor([[0.0, 1.0]])}, sampled_logprob=torch.zeros(1, 2),
-        teacher_logprob=torch.zeros(1, 2), teacher="one",
+        start, {"policy": torch.tensor([[0.0, 1.0]])}, sampled_logprob=torch.zeros(1, 2), teacher="one",
     )  # fmt: skip
     teachers = Teachers(routes={"count": "one"}, models={"one": teacher})
     (loss, _), head = teachers.distill_whole(FREE, Mtp())(student, given)[0]["policy"], student.lm_head.weight

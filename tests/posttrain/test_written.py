@@ -45,7 +45,7 @@ def test_what_a_student_recovers_is_of_what_the_first_specialist_gained():
     title, head, rows = gains(found, ["sort"], 2)
     assert rows == [["sort", "40.0", "80.0", "+40.0", "60.0", "76.0", "90%"]] and len(head) == len(rows[0])
     assert gains({**found, "sort specialist 1": scores(0.3)}, ["sort"], 2)[2][0][-1] == "–"
-    assert stages({"sft": 1.25, "boost": 0.5})[2][-1] == ["all", "1.8"]
+    assert stages({"sft": 1.25, "boost": 0.5})[2][-1] == ["together", "1.8"]
 
 
 @pytest.mark.parametrize("name", TASKS)

@@ -6,7 +6,7 @@ from nautilus.recipes import mopd, posttrain, rlvr
 from nautilus.runtime import Run, UserError
 
 
-def test_later_times_begin_from_the_student_and_may_be_shorter(monkeypatch, tmp_path):
+def test_later_specialists_begin_from_the_student_and_may_be_shorter(monkeypatch, tmp_path):
     asked = {}
 
     def stage(run, whole, name, recipe, settings, **given):
@@ -22,7 +22,7 @@ def test_later_times_begin_from_the_student_and_may_be_shorter(monkeypatch, tmp_
     first, second = str(tmp_path / "sft"), str(tmp_path / "1-student")
     assert asked["sft"][1] == "base"
     assert {asked[name] for name in ("1-sort", "1-count")} == {(9, first)} and asked["1-student"] == (4, first)
-    assert {asked[name] for name in ("2-sort", "2-count")} == {(4, second)} and asked["2-student"] == (2, second)
+    assert {asked[name] for name in ("2-sort", "2-count")} == {(4, second)} and asked["2-student"] == (4, second)
     assert [*models][-1] == "student 2"
     for again in (0, 1.5):
         with pytest.raises(UserError, match="again="):

@@ -174,6 +174,8 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         mopd.main(mopd.Settings(teachers=(f"sort={taught}",), **how))
     with pytest.raises(UserError, match="'count' was asked for; write task=RUN"):
         mopd.main(mopd.Settings(teachers=("count",), **how))
+    with pytest.raises(UserError, match="whole=true .* teacher_actors=2"):
+        mopd.Settings(teachers=(f"count={taught}",), whole=True, teacher_actors=2, **how)
 
 
 @pytest.mark.parametrize(
