@@ -86,6 +86,10 @@ def main(words: Sequence[str] | None = None) -> int:
         return run(given)
     except KeyboardInterrupt as stop:
         return complain(f"interrupted. {stop}".rstrip(), 130)
+    except SystemExit as stop:
+        if not isinstance(stop.code, str):
+            raise
+        return complain(stop.code, 130)
     except BrokenPipeError:
         # The reader (`| head`) has gone; without this Python would complain again when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

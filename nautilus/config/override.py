@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import keyword
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -149,13 +150,14 @@ def parse(text: str, hint, full: str):
     if typing.get_origin(kind) is tuple:
         inner = typing.get_args(kind)[0]
         return tuple(parse(item.strip(), inner, full) for item in text.strip("()").split(",") if item.strip())
-    readers = {bool: parse_bool, int: parse_int, float: float, str: str, Path: Path}
+    readers = {bool: parse_bool, int: parse_int, float: parse_float, str: str, Path: Path}
     group = f"{full!r} is a group of settings; set one of its fields, such as {full}.{first_field(kind)}"
     require(kind in readers, group)
     try:
         return readers[kind](text)
     except ValueError as bad:
-        raise ValueError(f"{full}={text!r} is not of type {kind.__name__}") from bad
+        kinds = {float: "a finite number", int: "a whole number"}
+        raise ValueError(f"{full}={text!r} is not {kinds.get(kind, f'of type {kind.__name__}')}") from bad
 
 
 def first_field(kind) -> str:
@@ -174,12 +176,20 @@ def asked_int(asked: Mapping[str, str], name: str, default: int) -> int:
     return typing.cast(int, parse(asked[name], int, name)) if name in asked else default
 
 
+def parse_float(text: str) -> float:
+    """Neither NaN nor an infinity: no setting means something by them, and sums would carry them far."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def parse_int(text: str) -> int:
     """Whole numbers, also written 1_000 or 2e6."""
     try:
         return int(text)
     except ValueError:
-        number = float(text)
+        number = parse_float(text)
         if not number.is_integer():
             raise
         return int(number)

@@ -21,7 +21,6 @@ Some are changed, so that a model can be told how to think (Nemotron 3 Nano, Sup
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,20 +30,22 @@ from typing import Any
 
 from nautilus.data.chat import DEFAULT, ChatSettings, supervised_tokens
 from nautilus.data.tokenizer import Tokenizer
-from nautilus.runtime import UserError
+from nautilus.runtime import UserError, json_lines
 
 THOUGHT = "</think>"
 LOSSES = ("token", "sample")
+UNWRITTEN = "no chat can be made of them"
 Sample = tuple[list[int], list[float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """effort: what its question asks for, low or medium; None for full."""
+    """effort: what its question asks for, low or medium; None for full; where: it stands, for people."""
 
     messages: Sequence[Mapping[str, Any]]
     tools: Sequence[Mapping[str, Any]] | None = None
     effort: str | None = None
+    where: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,11 @@ class Teaching:
 
 @dataclass(frozen=True, kw_only=True)
 class Taught:
-    """left_out: conversations that make no sample, by why."""
+    """left_out: conversations that make no sample, by why; first: an example of each, where one is told of."""
 
     samples: list[Sample]
     left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
 
 
 def taught(tokenizer: Tokenizer, conversations: Iterable[Conversation], how: Teaching) -> Taught:
@@ -80,8 +82,13 @@ def taught(tokenizer: Tokenizer, conversations: Iterable[Conversation], how: Tea
             found.left_out[why] += 1
             continue
         rng = random.Random(f"{how.seed} {number}")
-        for part in by_question(one):
-            tokens, weights = sample(tokenizer, part, how, rng)
+        try:
+            samples = [sample(tokenizer, part, how, rng) for part in by_question(one)]
+        except (ValueError, TypeError, AttributeError, LookupError) as bad:  # of a file's row: anything may be in it
+            found.left_out[UNWRITTEN] += 1
+            found.first.setdefault(UNWRITTEN, f"{one.where or f'number {number + 1}'}: {bad}"[:300])
+            continue
+        for tokens, weights in samples:
             if len(tokens) > how.length:
                 found.left_out["too long"] += 1
             elif not any(weights):
@@ -164,18 +171,9 @@ def toggled(messages: Sequence[dict[str, Any]], *, on: bool) -> list[dict[str, A
 
 def conversations_in(path: Path) -> Iterator[Conversation]:
     """Of a file of JSON lines: {"messages": [...], "tools": [...], "effort": "low"}. UserError that names the line."""
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            if line.strip():
-                yield conversation_of(line, f"{path}, line {number},")
-
-
-def conversation_of(line: str, where: str) -> Conversation:
-    try:
-        row = json.loads(line)
-    except ValueError as bad:
-        raise UserError(f"{where} is no JSON: {bad}") from bad
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
-        raise UserError(f'{where} has no messages; write {{"messages": [{{"role": "user", "content": ...}}, ...]}}')
-    return Conversation(messages=messages, tools=row.get("tools"), effort=row.get("effort"))
+    for number, row in json_lines(path):
+        messages, where = row.get("messages"), f"{path}, line {number}"
+        if not isinstance(messages, list) or not messages or not all(isinstance(one, dict) for one in messages):
+            form = '{"messages": [{"role": "user", "content": ...}, ...]}'
+            raise UserError(f"{where}, has no messages; write {form}")
+        yield Conversation(messages=messages, tools=row.get("tools"), effort=row.get("effort"), where=where)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from nautilus.runtime import UserError
-from nautilus.tasks import Problem, Task
+from nautilus.tasks import Problem, Task, distinct
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +58,7 @@ class Domain:
 
 def domain(task: Task, count: int, *, levels: Sequence[int] = (), share: float = 1.0, seed: int = 0) -> Domain:
     """So many problems of the split that is trained on, of these levels in turn, each once."""
-    sources = [task.problems("train", level=level, seed=seed) for level in levels or task.levels]
-    found = dict[str, Problem]()
-    for number in range(20 * count):
-        one = next(sources[number % len(sources)])
-        found.setdefault(one.id, one)
-        if len(found) == count:
-            break
-    return Domain(task=task, problems=[*found.values()], share=share)
+    return Domain(task=task, problems=distinct(task, "train", count, levels=levels, seed=seed), share=share)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -111,9 +111,9 @@ class Judges:
         self, judges: Mapping[str, str], tasks: Sequence[Task], control: LengthControl, load: Load, *, seconds: float,
         tokens: int = 512,
     ):  # fmt: skip
-        self.judges, self.control, self.load, self.seconds, self.tokens = dict(judges), control, load, seconds, tokens
+        self.judges, self.control, self.seconds, self.tokens = dict(judges), control, seconds, tokens
         self.oracles = {task.name: oracle(task) for task in tasks if isinstance(task, Style)}
-        self.models: dict[str, RewardModel] = {}
+        self.models, self.loaded = dict[str, RewardModel](), dict[str, tuple[Language, Tokenizer]]()
         names = [task.name for task in tasks]
         if strange := sorted(set(judges) - set(names)):
             raise UserError(
@@ -121,6 +121,10 @@ class Judges:
             )
         if lacking := sorted(name for name, who in judges.items() if who == "oracle" and name not in self.oracles):
             raise UserError(f"{', '.join(lacking)} has no oracle; name a reward model, such as {lacking[0]}=runs/judge")
+        for place in dict.fromkeys(who for who in judges.values() if who != "oracle"):
+            self.loaded[place] = load(place)
+            if self.loaded[place][1].template is None:
+                raise UserError(f"the judge {place} has no chat template, in which it is asked; train it as one first")
 
     async def __call__(self, group: Group, seed: int) -> Group:
         who = self.judges.get(group.problem.task)
@@ -132,7 +136,7 @@ class Judges:
     def model(self, place: str) -> RewardModel:
         """Its engine begins with the first comparison, in the loop that asks for it."""
         if place not in self.models:
-            model, tokenizer = self.load(place)
+            model, tokenizer = self.loaded[place]
             service = Service(Engine(model.requires_grad_(False).eval(), tokenizer), **MUCH)
             self.models[place] = RewardModel(answers=service, tokenizer=tokenizer, tokens=self.tokens)
         return self.models[place]

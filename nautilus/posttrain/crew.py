@@ -130,7 +130,8 @@ class Actors:
             return await actor.play.remote(task, problem, count, seed)
         except self.ray.exceptions.RayActorError:
             self.replace(number, actor)
-            return Group(problem=problem, rollouts=[], lost=Counter({"actor": count}))
+            why = {"actor": f"process {number} of Ray died"}
+            return Group(problem=problem, rollouts=[], lost=Counter({"actor": count}), why=why)
         finally:
             self.busy[number] -= 1
 

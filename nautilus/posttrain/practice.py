@@ -33,7 +33,7 @@ from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 from nautilus.train.policy import Mtp
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
-LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1}
+LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1, "balance": 0, "thinking_grace": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +69,13 @@ class Practice:
         for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.thinking_budget is not None and self.thinking_budget < 0:
+            raise UserError(f"thinking_budget={self.thinking_budget} must be at least 0, or none")
+        if not 0 <= self.mtp.depths < self.tokens or self.mtp.weight < 0:
+            raise UserError(
+                f"mtp.depths={self.mtp.depths} and mtp.weight={self.mtp.weight} were asked for; neither is negative,"
+                f" and a conversation of tokens={self.tokens} has fewer depths"
+            )
         compute_dtype(self.compute)
         schedule(self.optim, self.steps)
 
@@ -90,7 +97,18 @@ def wanted(settings: Practice) -> list[Asked]:
     names = Counter(one.task.name for one in found)
     if twice := [name for name, count in names.items() if count > 1]:
         raise UserError(f"the task {twice[0]} was named twice; give its levels together, such as {twice[0]}:1-2")
+    if settings.prompts < len(found):
+        raise UserError(f"prompts={settings.prompts} of a step for {len(found)} tasks; each needs one")
     return found
+
+
+def budgeted(budgets: Sequence[int], tasks: Sequence[Asked], settings: Practice) -> None:
+    """UserError for thinking budgets that cannot be measured."""
+    if budgets and (min(budgets) < 0 or len({*budgets}) < len(budgets)):
+        raise UserError(f"budgets={','.join(map(str, budgets))} were asked for; each is 0 or more, and named once")
+    if budgets and tasks and not any(settings.playing.chatting(one.task).enable_thinking for one in tasks):
+        names = ", ".join(one.task.name for one in tasks)
+        raise UserError(f"budgets of thinking were asked for, but {names} are answered without; leave budgets out")
 
 
 def routes(words: Sequence[str], who: str) -> dict[str, str]:
@@ -100,7 +118,8 @@ def routes(words: Sequence[str], who: str) -> dict[str, str]:
         task, equals, place = each.partition("=")
         if not (task and equals and place):
             raise UserError(f"the {who} {each!r} was asked for; write task=RUN, such as sort=runs/sort")
-        found[task] = place
+        if found.setdefault(task, place) != place:
+            raise UserError(f"{task} has two {who}s, {found[task]} and {place}; it can have one")
     return found
 
 
@@ -214,4 +233,4 @@ class Log:
                     "ended": one.ended, "text": text,
                 }  # fmt: skip
             for kind, count in group.lost.items():
-                yield {**named, "lost": count, "to": kind}
+                yield {**named, "lost": count, "to": kind, "why": group.why.get(kind, "")}

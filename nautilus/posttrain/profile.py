@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,13 +15,15 @@ from nautilus.model.language import Language
 from nautilus.posttrain.blend import Domain
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.rollout import Dropped, Player, Playing, Rollout
-from nautilus.runtime import Progress, Run, read_metrics
+from nautilus.runtime import Progress, Run, UserError, read_metrics, write_atomic
 from nautilus.serve import Engine
+from nautilus.serve.prefixes import fingerprint
 from nautilus.serve.turns import Turns
-from nautilus.tasks import Problem, Task
+from nautilus.tasks import Problem, Task, distinct
 from nautilus.tasks.asked import Asked
 
 Solved = tuple[float, int] | None  # the reward of an answer and its tokens of thinking; None for one that was lost
+Told = Callable[[Problem, int, Rollout | Dropped], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,31 +47,26 @@ class Score:
         return (sum((one - self.mean) ** 2 for one in self.rewards) / (count - 1) / count) ** 0.5
 
 
-def exam(task: Task, count: int, *, levels: Sequence[int] = (), seed: int = 0) -> list[Problem]:
+def exam(task: Task, count: int, *, levels: Sequence[int] = ()) -> list[Problem]:
     """So many different problems that nobody trains on, or as many as there are."""
-    sources = [task.problems("test", level=level, seed=seed) for level in levels or task.levels]
-    found = dict[str, Problem]()
-    for number in range(20 * count):
-        one = next(sources[number % len(sources)])
-        found.setdefault(one.id, one)
-        if len(found) == count:
-            break
-    return [*found.values()]
+    return distinct(task, "test", count, levels=levels)
 
 
 def examined(
     run: Run, name: str, model: Language, *, tasks: Sequence[Asked], count: int, settings: Practice,
     tokenizer: Tokenizer, playing: Playing | None = None,
 ) -> dict[str, Score]:  # fmt: skip
-    """By task, on problems of its own split."""
+    """By task, on problems of its own split. UserError where all answers to a task are lost."""
     questions = [(one.task, problem) for one in tasks for problem in exam(one.task, count, levels=one.levels)]
-    found = solved(
-        run.state / f"{name}.jsonl", model, tokenizer, questions, playing or settings.playing,
-        together=settings.together,
-    )  # fmt: skip
+    path = run.state / f"{name}.jsonl"
+    found = solved(path, model, tokenizer, questions, playing or settings.playing, together=settings.together)
     by_task: dict[str, list[Solved]] = {}
     for (task, _), answers in zip(questions, found, strict=True):
         by_task.setdefault(task.name, []).extend(answers)
+    for task, all_of in by_task.items():
+        if not any(all_of):
+            why = next((row["why"] for row in read_metrics(path) if row.get("why")), "nobody says why")
+            raise UserError(f"all {len(all_of)} answers to {task} that were to be measured were lost; the first: {why}")
     return {task: score_of(all_of) for task, all_of in by_task.items()}
 
 
@@ -84,10 +82,9 @@ def curve(
     tokenizer: Tokenizer,
 ) -> dict[int, dict[str, Score]]:  # fmt: skip
     """By thinking budget, then by task: what thinking longer brings. Tasks that are answered at once have no part."""
-    found = {}
-    for budget in budgets:
+    found, thinking = {}, [one for one in tasks if settings.playing.chatting(one.task).enable_thinking]
+    for budget in budgets if thinking else ():
         playing = replace(settings.playing, thinking_budget=budget)
-        thinking = [one for one in tasks if playing.chatting(one.task).enable_thinking]
         found[budget] = examined(
             run, f"budget_{budget}", model, tasks=thinking, count=count, settings=settings, tokenizer=tokenizer,
             playing=playing,
@@ -122,28 +119,22 @@ def solved_of(row: Mapping[str, Any]) -> Solved:
 
 
 def solved(
-    path: Path,
-    model: Language,
-    tokenizer: Tokenizer,
-    questions: Sequence[tuple[Task, Problem]],
-    playing: Playing,
-    *,
-    times: int = 1,
-    together: int = 64,
-    seed: int = 0,
-) -> list[list[Solved]]:
-    """`times` answers to each problem; what the file has is not asked again."""
-    rows = read_metrics(path)
-    known = {(row["problem"], row["time"]): solved_of(row) for row in rows}
+    path: Path, model: Language, tokenizer: Tokenizer, questions: Sequence[tuple[Task, Problem]], playing: Playing,
+    *, times: int = 1, together: int = 64, seed: int = 0,
+) -> list[list[Solved]]:  # fmt: skip
+    """`times` answers to each problem; what the file has of this model is not asked again, less what was lost."""
+    by = fingerprint(model)[:16]
+    known = kept(path, by)
     asked = [(task, problem, time) for task, problem in questions for time in range(times)]
     left = [one for one in asked if (one[1].id, one[2]) not in known]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Progress(path, len(asked), len(asked) - len(left), shown=("reward",), unit="answer") as progress:
+    with Progress(path, len(known) + len(left), len(known), shown=("reward",), unit="answer") as progress:
 
-        def told(problem: Problem, time: int, found: Rollout | None) -> None:
-            row = {"step": len(known), "problem": problem.id, "time": time, "reward": None, "thought": 0}
-            if found is not None:
+        def told(problem: Problem, time: int, found: Rollout | Dropped) -> None:
+            row = {"step": len(known), "model": by, "problem": problem.id, "time": time, "reward": None, "thought": 0}
+            if isinstance(found, Rollout):
                 row |= {"reward": found.verdict.reward, "thought": sum(turn.thought for turn in found.turns)}
+            else:
+                row |= {"lost": found.kind, "why": str(found)[:300]}
             known[problem.id, time] = solved_of(row)
             progress(row)
 
@@ -151,9 +142,19 @@ def solved(
     return [[known[problem.id, time] for time in range(times)] for _, problem in questions]
 
 
+def kept(path: Path, by: str) -> dict[tuple[str, int], Solved]:
+    """What the file has of the model, which is all that stays in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = read_metrics(path)
+    good = [row for row in rows if row.get("model") == by and row.get("reward") is not None]
+    if len(good) < len(rows):
+        write_atomic(path, "".join(json.dumps({**row, "step": at}) + "\n" for at, row in enumerate(good)))
+    return {(row["problem"], row["time"]): solved_of(row) for row in good}
+
+
 async def asking(
     model: Language, tokenizer: Tokenizer, left: Sequence[tuple[Task, Problem, int]], playing: Playing, together: int,
-    seed: int, told: Callable[[Problem, int, Rollout | None], None],
+    seed: int, told: Told,
 ) -> None:  # fmt: skip
     engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=together)
     service = Turns(engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
@@ -162,8 +163,8 @@ async def asking(
     async def one(task: Task, problem: Problem, time: int) -> None:
         try:
             found = await player.play(task, problem, number_of(seed, int(problem.id[:8], 16) + time))
-        except Dropped:
-            found = None
+        except Dropped as lost:
+            found = lost
         told(problem, time, found)
 
     try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -146,9 +147,9 @@ class Player:
 
     async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
         """Dropped where nothing can be said of it."""
-        episode, messages = task.episode(problem), [*problem.messages]
         told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
-        tokens = self.opening(problem, told_how)
+        episode, tokens = self.begun(task, problem, told_how)
+        messages = [*problem.messages]
         logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
         for number in range(task.turns):
             if (room := self.playing.tokens - len(tokens)) < 1:
@@ -163,7 +164,7 @@ class Player:
             if not told or not turn.reply.ended:
                 break
             turns[-1] = dataclasses.replace(turn, told=tuple(told))
-            more = following_tokens(self.tokenizer, messages, told, **told_how)
+            more = self.following(messages, told, told_how, task.name)
             messages += [{"role": "assistant", "content": "."}, *told]
             tokens, logprobs = [*tokens, *more], [*logprobs, *[0.0] * len(more)]
             versions += [-1] * len(more)
@@ -174,6 +175,19 @@ class Player:
             problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
             versions=tuple(versions),
         )  # fmt: skip
+
+    def begun(self, task: Task, problem: Problem, told_how: dict[str, Any]) -> tuple[Episode, list[int]]:
+        """Dropped for a problem that no model can be asked: a poisoned row is no fault of the others."""
+        try:
+            return task.episode(problem), self.opening(problem, told_how)
+        except Exception as bad:
+            raise Dropped("problem", f"{task.name} cannot ask {problem.id}: {type(bad).__name__}: {bad}") from bad
+
+    def following(self, messages: Sequence[Message], told: Sequence[Message], told_how: Any, name: str) -> list[int]:
+        try:
+            return following_tokens(self.tokenizer, [*messages], [*told], **told_how)
+        except Exception as bad:
+            raise Dropped("task", f"{name} said what no chat can hold: {bad}") from bad
 
     def opening(self, problem: Problem, told_how: dict[str, Any]) -> list[int]:
         """Its prompt. All answers of a group begin with the same one, one after another."""
@@ -203,6 +217,8 @@ class Player:
     async def judged(self, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
         """What is wrong with the form of the last turn leaves nothing of the reward."""
         found = await self.in_time(episode, episode.verdict)
+        if not math.isfinite(found.reward):
+            raise Dropped("grader", f"{episode.problem.task} gave the reward {found.reward}, which is no number")
         fault = form_fault(turns[-1].reply, thinks=thinks)
         return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,11 +30,13 @@ MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong wi
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Answers to one problem. lost: how many more there should be, by what they were lost to."""
+    """Answers to one problem. lost: how many more there should be, by what they were lost to; why: for people, of the
+    first of each."""
 
     problem: Problem
     rollouts: Sequence[Rollout]
     lost: Counter[str] = field(default_factory=Counter)
+    why: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,13 +65,14 @@ class Scoring:
 async def play_group(player: Player, task: Task, problem: Problem, count: int, seed: int) -> Group:
     ways = (player.play(task, problem, number_of(seed, number)) for number in range(count))
     found = await asyncio.gather(*ways, return_exceptions=True)
-    lost = Counter[str]()
+    lost, why = Counter[str](), dict[str, str]()
     for one in found:
         if isinstance(one, Dropped):
             lost[one.kind] += 1
+            why.setdefault(one.kind, str(one)[:300])
         elif isinstance(one, BaseException):
             raise one
-    return Group(problem=problem, rollouts=[one for one in found if isinstance(one, Rollout)], lost=lost)
+    return Group(problem=problem, rollouts=[one for one in found if isinstance(one, Rollout)], lost=lost, why=why)
 
 
 def checked(groups: Sequence[Group]) -> Sequence[Group]:
@@ -77,10 +80,11 @@ def checked(groups: Sequence[Group]) -> Sequence[Group]:
     lost = sum((group.lost for group in groups), Counter[str]())
     whole = sum(len(group.rollouts) for group in groups)
     if lost.total() > MOST_LOST * (lost.total() + whole):
-        told = ", ".join(f"{count} to {kind}" for kind, count in lost.most_common())
+        why = {kind: text for group in groups for kind, text in group.why.items()}
+        told = "; ".join(f"{count} to {kind}: {why.get(kind, '')}".rstrip(": ") for kind, count in lost.most_common())
         raise UserError(
-            f"{lost.total()} of {lost.total() + whole} rollouts of a step were lost ({told}); look at `rollouts.jsonl`"
-            " and the log for why, and begin again: training goes on from the last saved step"
+            f"{lost.total()} of {lost.total() + whole} rollouts of a step were lost ({told}); `rollouts.jsonl` has them"
+            " all. Once that is mended the same command goes on from the last saved step"
         )
     return groups
 

@@ -6,7 +6,7 @@ a student would be distilled from itself, and learn nothing (Nemotron 3 Ultra, a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -37,8 +37,13 @@ class Teachers:
     models: Mapping[str, Language]
     actors: TeacherActors | None = None
 
-    def check(self, tasks: Iterable[str], student: Language) -> None:
+    def check(self, tasks: Sequence[str], student: Language) -> None:
         """UserError for a task without a teacher, a teacher without a model, and one of another vocabulary."""
+        if strange := sorted(self.routes.keys() - set(tasks)):
+            raise UserError(
+                f"a teacher of {', '.join(strange)} was named, which is not asked; there is {', '.join(tasks)}: name"
+                " each without its levels"
+            )
         if lacking := sorted(set(tasks) - self.routes.keys()):
             raise UserError(f"{', '.join(lacking)} has no teacher; write teachers={lacking[0]}=RUN for each of them")
         if lacking := sorted(set(self.routes.values()) - self.models.keys()):

@@ -17,7 +17,7 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.profile import asking
-from nautilus.posttrain.rollout import Playing, Rollout
+from nautilus.posttrain.rollout import Dropped, Playing, Rollout
 from nautilus.runtime import Progress, UserError, read_metrics, write_atomic
 from nautilus.tasks import Problem, Task
 from nautilus.tasks.task import assistant
@@ -44,9 +44,11 @@ def recorded(
     left = {(one[1].id, one[2]): one for one in asked if (one[1].id, one[2]) not in known}
     with Progress(path, len(rows) + len(left), len(rows), shown=("reward",), unit="answer") as progress:
 
-        def told(problem: Problem, time: int, found: Rollout | None) -> None:
+        def told(problem: Problem, time: int, found: Rollout | Dropped) -> None:
             row = {"step": len(known), "problem": problem.id, "task": problem.task, "time": time, "reward": None}
-            if found is not None:
+            if isinstance(found, Dropped):
+                row |= {"lost": found.kind, "why": str(found)[:300]}
+            else:
                 row |= {"reward": found.verdict.reward, "why": found.verdict.why, "ended": found.ended}
                 row |= conversation(found)
             known[problem.id, time] = row

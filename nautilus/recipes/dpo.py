@@ -43,6 +43,7 @@ class Settings(Judged):
         super().__post_init__()
         if self.group < 2 or self.measured < 1:
             raise UserError(f"group={self.group} and measured={self.measured} were asked for; give 2 and 1, or more")
+        preference(beta=self.beta, sft=self.sft)  # for what it refuses
 
 
 def main(settings: Settings) -> None:
@@ -51,12 +52,12 @@ def main(settings: Settings) -> None:
     tasks = wanted(settings)
     keep_memory()
     model, tokenizer = nautilus.load(settings.model)
+    judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
     run = open_practice(settings, model, tokenizer)
     exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
     before = exam("before", model)
     blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
     learnt = partial(rows, settings, copy_of(model.float()), model.config.pad)
-    judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
     how = preference(beta=settings.beta, sft=settings.sft)
     practise(run, settings, model, tokenizer, blend, learnt, how, judges)
     scores = {"before": before, "after": exam("after", model)}

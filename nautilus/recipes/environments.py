@@ -79,4 +79,5 @@ def write_rows(path: Path, tasks: Sequence[Asked], settings: Settings) -> None:
         for one in tasks
         for problem in domain(one.task, settings.problems, levels=one.levels, seed=settings.seed).problems
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, "".join(json.dumps(row_of(one), ensure_ascii=False) + "\n" for one in problems))

@@ -50,6 +50,9 @@ class Settings(Practice):
 
     def __post_init__(self):
         super().__post_init__()
+        if not self.advantage > 0:
+            raise UserError(f"advantage={self.advantage} was asked for, the most of one; give more than 0")
+        self.surrogate()  # for what it refuses
         if self.measured < 1 or self.teacher_actors < 0:
             raise UserError(
                 f"measured={self.measured} and teacher_actors={self.teacher_actors} were asked for; a mean needs at"
@@ -60,6 +63,10 @@ class Settings(Practice):
                 f"whole=true compares all words in this process, without teacher_actors={self.teacher_actors}; leave"
                 " either out"
             )
+
+    def surrogate(self) -> Surrogate:
+        correction = Correction(kind="mask", least=self.least, most=self.most)
+        return Surrogate(correction=correction, most=self.advantage)
 
 
 def main(settings: Settings) -> None:
@@ -75,14 +82,11 @@ def main(settings: Settings) -> None:
     scores = {"before": exam("before", model)}
     scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
     blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
-    how = Surrogate(
-        correction=Correction(kind="mask", least=settings.least, most=settings.most), most=settings.advantage
-    )
     if settings.teacher_actors:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
     learnt = partial(rows, settings, teachers, model.config.pad)
-    objective = (teachers.distill_whole if settings.whole else distill)(how, settings.mtp)
+    objective = (teachers.distill_whole if settings.whole else distill)(settings.surrogate(), settings.mtp)
     practise(run, settings, model, tokenizer, blend, learnt, objective)
     scores["after"] = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})

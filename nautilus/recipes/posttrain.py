@@ -1,7 +1,8 @@
 """Post-train a model from worked answers to one student of several teachers: the whole pipeline, at any size.
 
 MODEL is a run, a checkpoint folder or a hub id. Each stage is a run of its own below out, with its report, and has
-settings of its own: specialist.steps=200. The same command again goes on where an interrupted one stopped.
+settings of its own: specialist.steps=200. The same command again goes on where an interrupted one stopped; what
+stages that are not done yet are told may be another by then.
 
 | folder | |
 |--|--|
@@ -17,13 +18,9 @@ their weights, what they write learnt as worked answers, and reinforcement on al
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from rich.console import Console
@@ -33,14 +30,18 @@ from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
 from nautilus.model.language import Language
-from nautilus.posttrain.pipeline import averaged, questions, written_by
-from nautilus.posttrain.practice import wanted
+from nautilus.posttrain.pipeline import Stages, averaged, questions, refuse_given, written_by
+from nautilus.posttrain.practice import budgeted, wanted
 from nautilus.posttrain.profile import Score, curve, examined
 from nautilus.recipes import boost, mopd, rlvr, sft
-from nautilus.runtime import Run, UserError, continue_or_create, keep_memory, read_json, write_atomic
+from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
+from nautilus.tasks.asked import Asked
 from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
+
+GIVEN = {"supervised": (), "specialist": ("tasks",), "student": ("tasks", "teachers"), "drafts": ("prompts",)}
+FREE = {*GIVEN, "again", "measured", "budgets", "baselines"}  # each stage holds on to its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,33 +67,36 @@ class Settings:
             raise UserError(f"iterations={self.iterations} and measured={self.measured} must be at least 1")
         if not 0 < self.again <= 1:
             raise UserError(f"again={self.again} must be more than 0 and at most 1")
+        budgeted(self.budgets, (), self.specialist)
+        for name, fields in GIVEN.items():
+            refuse_given(name, getattr(self, name), fields)
 
 
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to train; write nautilus posttrain MODEL, a run, a checkpoint folder or a hub id")
-    how = wanted(replace(settings.specialist, tasks=settings.tasks))
+    how = wanted(replace(settings.student, tasks=settings.tasks))
+    if settings.baselines:
+        wanted(replace(settings.specialist, tasks=settings.tasks))
     tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
     keep_memory()
-    run = continue_or_create(settings.out, to_dict(settings))
-    run.state.mkdir(exist_ok=True)
-    models = trained(settings, run, tasks)
-    student, drafts = models[f"student {settings.iterations}"], None
-    models |= baselines(settings, run, models["sft"], tasks) if settings.baselines else {}
-    if nautilus.load(student)[0].config.mtp:
-        file = questions(run.state / "questions.jsonl", how, settings.drafts.answers + settings.drafts.measured)
-        drafts = stage(run, settings, "boost", boost, settings.drafts, model=str(student), prompts=(f"{file}#prompt",))
+    run = continue_or_create(settings.out, to_dict(settings), free=FREE)
+    do = Stages(run=run, seed=settings.seed)
+    models = trained(settings, do, tasks)
+    student = models[f"student {settings.iterations}"]
+    models |= baselines(settings, do, models["sft"], tasks) if settings.baselines else {}
+    drafts = boosted(settings, do, student, how)
     scores = {name: measured(settings, run, name, place) for name, place in models.items()}
     by_budget = measured_by_budget(settings, run, student)
-    more = told_of(scores, [*tasks], settings.iterations, minutes=read_json(minutes(run)), drafts=drafts)
+    more = told_of(scores, [*tasks], settings.iterations, minutes=do.minutes, drafts=drafts)
     title = f"{Path(settings.model).name}: one student of {len(tasks)} teachers"
     facts = {"model": settings.model, "seed": str(settings.seed)}
     report.show(run, scores, title=title, facts=facts, curve=by_budget, more=more)
 
 
-def trained(settings: Settings, run: Run, tasks: Mapping[str, str]) -> dict[str, Path]:
+def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[str, Path]:
     """The runs of all specialists and students by name, and of what they begin from."""
-    taught, do = settings.supervised.tasks or settings.tasks, partial(stage, run, settings)
+    taught = settings.supervised.tasks or settings.tasks
     student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
     models, specialist = {"sft": student}, settings.specialist
     for number in range(1, settings.iterations + 1):
@@ -109,11 +113,28 @@ def trained(settings: Settings, run: Run, tasks: Mapping[str, str]) -> dict[str,
     return models
 
 
+def boosted(settings: Settings, do: Stages, student: Path, tasks: Sequence[Asked]) -> Path | None:
+    """The run of the last stage; None where the student has no block that predicts ahead, or says too little to measure
+    drafts on."""
+    if not nautilus.load(student)[0].config.mtp:
+        return None
+    file = questions(do.run.state / "questions.jsonl", tasks, settings.drafts.answers + settings.drafts.measured)
+    given = {"model": str(student), "prompts": (f"{file}#prompt",)}
+    try:
+        return do("boost", boost, settings.drafts, **given)
+    except UserError as bad:
+        if do.done("boost"):
+            raise
+        Console(soft_wrap=True, highlight=False).print(f"boost is left out: {bad}")
+        return None
+
+
 def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:
     """The model, and how it is asked."""
     model, tokenizer = nautilus.load(place)
     asked = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
-    given = {"tasks": wanted(asked), "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
+    tasks = wanted(replace(settings.student, tasks=settings.tasks))
+    given = {"tasks": tasks, "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
     return asked.computing(model).requires_grad_(False).eval(), given
 
 
@@ -127,25 +148,9 @@ def measured_by_budget(settings: Settings, run: Run, place: Path) -> dict[int, d
     return curve(run, model, settings.budgets, **given)
 
 
-def stage(run: Run, whole: Settings, name: str, recipe: ModuleType, settings: Any, **given: Any) -> Path:
-    """The run of a recipe, which is not done again where it has its report."""
-    out = run.folder / name
-    if not (out / "report.html").is_file():
-        Console(highlight=False).rule(name)
-        begin = time.monotonic()
-        recipe.main(replace(settings, out=out, seed=whole.seed, **given))
-        known = read_json(minutes(run)) if minutes(run).is_file() else {}
-        write_atomic(minutes(run), json.dumps({**known, name: (time.monotonic() - begin) / 60}) + "\n")
-    return out
-
-
-def minutes(run: Run) -> Path:
-    return run.state / "minutes.json"
-
-
-def baselines(settings: Settings, run: Run, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
+def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
     """Made of the first specialists, or with as many rollouts as they had."""
-    do, teachers = partial(stage, run, settings), {name: run.folder / f"1-{name}" for name in tasks}
+    run, teachers = do.run, {name: do.run.folder / f"1-{name}" for name in tasks}
     mean = averaged([*teachers.values()], run.folder / "mean", nautilus.load)
     given = replace(settings.specialist, seed=settings.seed)
     count = settings.student.prompts * settings.student.steps // len(tasks)  # as many answers as a student gives

@@ -27,7 +27,7 @@ from nautilus.posttrain.blend import Blend, Curriculum
 from nautilus.posttrain.compared import Judged, judges_of
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.onpolicy import Rows
-from nautilus.posttrain.practice import copy_of, domains, open_practice, practise, wanted
+from nautilus.posttrain.practice import budgeted, copy_of, domains, open_practice, practise, wanted
 from nautilus.posttrain.profile import curve, examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, telling, trained_on
 from nautilus.posttrain.teachers import score
@@ -62,14 +62,24 @@ class Settings(Judged):
             )
         if self.group < 2:
             raise UserError(f"group={self.group} was asked for; an answer is compared with others: give 2 or more")
+        if not self.advantage > 0:
+            raise UserError(f"advantage={self.advantage} was asked for, the most of one; give more than 0")
+        budgeted(self.budgets, (), self)
+        self.surrogate()  # for what it refuses
+
+    def surrogate(self) -> Surrogate:
+        correction = Correction(kind=self.correction, least=self.least, most=self.most)
+        return Surrogate(low=self.low, high=self.high, correction=correction, kl=self.kl)
 
 
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to train; write nautilus rlvr MODEL tasks=…, a run, a checkpoint folder or a hub id")
     tasks = wanted(settings)
+    budgeted(settings.budgets, tasks, settings)
     keep_memory()
     model, tokenizer = nautilus.load(settings.model)
+    judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
     run = open_practice(settings, model, tokenizer)
     exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
     before = exam("before", model)
@@ -78,13 +88,10 @@ def main(settings: Settings) -> None:
         domains=asked, prompts=settings.prompts, steps=settings.steps, curriculum=settings.curriculum,
         seed=settings.seed,
     )  # fmt: skip
-    correction = Correction(kind=settings.correction, least=settings.least, most=settings.most)
-    how = Surrogate(low=settings.low, high=settings.high, correction=correction, kl=settings.kl)
     learnt = partial(rows, settings, model.config.pad)
     if settings.kl:
         learnt = beside(copy_of(model), learnt)
-    judges = judges_of(settings, [one.task for one in tasks], nautilus.load)
-    practise(run, settings, model, tokenizer, blend, learnt, policy(how, settings.mtp), judges)
+    practise(run, settings, model, tokenizer, blend, learnt, policy(settings.surrogate(), settings.mtp), judges)
     after = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
     title = f"{Path(settings.model).name}: reinforcement on {', '.join(one.task.name for one in tasks)}"

@@ -35,6 +35,9 @@ from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
+LEAST = {"problems": 1, "steps": 1, "rows": 1, "length": 2, "mtp_depths": 0, "mtp_weight": 0, "aux_weight": 0}
+LEAST |= {"balance": 0, "save_every": 0, "seed": 0}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -60,6 +63,21 @@ class Settings:
     save_every: int = setting(200, "updates between saved states, 0: only at the end")
     seed: int = setting(0, "of the order, and of what is cut")
 
+    def __post_init__(self):
+        for name, least in LEAST.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
+        if self.mtp_depths >= self.length:
+            raise UserError(f"mtp_depths={self.mtp_depths} must be less than the length={self.length} of a row")
+        self.teaching()  # for what these refuse
+        compute_dtype(self.compute)
+        schedule(self.optim, self.steps)
+
+    def teaching(self) -> Teaching:
+        return Teaching(
+            length=self.length, loss=self.loss, off=self.off, cut=self.cut, toggle=self.toggle, seed=self.seed
+        )
+
 
 def main(settings: Settings) -> None:
     if not settings.model:
@@ -70,11 +88,9 @@ def main(settings: Settings) -> None:
     tokenizer.template = template_of(
         settings.template or ("" if tokenizer.template else "nemotron"), tokenizer.template
     )
-    how = Teaching(
-        length=settings.length, loss=settings.loss, off=settings.off, cut=settings.cut, toggle=settings.toggle,
-        seed=settings.seed,
-    )  # fmt: skip
-    found = taught(tokenizer, chain(*map(conversations_in, settings.data), worked(settings)), how)
+    if settings.length > model.config.positions:
+        raise UserError(f"length={settings.length} was asked for, the model has positions={model.config.positions}")
+    found = taught(tokenizer, chain(*map(conversations_in, settings.data), worked(settings)), settings.teaching())
     say = Console(soft_wrap=True, highlight=False).print
     say(told(found))
     run = continue_or_create(settings.out, {**to_dict(settings), "weights": fingerprint(model)})
@@ -86,7 +102,8 @@ def main(settings: Settings) -> None:
         pretrain(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
         adamw(model, settings.optim), steps=settings.steps, schedule=schedule(settings.optim, settings.steps),
         clip=settings.optim.clip, balance=settings.balance,
-        checkpoints=Checkpoints(run=run, every=settings.save_every, settings=to_dict(how)), health_every=10,
+        checkpoints=Checkpoints(run=run, every=settings.save_every, settings=to_dict(settings.teaching())),
+        health_every=10,
     )  # fmt: skip
     model.requires_grad_(False).eval().save(run.model, precision="fp32", tokenizer=tokenizer)
     examine(run, model, tokenizer, {}, prompts=())
@@ -106,7 +123,9 @@ def worked(settings: Settings) -> Iterator[Conversation]:
 
 def told(found: Taught) -> str:
     """UserError where nothing is left."""
-    why = "".join(f"; {count:,} left out: {name}" for name, count in found.left_out.most_common())
+    example = {name: f" ({text})" for name, text in found.first.items()}
+    left = found.left_out.most_common()
+    why = "".join(f"; {count:,} left out: {name}{example.get(name, '')}" for name, count in left)
     if not found.samples:
         raise UserError(f"there is nothing to learn from{why or ': give data=FILE or tasks=NAME'}")
     return f"{len(found.samples):,} samples{why}"

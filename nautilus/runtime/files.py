@@ -44,6 +44,25 @@ def read_json(path: str | Path, cure: str = "copy or download it again") -> dict
     return document
 
 
+def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The objects of a file of JSON lines with the numbers of their lines, from 1; empty lines are passed over.
+    UserError, by file and line, for what is none."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} {'is no file' if path.exists() else 'is not there'}; give a file of JSON lines")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except (ValueError, RecursionError) as bad:
+                raise UserError(f"{path}, line {number}, is no JSON in UTF-8: {bad}") from bad
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number}, is no object, but {str(row)[:80]}")
+            yield number, row
+
+
 def deeper_than(levels: int, value: dict | list) -> bool:
     inside: list[dict | list] = [value]
     for _ in range(levels):

@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -16,6 +16,7 @@ from nautilus.runtime.errors import UserError, disk_errors
 from nautilus.runtime.files import read_json, repair, write_atomic
 
 CLAIMED: dict[Path, int] = {}  # lock files that this process holds until it ends
+MANY = 3  # settings that only one of two runs has: their names would say less than that they are of two kinds
 
 
 class Run:
@@ -54,9 +55,12 @@ class Run:
             run.folder.mkdir(parents=True, exist_ok=True)
             found = sorted(place.name for place in run.folder.iterdir() if not place.name.startswith("."))
         if found:
+            broken = (
+                " Its config.json is damaged, or no run's." if "config.json" in found and not is_run(folder) else ""
+            )
             raise UserError(
                 f"cannot create a run in {folder}: it already holds {', '.join(found[:4])}; choose another folder,"
-                f" resume the run that is there, or remove it."
+                f" resume the run that is there, or remove it.{broken}"
             )
         return run
 
@@ -114,9 +118,10 @@ def program() -> str:
     return "nautilus" if found and Path(found).samefile(called) else str(called)
 
 
-def continue_or_create(folder: str | Path, settings: dict) -> Run:
+def continue_or_create(folder: str | Path, settings: dict, *, free: Collection[str] = ()) -> Run:
     """The run that is in the folder, to be resumed, or a new one. A resumed run must have been begun with the same
-    settings, `out` aside; otherwise a UserError names those that differ. One that never saved a state begins anew."""
+    settings, `out` and those that are `free` aside; otherwise a UserError names those that differ. One that never saved
+    a state begins anew."""
     if not is_run(folder):
         run = Run.vacant(folder).claim()
         if not is_run(folder):  # else another process was here between the two lines
@@ -125,15 +130,28 @@ def continue_or_create(folder: str | Path, settings: dict) -> Run:
     run = Run.open(folder).claim()
     if not run.state.is_dir() and not run.model.is_dir():
         run.write_settings(settings)
-    begun, asked = (dict(flat_settings(json.loads(json.dumps(s, default=str)))) for s in (run.settings, settings))
-    names = sorted(name for name in begun.keys() | asked.keys() if begun.get(name) != asked.get(name) and name != "out")
-    if names:
-        pairs = ", ".join(f"{name} (begun with {begun.get(name)}, now {asked.get(name)})" for name in names)
-        raise UserError(
-            f"cannot go on with the run in {folder}: these settings differ: {pairs};"
-            f" use the same, choose another folder with out=, or remove this one."
-        )
+    refuse_others(run, settings, but={"out", *free})
+    if free:
+        run.write_settings(settings)
     return run
+
+
+def refuse_others(run: Run, settings: dict, *, but: Collection[str] = ("out",)) -> None:
+    """UserError where the run was begun with other settings than these, those in `but` aside."""
+    begun, asked = (
+        {name: value for name, value in json.loads(json.dumps(one, default=str)).items() if name not in but}
+        for one in (run.settings, settings)
+    )
+    cure = "choose another folder with out=, or remove this one"
+    if len(begun.keys() ^ asked.keys()) > MANY:
+        raise UserError(f"cannot go on with the run in {run.folder}: another command or version began it; {cure}")
+    old, new = dict(flat_settings(begun)), dict(flat_settings(asked))
+    names = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+    if names:
+        pairs = ", ".join(f"{name} (begun with {old.get(name)}, now {new.get(name)})" for name in names)
+        raise UserError(
+            f"cannot go on with the run in {run.folder}: these settings differ: {pairs}; use the same, {cure}"
+        )
 
 
 def flat_settings(value, name: str = "") -> Iterator[tuple[str, object]]:

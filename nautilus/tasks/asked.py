@@ -19,6 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from nautilus.tasks.named import TASKS
 from nautilus.tasks.openenv import OpenEnv
 from nautilus.tasks.pivot import Pivot
 from nautilus.tasks.puzzle import Puzzle
-from nautilus.tasks.rows import KINDS, Rows, rows_in
+from nautilus.tasks.rows import KINDS, Check, Rows, problem_of, rows_in
 from nautilus.tasks.task import Task
 
 FORM = re.compile(
@@ -49,12 +50,15 @@ def asked(words: str) -> Asked:
     found = FORM.fullmatch(words)
     if found is None:
         raise UserError(f"the task {words!r} was asked for; write NAME, NAME:1-3 or NAME:2*0.5, a file as KIND@FILE")
-    task = named(found["what"])
+    task, share = named(found["what"]), float(found["share"] or 1)
     low, high = found["low"], found["high"]
     levels = task.levels if low is None else range(int(low), int(high or low) + 1)
     if not levels or levels[0] not in task.levels or levels[-1] not in task.levels:
-        raise UserError(f"{words!r} was asked for; {task.name} has levels {task.levels[0]} to {task.levels[-1]}")
-    return Asked(task=task, levels=levels, share=float(found["share"] or 1))
+        first, last = task.levels[0], task.levels[-1]
+        raise UserError(f"{words!r} was asked for; {task.name} has levels {first} to {last}, the lower written first")
+    if share <= 0:
+        raise UserError(f"{words!r} was asked for, a share of nothing; leave the task out, or give more than 0")
+    return Asked(task=task, levels=levels, share=share)
 
 
 def named(what: str) -> Task:
@@ -90,18 +94,26 @@ def of_url(kind: str, place: str) -> Task:
     if kind == "openenv" and not mark:
         return OpenEnv(f"{kind}@{place}", url)
     if kind == "gym" and file:
-        return read_rows(kind, Path(file), lambda rows: Gym(f"{kind}@{place}", url, rows))
+        make = partial(Gym, f"{kind}@{place}", url)
+        return read_rows(kind, Path(file), make, lambda row: problem_of(row, kind).id)
     raise UserError(f"the task {kind}@{place} was asked for; write openenv@URL, or gym@URL#ROWS.jsonl")
 
 
 def of_rows(kind: str, path: Path) -> Task:
-    return read_rows(kind, path, Judge if kind == Judge.name else lambda rows: Rows(kind, rows))
+    if kind == Judge.name:
+        return read_rows(kind, path, Judge)
+    if kind not in KINDS:
+        raise UserError(f"rows of the task {kind!r} were asked for; there are {', '.join([*KINDS, Judge.name])}")
+    return read_rows(kind, path, lambda rows: Rows(kind, rows), lambda row: problem_of(row, kind).id)
 
 
-def read_rows(kind: str, path: Path, make: Callable[[list[dict[str, Any]]], Task]) -> Task:
+def read_rows(
+    kind: str, path: Path, make: Callable[[list[dict[str, Any]]], Task], check: Check = lambda row: None
+) -> Task:  # fmt: skip
+    if not path.is_file():
+        what = "is no file" if path.exists() else "is not there"
+        raise UserError(f"the rows of {kind} were to come from {path}, which {what}; write {kind}@FILE")
     try:
-        return make([*rows_in(path)])
-    except FileNotFoundError as bad:
-        raise UserError(f"the rows of {kind} were to come from {path}, which is not there") from bad
+        return make([*rows_in(path, check)])
     except (ValueError, OSError) as bad:
         raise UserError(str(bad)) from bad

@@ -12,8 +12,8 @@
 | `schema` | `schema` | the answer is JSON that it holds for |
 | `call` | `expected_calls` | the same calls with the same arguments, in any order |
 
-A row is read as it is met; what it lacks is a `GraderBroken` when its answer is judged, so that a poisoned row costs
-its own problem and no other.
+What is no row is refused when the file is read, by its line. What a row lacks is a `GraderBroken` when its answer is
+judged, so that a poisoned row costs its own problem and no other.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nautilus.runtime import json_lines
 from nautilus.tasks.arithmetic import NUMBER
 from nautilus.tasks.equal import same_value, same_words
 from nautilus.tasks.instructions import followed
@@ -35,7 +36,7 @@ from nautilus.tasks.task import GraderBroken, Message, Problem, Question, Reply,
 
 
 def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
-    """ValueError for a row without messages."""
+    """ValueError for a row without messages, or with something else in the place of messages or tools."""
     given = row.get("responses_create_params")
     asked: Mapping = given if isinstance(given, Mapping) else {}
     messages = asked.get("input")
@@ -45,10 +46,16 @@ def problem_of(row: Mapping[str, Any], task: str, *, level: int = 1) -> Problem:
         raise ValueError(
             f"the row has no messages; responses_create_params.input must be a list of them: {str(row)[:200]}"
         )
+    worked, tools = row.get("worked") or [], asked.get("tools") or []
+    if not isinstance(worked, list) or not all(isinstance(one, Mapping) for one in worked):
+        raise ValueError(f"the row's worked answer must be a list of messages: {str(worked)[:200]}")
+    if not isinstance(tools, list):
+        raise ValueError(f"the row's tools must be a list: {str(tools)[:200]}")
     truth = {key: value for key, value in row.items() if key not in ("responses_create_params", "worked")}
-    worked = tuple(row.get("worked") or ())
-    tools = tuple(map(chat_tool, asked.get("tools") or ()))
-    return Problem(task=task, level=level, messages=tuple(messages), truth=truth, worked=worked, tools=tools)
+    return Problem(
+        task=task, level=level, messages=tuple(messages), truth=truth, worked=tuple(worked),
+        tools=tuple(map(chat_tool, tools)),
+    )  # fmt: skip
 
 
 def row_of(problem: Problem) -> dict[str, Any]:
@@ -104,19 +111,17 @@ class Rows(Question):
             raise GraderBroken(f"problem {problem.id} of {self.name} lacks what it is judged by: {bad!r}") from bad
 
 
-def rows_in(path: Path) -> Iterator[dict[str, Any]]:
-    """Of a file of JSON lines; ValueError that names the line that is none."""
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as bad:
-                raise ValueError(f"{path}, line {number}, is no JSON: {bad}") from bad
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}, is no object")
-            yield row
+Check = Callable[[dict[str, Any]], object]
+
+
+def rows_in(path: Path, check: Check = lambda row: None) -> Iterator[dict[str, Any]]:
+    """Of a file of JSON lines; ValueError that names the line that is none, or that `check` raises one for."""
+    for number, row in json_lines(path):
+        try:
+            check(row)
+        except ValueError as bad:
+            raise ValueError(f"{path}, line {number}: {bad}") from bad
+        yield row
 
 
 # ----- who judges -----------------------------------------------------------------------------------------------------

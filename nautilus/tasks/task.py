@@ -27,6 +27,7 @@ Message = Mapping[str, Any]
 
 SPLITS = {"test": 1, "valid": 1, "train": 8}  # shares of all problems, by a hash of what is asked
 TRIES = 10_000  # draws for one problem of a split
+FEW = 1000  # problems: among fewer, new ones are looked for as long as among so many
 
 
 class GraderBroken(Exception):
@@ -153,7 +154,25 @@ class Task(ABC):
         for _ in range(TRIES):
             if (found := self.draw(rng, level)).split == split:
                 return found
-        raise ValueError(f"{TRIES} draws of {self.name}, level {level}, gave no problem of the split {split!r}")
+        share = f"{SPLITS[split]} in {sum(SPLITS.values())}"
+        raise ValueError(
+            f"{TRIES:,} draws of {self.name}, level {level}, gave no problem of the split {split!r}, into which"
+            f" {share} come by what is asked; give more different problems"
+        )
+
+
+def distinct(task: Task, split: str, count: int, *, levels: Sequence[int] = (), seed: int = 0) -> list[Problem]:
+    """So many different problems of a split, of these levels in turn, or as many as there are: it ends where ten times
+    as many draws as were found have brought nothing new."""
+    sources = [task.problems(split, level=level, seed=seed) for level in levels or task.levels]
+    found, vain = dict[str, Problem](), 0
+    for number in range(20 * count):
+        one = next(sources[number % len(sources)])
+        vain = vain + 1 if (name := one.id) in found else 0
+        found.setdefault(name, one)
+        if len(found) == count or vain > 10 * max(FEW, len(found)):
+            break
+    return [*found.values()]
 
 
 class Question(Task):

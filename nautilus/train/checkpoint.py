@@ -190,7 +190,7 @@ def newest_sound(run: Run) -> Path | None:
         aside = folder.rename(folder.with_name(f"damaged_{serial}_{folder.name}"))
         damaged.append(f"{folder.name}: {fault}")
         log.warning("the saved state %s is damaged (%s); moved to %s, trying the one before", folder, fault, aside.name)
-    if damaged:
+    if damaged := damaged or [folder.name for folder in run.state.glob("damaged_*")]:
         raise UserError(
             f"cannot resume {run.folder}: every saved state is damaged ({'; '.join(damaged)}); restore one from a "
             f"copy, or remove {run.state} to start again from the beginning"

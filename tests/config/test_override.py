@@ -39,7 +39,10 @@ def changed(*texts: str) -> Settings:
     return apply_overrides(Settings(), texts)
 
 
-@given(steps=st.integers(-(10**12), 10**12), rate=st.floats(allow_nan=False), name=st.text(max_size=20))
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(steps=st.integers(-(10**12), 10**12), rate=FINITE, name=st.text(max_size=20))
 def test_a_value_arrives_as_it_was_written(steps, rate, name):
     got = changed(f"steps={steps}", f"inner.rate={rate!r}", f"name={name}")
     assert (got.steps, got.inner.rate, got.name) == (steps, rate, name)
@@ -106,10 +109,13 @@ def test_the_letter_of_an_mlp_layer_is_not_taken_for_an_underscore():
         ("warm-up=3", "no setting 'warm-up'; did you mean 'inner.warm_up'"),
         ("steps", "'steps' is not of the form name=value"),
         ("=3", "is not of the form name=value"),
-        ("steps=three", "steps='three' is not of type int"),
-        ("steps=2.5", "steps='2.5' is not of type int"),
+        ("steps=three", "steps='three' is not a whole number"),
+        ("steps=2.5", "steps='2.5' is not a whole number"),
+        ("steps=inf", "steps='inf' is not a whole number"),
+        ("inner.rate=nan", "inner.rate='nan' is not a finite number"),
+        ("inner.rate=-inf", "inner.rate='-inf' is not a finite number"),
         ("verbose=maybe", "is not of type bool"),
-        ("sizes=1,x", "is not of type int"),
+        ("sizes=1,x", "is not a whole number"),
         ("steps.x=3", "'steps' is a plain value"),
         ("inner=3", "'inner' is a group of settings; set one of its fields, such as inner.rate"),
         ("model.layers=MQ", "'Q' at position 1"),

@@ -147,3 +147,12 @@ def test_files_say_which_line_is_wrong(tmp_path):
 def test_settings_that_mean_nothing_are_refused(wrong):
     with pytest.raises(UserError, match="asked for"):
         Teaching(**wrong)
+
+
+def test_rows_of_which_no_chat_can_be_made_are_left_out_with_an_example(tokenizer, tmp_path):
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    bad = {"messages": [{"role": "user", "content": 4}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in (good, bad, good, bad)))
+    found = taught(tokenizer, conversations_in(tmp_path / "rows.jsonl"), Teaching())
+    assert len(found.samples) == 2 and [*found.left_out.values()] == [2]
+    assert "rows.jsonl, line 2" in next(iter(found.first.values()))

@@ -27,6 +27,11 @@ def test_problems_of_a_domain_are_different_of_its_levels_and_trained_on():
     assert 0 < len(domain(TASKS["arithmetic"](), 5000, levels=[1]).problems) < 5000  # there are no more
 
 
+def test_problems_that_are_not_there_are_not_looked_for_without_end():
+    few, others = (domain(TASKS["arithmetic"](), 10**9, levels=[1], seed=seed).problems for seed in (0, 1))
+    assert {one.id for one in few} == {one.id for one in others} and 0 < len(few) < 5000
+
+
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 50))
 def test_shares_are_held_to_a_prompt_and_nobody_gets_nothing(shares, more):
     prompts = len(shares) + more

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
+from nautilus.tasks.letters import Count
+from nautilus.tasks.rows import row_of
 from nautilus.train.optim import OptimConfig
+from nautilus.train.policy import Mtp
 
 LAYERS = lay(
     "M*E", Mamba(heads=2, head_width=16, state=16, groups=1), Attention(heads=2, groups=1, head_width=16),
@@ -171,11 +175,18 @@ def test_preferences_end_to_end(taught, tmp_path):
 def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taught, base, tmp_path):
     how = {**SMALL, "out": tmp_path / "run", "group": 1, "model": str(taught)}
     with pytest.raises(UserError, match="count has no teacher"):
-        mopd.main(mopd.Settings(teachers=(f"sort={taught}",), **how))
+        mopd.main(mopd.Settings(**how))
     with pytest.raises(UserError, match="'count' was asked for; write task=RUN"):
         mopd.main(mopd.Settings(teachers=("count",), **how))
     with pytest.raises(UserError, match="whole=true .* teacher_actors=2"):
         mopd.Settings(teachers=(f"count={taught}",), whole=True, teacher_actors=2, **how)
+    with pytest.raises(UserError, match="a teacher of sort was named, which is not asked; there is count"):
+        mopd.main(mopd.Settings(teachers=(f"count={taught}", f"sort={taught}"), **how))
+    with pytest.raises(UserError, match="count has two teachers"):
+        mopd.main(mopd.Settings(teachers=(f"count={taught}", f"count={base}"), **how))
+    for wrong, words in (({"advantage": -1.0}, "advantage=-1"), ({"least": 7.0}, r"\[7.0, 5.0\]")):
+        with pytest.raises(ValueError, match=words):
+            mopd.Settings(**how, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -185,13 +196,59 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"tasks": ("sort:9",)}, "levels 1 to 8"), ({"tasks": ("math@nowhere.jsonl",)}, "is not there"),
         ({"tasks": ("sort:1", "sort:2")}, "sort was named twice"),
         ({"tokens": 1 << 20}, "positions"), ({"group": 1}, "group=1"), ({"model": ""}, "no model"),
+        ({"tasks": ("sort", "count", "reverse"), "prompts": 2}, "prompts=2 of a step for 3 tasks"),
+        ({"tasks": ("sort:2*0", "count")}, "a share of nothing"), ({"tasks": ("walk@rows.jsonl",)}, "rows of the task"),
+        ({"correction": "trunc"}, "'trunc' was asked for"), ({"kl": -1.0}, "kl=-1"), ({"advantage": 0.0}, "advantage="),
+        ({"least": 2.0}, r"\[2.0, 5.0\]"), ({"balance": -1.0}, "balance=-1"), ({"budgets": (0, -3)}, "budgets=0,-3"),
+        ({"budgets": (8, 8)}, "budgets=8,8"), ({"tasks": ("sort:3",), "budgets": (0, 8)}, "sort are answered without"),
+        ({"mtp": Mtp(depths=200)}, "mtp.depths=200"), ({"judges": ("count=nowhere",)}, "nowhere"),
+        ({"judges": ("count=a", "count=b")}, "two judges"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused_at_once(taught, tmp_path, wrong, words):
     how = {**SMALL, "model": str(taught), "out": tmp_path / "run"} | wrong
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(ValueError, match=words):
         rlvr.main(rlvr.Settings(**how))
-    assert not (tmp_path / "run" / "rollouts.jsonl").exists()
+    assert not (tmp_path / "run").exists(), "nothing is in the way of the right ones"
+
+
+def test_rows_that_no_model_can_be_asked_cost_their_own_answers_and_say_why(taught, tmp_path):
+    """What is broken shows only when the row is put to the model: its role, or what its message holds."""
+    rows = [row_of(problem) for problem in islice(Count().problems("train"), 80)]
+    bad = {"wizard": {"role": "wizard", "content": "a"}, "number": {"role": "user", "content": 4}}
+    rows += [{**rows[0], "responses_create_params": {"input": [{**message, "name": f"{name} {at}"}]}}
+             for name, message in bad.items() for at in range(6)]  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {**SMALL, "tasks": (f"exact@{tmp_path / 'rows.jsonl'}",), "prompts": 12, "steps": 2}
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", kl=0.1, **how))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    lost = [line for line in lines if "lost" in line]
+    assert lost and {line["to"] for line in lost} == {"problem"}
+    assert all("wizard" in line["why"] or "content" in line["why"] for line in lost)
+    assert len(lines) - len(lost) + sum(line["lost"] for line in lost) == 2 * 12 * 4, "every answer is somewhere"
+    assert any(row["lost"] > 0 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_where_every_answer_is_lost_the_exam_says_why(taught, tmp_path):
+    rows = (row_of(problem) for problem in islice(Count().problems("train"), 60))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    how = {**SMALL, "tasks": (f"gym@http://127.0.0.1:1#{tmp_path / 'rows.jsonl'}",), "measured": 2}
+    with pytest.raises(UserError, match="all 2 answers to gym@.* were lost; the first: .*127.0.0.1:1"):
+        rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", **how))
+    with pytest.raises(UserError, match="all 16 answers to count .* the prompt has .* tokens, and a conversation 8"):
+        rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "short", **{**SMALL, "tokens": 8}))
+
+
+def test_supervised_settings_that_cannot_be_are_refused_at_once(base, tmp_path):
+    for wrong, words in (
+        ({"problems": 0}, "problems=0"), ({"steps": -1}, "steps=-1"), ({"rows": 0}, "rows=0"),
+        ({"length": 1}, "length=1"), ({"mtp_depths": 64, "length": 64}, "mtp_depths=64"),
+        ({"loss": "word"}, "'word'"), ({"balance": -1.0}, "balance="), ({"seed": -1}, "seed=-1"),
+        ({"length": 1 << 21}, "positions="), ({"tasks": ("sort:3*0",)}, "a share of nothing"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            sft.main(sft.Settings(**{"model": base, "tasks": ("count:3",), "out": tmp_path / "run"} | wrong))
+        assert not (tmp_path / "run").exists()
 
 
 def test_models_without_a_chat_template_are_told_so(base, tmp_path):

@@ -51,10 +51,10 @@ def libraries():
         ("x port=0", "no folder|neither a folder"),
         ("x defaults.top_p=2", "top_p=2"),
         ("x limits.connections=0", "limits.connections=0 was asked for"),
-        ("x limits.rendering=nan", "limits.rendering=nan was asked for"),
+        ("x limits.rendering=nan", "limits.rendering='nan' is not a finite number"),
         ("x limits.first=-1", "limits.first=-1.0 was asked for, with which nobody could be answered; give 0 or more"),
         ("x step_limit=0", "step_limit=0.0 and grace=30.0 were asked for"),
-        ("x step_limit=nan", "step_limit=nan and grace"),
+        ("x step_limit=nan", "step_limit='nan' is not a finite number"),
         ("x grace=-1", "grace=-1.0 were asked for"),
     ],
 )

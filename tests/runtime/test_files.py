@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nautilus.runtime import Progress, Run, UserError, atomic_folder, read_json, read_metrics, repair, write_atomic
+from nautilus.runtime import (
+    Progress,
+    Run,
+    UserError,
+    atomic_folder,
+    json_lines,
+    read_json,
+    read_metrics,
+    repair,
+    write_atomic,
+)
 
 
 def everything_in(folder: pathlib.Path) -> dict[str, str]:
@@ -279,3 +289,30 @@ def test_a_file_larger_than_may_be_is_an_error_that_says_so_and_leaves_the_old_o
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old" and [place.name for place in tmp_path.iterdir()] == ["file"]
+
+
+# ----- JSON lines -----------------------------------------------------------------------------------------------------
+
+
+def test_rows_come_with_the_numbers_of_their_lines(tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(b"\xef\xbb\xbf" + '{"a": "é"}\n\n{"b": 2}'.encode())
+    assert [*json_lines(tmp_path / "rows.jsonl")] == [(1, {"a": "é"}), (3, {"b": 2})]
+
+
+@pytest.mark.parametrize(
+    "line, why",
+    [
+        (b'{"a": "\xe9"}', "no JSON in UTF-8"), (b"{", "no JSON"), (b"[1]", "no object, but"), (b"3", "no object"),
+        (b"[" * 100_000, "no JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_row_is_named_by_file_and_line(tmp_path, line, why):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"a": 1}\n' + line + b"\n")
+    with pytest.raises(UserError, match=f"rows.jsonl, line 2, is {why}"):
+        [*json_lines(tmp_path / "rows.jsonl")]
+
+
+def test_a_file_of_rows_that_is_not_there_or_no_file(tmp_path):
+    for place, why in (("nowhere", "is not there"), ("", "is no file")):
+        with pytest.raises(UserError, match=why):
+            [*json_lines(tmp_path / place)]

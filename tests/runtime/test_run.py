@@ -117,3 +117,19 @@ def test_settings_are_written_only_by_whom_the_folder_belongs_to(tmp_path, monke
     with pytest.raises(UserError, match="another process"):
         continue_or_create(tmp_path / "run", {"steps": 1})
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_settings_that_are_free_may_be_others_and_a_run_of_another_kind_is_told_so(tmp_path):
+    old = {"steps": 3, "stage": {"lr": 1.0}, "out": "x"}
+    run = continue_or_create(tmp_path / "run", old, free=("stage",))
+    run.state.mkdir()
+    new = {**old, "stage": {"lr": 2.0}}
+    assert continue_or_create(tmp_path / "run", new, free=("stage",)).settings == new, "the last ones are kept"
+    with pytest.raises(UserError, match=r"steps \(begun with 3, now 4\)"):
+        continue_or_create(tmp_path / "run", {**new, "steps": 4}, free=("stage",))
+    with pytest.raises(UserError, match="another command or version began it") as told:
+        continue_or_create(tmp_path / "run", {"rows": 1, "width": 2, "depth": 3})
+    assert len(str(told.value)) < 200
+    (tmp_path / "run" / "config.json").write_text('{"naut')
+    with pytest.raises(UserError, match="already holds config.json.*Its config.json is damaged"):
+        continue_or_create(tmp_path / "run", new)

@@ -191,6 +191,8 @@ def test_a_response_whose_tools_said_something_else_is_a_misfit(api):
         ({"agent_ref": None}, 400, "agent_ref.name is 'None'"),
         ({"responses_create_params": {}}, 400, "the row has no messages"),
         ({"responses_create_params": {"input": "?", "tools": [{}]}}, 400, "a tool without a name"),
+        ({"responses_create_params": {"input": "?", "tools": 5}}, 400, "tools must be a list"),
+        ({"worked": 5}, 400, "worked answer must be a list"),
         ({"before": None}, 422, "the row is no problem of store"),
         ({"response": None}, 400, "response: an object is needed"),
         ({"response": {"output": 5}}, 422, "response.output must be a list"),
@@ -200,6 +202,15 @@ def test_what_is_wrong_with_a_body_is_told(api, change, status, said):
     body = {**row_of(some("store", 1)[0]), "response": {"output": items_of(Reply(content="done"), 1)}, **change}
     answer = api.post("/verify", json=body)
     assert answer.status_code == status and said in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize("truth", [None, 5, [], {}])
+def test_a_truth_of_another_kind_is_the_rows_fault(api, truth):
+    body = {**row_of(some("count", 1)[0]), "response": {"output": items_of(Reply(content="3"), 1)}}
+    answer = api.post("/verify", json={**body, "expected_answer": truth})
+    assert answer.status_code == 200 or (answer.status_code == 422 and "no problem of count" in answer.text), (
+        answer.text
+    )
 
 
 def test_other_requests_are_refused_as_what_they_are(api):

@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 
+from nautilus.runtime import UserError
 from nautilus.tasks import Call, GraderBroken, Reply
+from nautilus.tasks.asked import asked
 from nautilus.tasks.named import TASKS
 from nautilus.tasks.rows import KINDS, Rows, problem_of, row_of, rows_in
 
@@ -197,3 +199,22 @@ def test_every_kind_is_told_of():
     from nautilus.tasks import rows
 
     assert all(f"| `{kind}` |" in rows.__doc__ for kind in KINDS)
+
+
+@pytest.mark.parametrize(
+    "bad, why",
+    [
+        ({"worked": 5}, "worked answer must be a list"), ({"worked": "abc"}, "worked answer must be a list"),
+        ({"responses_create_params": {"input": "?", "tools": 5}}, "tools must be a list"),
+        ({"responses_create_params": {"input": "\ud800"}}, "surrogates not allowed"),
+        ({"responses_create_params": {}}, "no messages"),
+    ],
+)  # fmt: skip
+def test_what_is_no_row_is_named_by_file_and_line(tmp_path, bad, why):
+    good = row(expected_answer="1")
+    (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, **bad}) + "\n")
+    with pytest.raises(UserError, match=f"rows.jsonl, line 2: .*{why}"):
+        asked(f"math@{tmp_path / 'rows.jsonl'}")
+    for place, what in ((tmp_path, "is no file"), (tmp_path / "x", "is not there")):
+        with pytest.raises(UserError, match=f"the rows of math .* {what}"):
+            asked(f"math@{place}")

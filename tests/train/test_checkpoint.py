@@ -186,6 +186,8 @@ def test_when_every_state_is_damaged_training_does_not_start_over_silently(finis
     with pytest.raises(UserError, match="every saved state is damaged.*step_000000006.*step_000000004"):
         train(finished)
     assert len(list(finished.state.glob("damaged_*"))) == 2
+    with pytest.raises(UserError, match="every saved state is damaged.*damaged_0_step_"):
+        train(finished)
 
 
 @pytest.mark.parametrize(

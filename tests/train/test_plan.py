@@ -269,14 +269,14 @@ def test_the_command_says_it_in_numbers_or_refuses(capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("toy gpus=many", "gpus='many' is not of type int"),
-        ("toy gpus=8 tp=1.5", "tp='1.5' is not of type int"),
+        ("toy gpus=many", "gpus='many' is not a whole number"),
+        ("toy gpus=8 tp=1.5", "tp='1.5' is not a whole number"),
         ("nano gpus=1e9", "rows=3072 is no multiple of dp=1000000000"),
         ("toy gpus=-4", "gpus=-4 is not pp=1"),
         ("toy tokens=-1", "tokens=-1.0 of the whole training must be a finite number"),
-        ("toy tokens=nan", "tokens=nan"),
+        ("toy tokens=nan", "tokens='nan'"),
         ("toy machine.flops=0 machine.domain=0", "machine has flops=0.0, domain=0; its numbers must be finite"),
-        ("toy machine.link=nan", "machine has link=nan"),
+        ("toy machine.link=nan", "machine.link='nan'"),
         ("toy work.mtp_depths=1e9", "mtp_depths=1000000000 tokens ahead do not lie in rows of length=8192"),
         ("toy work.rows=1e300", "tokens a step"),
         ("toy work.micro=1e300", "are more than the rows=3072 of a step"),

@@ -62,6 +62,9 @@ class Session:
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # calls of one episode come one after the other
 
 
+FAULTS = LookupError, TypeError, ValueError, AttributeError, RecursionError  # of code that reads a row of somebody's
+
+
 class Environments:
     """The sessions of a server. It is asked within its event loop, and works in threads."""
 
@@ -109,6 +112,8 @@ class Environments:
             verdict = await self.in_time(verified, task, problem, response)
         except Misfit as bad:
             raise ApiError(422, str(bad), param="response.output", code="misfit") from bad
+        except FAULTS as bad:
+            raise self.misfit(task, bad) from bad
         self.sessions.pop(request.cookies.get(COOKIE, ""), None)
         return told({**body, "reward": verdict.reward, "reward_components": dict(verdict.parts)})
 
@@ -132,9 +137,12 @@ class Environments:
     def begun(self, task: Task, problem: Problem) -> Episode:
         try:
             return task.episode(problem)
-        except (LookupError, TypeError, ValueError, AttributeError) as bad:
-            why = f"the row is no problem of {task.name}, which lacks what it is judged by: {bad!r}"
-            raise ApiError(422, why[:400], code="misfit") from bad
+        except FAULTS as bad:
+            raise self.misfit(task, bad) from bad
+
+    def misfit(self, task: Task, bad: Exception) -> ApiError:
+        why = f"the row is no problem of {task.name}, which lacks what it is judged by: {bad!r}"
+        return ApiError(422, why[:400], code="misfit")
 
     def session(self, request: Request) -> Session:
         """The one that the cookie names, which is the last to be forgotten now."""
