@@ -117,7 +117,7 @@ def test_what_was_lost_is_counted_and_too_much_of_it_ends_the_training():
         told["lost"] == (3, 5) and told["reward"] == told["reward_sort"] == (1, 2) and told["silent_groups"] == (0, 1)
     )
     assert checked([good]) == [good]
-    why = dataclasses.replace(bad, why={"grader": "there is no memory"})
+    why = replace(bad, why={"grader": "there is no memory"})
     with pytest.raises(UserError, match="3 of 5 rollouts.*2 to grader: there is no memory; 1 to time"):
         checked([good, why])
     assert torch.is_tensor(batches_of(trained_on([good], Scoring()), tokens=99, pad=0)[0].advantage)
