@@ -50,6 +50,8 @@ class Practice:
     thinking: bool | None = setting(None, "the model is asked to think first; none: as the task's worked answers do")
     thinking_budget: int | None = setting(None, "thinking is closed after so many tokens; none: never")
     thinking_grace: int = setting(0, "at the latest after so many more")
+    budgeted: float = setting(0.0, "share of problems that are trained on within one of train_budgets")
+    train_budgets: tuple[int, ...] = setting((), "thinking budgets, so that fewer tokens of thinking serve as well")
     seconds: float = setting(60.0, "that a task may take for a turn; then the answer is lost, and no other")
     optim: OptimConfig = OptimConfig(
         lr=3e-4, min_lr=3e-5, warmup=-1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
@@ -71,6 +73,12 @@ class Practice:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise UserError(f"thinking_budget={self.thinking_budget} must be at least 0, or none")
+        least = min(self.train_budgets, default=-bool(self.budgeted))
+        if not 0 <= self.budgeted <= 1 or least < 0:
+            raise UserError(
+                f"budgeted={self.budgeted} of the problems within train_budgets={self.train_budgets} was asked for;"
+                " give a share, and budgets of 0 or more"
+            )
         if not 0 <= self.mtp.depths < self.tokens or self.mtp.weight < 0:
             raise UserError(
                 f"mtp.depths={self.mtp.depths} and mtp.weight={self.mtp.weight} were asked for; neither is negative,"
@@ -87,7 +95,8 @@ class Practice:
     @property
     def playing(self) -> Playing:
         names = "tokens turn_tokens thinking thinking_budget thinking_grace seconds".split()
-        return Playing(routes=self.replay, **{name: getattr(self, name) for name in names})
+        told = {name: getattr(self, name) for name in names}
+        return Playing(routes=self.replay, budgeted=self.budgeted, budgets=self.train_budgets, **told)
 
 
 def wanted(settings: Practice) -> list[Asked]:

@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import json
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -55,7 +56,8 @@ class Answers(Protocol):
 class Playing:
     """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; thinking: whether a model is
     asked to think first, None: as the task's worked answers do; seconds: that a task may take to answer a turn or to
-    judge; routes: experts are kept for replay; chat: what else the template is told."""
+    judge; routes: experts are kept for replay; chat: what else the template is told; budgeted: share of the groups in
+    training whose thinking budget is one of `budgets`, all of a group the same."""
 
     tokens: int = 1024
     turn_tokens: int = 256
@@ -66,6 +68,8 @@ class Playing:
     seconds: float = 60.0
     routes: bool = False
     chat: ChatSettings = dataclasses.field(default_factory=lambda: ChatSettings(truncate_history_thinking=False))
+    budgeted: float = 0.0
+    budgets: tuple[int, ...] = ()
 
     def chatting(self, task: Task) -> ChatSettings:
         thinks = task.thinks if self.thinking is None else self.thinking
@@ -144,6 +148,14 @@ class Player:
     def __init__(self, answers: Answers, tokenizer: Tokenizer, playing: Playing, version: Callable[[int], int] = int):
         self.answers, self.tokenizer, self.playing, self.version = answers, tokenizer, playing, version
         self.opened: tuple[Problem, bool, list[int]] | None = None
+
+    def within(self, seed: int) -> Player:
+        """Who plays a group in training, with the thinking budget that is drawn for it."""
+        rng = random.Random(f"{seed} budget")
+        if rng.random() >= self.playing.budgeted:
+            return self
+        playing = dataclasses.replace(self.playing, thinking_budget=rng.choice(self.playing.budgets))
+        return Player(self.answers, self.tokenizer, playing, self.version)
 
     async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
         """Dropped where nothing can be said of it."""
@@ -260,6 +272,8 @@ def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping
     for one in said.calls:
         arguments = json.loads(one.arguments)
         calls.append(Call(name=one.name, arguments=arguments))
+    # Thinking that goes on behind its end is part of what is said: a budget would hold back nothing otherwise.
+    strays = answer.text.count(THOUGHT) > bool(inside or said.reasoning)
     known = {tool["function"]["name"] for tool in tools}
     if tools:
         opened, closed = answer.text.count(OPEN), answer.text.count(CLOSE)
@@ -269,6 +283,6 @@ def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping
         elif not opened == closed == len(calls):
             fault = f"{opened} calls were opened, {closed} closed and {len(calls)} could be read"
     return Reply(
-        content=said.content, thinking=said.reasoning if inside or said.reasoning else None,
+        content=answer.text if strays else said.content, thinking=said.reasoning if inside or said.reasoning else None,
         calls=() if fault else tuple(calls), fault=fault, ended=answer.finish_reason == "stop",
     )  # fmt: skip

@@ -31,7 +31,7 @@ from nautilus.train.optim import OptimConfig, setting
 
 LINES = 7  # of a completion that are printed; the report has all of them
 RATE = {"lr": 4e-4, "min_lr": 1e-5, "decay": 0.5}
-SHORT = {**posttrain.SHORT, "problems": 8192}
+SHORT = {**posttrain.SHORT, "problems": 8192, "budgeted": 0.25, "train_budgets": (4, 8, 12, 16, 20)}
 SCHOOL = posttrain.Settings(
     tasks=("sort:5-7", "reverse:4-5", "arithmetic:1-2"), again=0.7,
     supervised=sft.Settings(

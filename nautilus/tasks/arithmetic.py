@@ -77,7 +77,10 @@ class Arithmetic(Question):
         return Problem(task=self.name, level=level, messages=asked, truth=truth, worked=(worked,))
 
     def grade(self, problem: Problem, reply: Reply) -> Verdict:
-        return number_is(reply.content, problem.truth)
+        """The number alone: who works in the answer thinks without a budget."""
+        if not NUMBER.fullmatch(said := reply.content.strip()):
+            return Verdict(reward=0.0, why=f"{said[:80]!r} is no number alone")
+        return number_is(said, problem.truth)
 
 
 def digit_by_digit(a: int, b: int, sign: str) -> str:

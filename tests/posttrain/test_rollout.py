@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from nautilus.data.chat import ChatSettings, chat_tokens, render
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain.credit import form_fault
 from nautilus.posttrain.rollout import Dropped, Player, Playing, reply_of
+from nautilus.posttrain.stream import play_group
 from nautilus.serve import Engine
 from nautilus.serve.request import Completion, Piece
 from nautilus.serve.service import Service
@@ -154,6 +157,27 @@ def test_forced_ends_of_thinking_are_not_the_models_own(tokenizer):
     assert sum(found.drawn) == found.length - len(closing)
     free = played(Script(tokenizer, f"123</think>{problem.truth}"), tokenizer, task, problem, thinking_budget=5)
     assert not free.turns[0].forced and sum(free.drawn) == free.length
+
+
+def test_who_thinks_on_behind_the_end_of_thinking_earns_nothing(tokenizer):
+    task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
+    more = played(Script(tokenizer, f"123</think>1+1=2; {problem.truth}"), tokenizer, task, problem).verdict
+    assert more.reward == 0 and "no number alone" in more.why
+    twice = played(Script(tokenizer, f"123</think>1+1=2</think>{problem.truth}"), tokenizer, task, problem)
+    assert twice.verdict.reward == 0 and "opens or closes" in form_fault(twice.turns[0].reply, thinks=True)
+    assert played(Script(tokenizer, f"123</think>{problem.truth}"), tokenizer, task, problem).verdict.reward == 1
+
+
+def test_some_groups_have_a_budget_that_all_their_answers_share(tokenizer):
+    task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
+    given, seen = {"budgeted": 0.25, "budgets": (4, 9)}, Counter()
+    for seed in range(200):
+        script = Script(tokenizer, *["1</think>2"] * 3)
+        player = Player(script, tokenizer, Playing(chat=KEEP, thinking_budget=50, **given))
+        asyncio.run(play_group(player, task, problem, 3, seed))
+        (budget,) = {job.sampling.thinking_budget for job in script.jobs}
+        seen[budget] += 1
+    assert seen.keys() == {4, 9, 50} and 0.15 < (seen[4] + seen[9]) / 200 < 0.35
 
 
 class Odd(Task):

@@ -201,6 +201,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"correction": "trunc"}, "'trunc' was asked for"), ({"kl": -1.0}, "kl=-1"), ({"advantage": 0.0}, "advantage="),
         ({"least": 2.0}, r"\[2.0, 5.0\]"), ({"balance": -1.0}, "balance=-1"), ({"budgets": (0, -3)}, "budgets=0,-3"),
         ({"budgets": (8, 8)}, "budgets=8,8"), ({"tasks": ("sort:3",), "budgets": (0, 8)}, "sort are answered without"),
+        ({"budgeted": 0.5}, "budgeted=0.5"), ({"budgeted": 0.5, "train_budgets": (-1,)}, "train_budgets="),
         ({"mtp": Mtp(depths=200)}, "mtp.depths=200"), ({"judges": ("count=nowhere",)}, "nowhere"),
         ({"judges": ("count=a", "count=b")}, "two judges"),
     ],
