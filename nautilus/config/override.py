@@ -177,7 +177,7 @@ def asked_int(asked: Mapping[str, str], name: str, default: int) -> int:
 
 
 def parse_float(text: str) -> float:
-    """Neither NaN nor an infinity: no setting means something by them, and sums would carry them far."""
+    """Neither NaN nor an infinity, which sums would carry far; for what is to have no end a large number does."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)

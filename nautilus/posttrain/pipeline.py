@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,10 +24,14 @@ from nautilus.posttrain.written import written
 from nautilus.runtime import Run, UserError, read_json, refuse_others, write_atomic
 from nautilus.tasks.asked import Asked, asked
 
+PLACES = {"model", "teachers", "prompts", "data"}  # settings that say where something lies
+UNSEEN = {"out", "weights", "together", "actors", "teacher_actors", "seconds", "save_every"}  # which change no result
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stages:
-    """Runs of recipes below one run, each done once."""
+    """Runs of recipes below one run, each done once. state/stages.json has the minutes that each took, of one that was
+    interrupted those since it was gone on with, and when it was done, in seconds since 1970."""
 
     run: Run
     seed: int
@@ -34,28 +39,54 @@ class Stages:
     def __post_init__(self):
         self.run.state.mkdir(exist_ok=True)
 
-    def __call__(self, name: str, recipe: ModuleType, settings: Any, **given: Any) -> Path:
-        """The run of a recipe, which is not done again where it is done. UserError where it was told otherwise then."""
+    def __call__(
+        self, name: str, recipe: ModuleType, settings: Any, *, of: Sequence[str] = (), **given: Any
+    ) -> Path:  # fmt: skip
+        """The run of a recipe, which is not done again where it is done. of: stages that it is made of; given: settings
+        that the pipeline gives. UserError where it was told otherwise then, or was made of others."""
         out = self.run.folder / name
         told = replace(settings, out=out, seed=self.seed, **given)
         if self.done(name):
-            refuse_others(Run(out), to_dict(told), but={"out", "weights", *given})
+            self.refuse_older(name, of)
+            refuse_others(Run(out), to_dict(told), but={*UNSEEN, *(given.keys() & PLACES)})
             return out
         Console(highlight=False).rule(name)
         begin = time.monotonic()
         recipe.main(told)
-        took = {**self.minutes, name: (time.monotonic() - begin) / 60}
-        write_atomic(self.run.state / "minutes.json", json.dumps(took) + "\n")
+        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time()}
+        write_atomic(self.file, json.dumps({**self.known, name: known}, indent=1) + "\n")
         return out
 
     def done(self, name: str) -> bool:
-        return (self.run.folder / name / "report.html").is_file()
+        return name in self.known and (self.run.folder / name / "report.html").is_file()
+
+    def refuse_older(self, name: str, of: Sequence[str]) -> None:
+        """UserError where a stage is older than those that it is made of."""
+        known = self.known
+        if later := [one for one in of if known[one]["done"] > known[name]["done"]]:
+            raise UserError(
+                f"{self.run.folder / name} was made before {', '.join(later)} was made again; remove it, and what was"
+                " made of it, to have it made again too"
+            )
+
+    def forget_older(self, of: Sequence[str], *places: Path) -> None:
+        """What was made of stages without a recipe is made again where these were."""
+        newest = max(self.known[one]["done"] for one in of)
+        for place in places:
+            if place.exists() and place.stat().st_mtime < newest:
+                shutil.rmtree(place)
+
+    @property
+    def file(self) -> Path:
+        return self.run.state / "stages.json"
+
+    @property
+    def known(self) -> dict[str, dict[str, float]]:
+        return read_json(self.file) if self.file.is_file() else {}
 
     @property
     def minutes(self) -> dict[str, float]:
-        """That each took; of one that was interrupted, since it was gone on with."""
-        file = self.run.state / "minutes.json"
-        return read_json(file) if file.is_file() else {}
+        return {name: one["minutes"] for name, one in self.known.items()}
 
 
 def refuse_given(name: str, settings: Any, fields: Sequence[str]) -> None:

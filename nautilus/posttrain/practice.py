@@ -7,6 +7,7 @@ with what it earned and why; a line of `metrics.jsonl` has the means of its step
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -73,11 +74,12 @@ class Practice:
                 raise UserError(f"{name}={getattr(self, name)} must be at least {least}")
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise UserError(f"thinking_budget={self.thinking_budget} must be at least 0, or none")
-        least = min(self.train_budgets, default=-bool(self.budgeted))
-        if not 0 <= self.budgeted <= 1 or least < 0:
+        most = math.inf if self.thinking_budget is None else self.thinking_budget
+        within = all(0 <= one <= most for one in self.train_budgets)
+        if not 0 <= self.budgeted <= 1 or bool(self.budgeted) != bool(self.train_budgets) or not within:
             raise UserError(
                 f"budgeted={self.budgeted} of the problems within train_budgets={self.train_budgets} was asked for;"
-                " give a share, and budgets of 0 or more"
+                f" give a share and budgets of 0 up to thinking_budget={self.thinking_budget}, or neither"
             )
         if not 0 <= self.mtp.depths < self.tokens or self.mtp.weight < 0:
             raise UserError(
@@ -227,7 +229,7 @@ class Log:
     tokenizer: Tokenizer
 
     def __call__(self, step: int, groups: Sequence[Group]) -> None:
-        with self.path.open("a") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows(step, groups))
 
     def rows(self, step: int, groups: Sequence[Group]) -> Iterator[dict]:

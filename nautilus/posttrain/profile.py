@@ -65,7 +65,8 @@ def examined(
         by_task.setdefault(task.name, []).extend(answers)
     for task, all_of in by_task.items():
         if not any(all_of):
-            why = next((row["why"] for row in read_metrics(path) if row.get("why")), "nobody says why")
+            own = {problem.id for one, problem in questions if one.name == task}
+            why = next((row["why"] for row in read_metrics(path) if row["problem"] in own), "")
             raise UserError(f"all {len(all_of)} answers to {task} that were to be measured were lost; the first: {why}")
     return {task: score_of(all_of) for task, all_of in by_task.items()}
 
@@ -101,13 +102,22 @@ def with_rates(
     questions = [(one.task, problem) for one in found for problem in one.problems]
     all_of = solved(
         run.state / "profile.jsonl", model, tokenizer, questions, settings.playing, times=times,
-        together=settings.together, seed=settings.seed + 1,
+        together=settings.together, seed=settings.seed + 1, once=True,
     )  # fmt: skip
     rates = {
         problem.id: mean([one[0] for one in answers if one is not None])
         for (_, problem), answers in zip(questions, all_of, strict=True)
+        if any(answers)
     }
-    return [replace(one, rates=rates) for one in found]
+    return [of_known(one, rates) for one in found]
+
+
+def of_known(one: Domain, rates: Mapping[str, float]) -> Domain:
+    """Without the problems whose answers were all lost: nothing is known of them, and no model can learn from them."""
+    known = [problem for problem in one.problems if problem.id in rates]
+    if not known:
+        raise UserError(f"all answers to the problems of {one.task.name} that were to be profiled were lost")
+    return replace(one, problems=known, rates=rates)
 
 
 def mean(values: Sequence[float]) -> float:
@@ -120,11 +130,13 @@ def solved_of(row: Mapping[str, Any]) -> Solved:
 
 def solved(
     path: Path, model: Language, tokenizer: Tokenizer, questions: Sequence[tuple[Task, Problem]], playing: Playing,
-    *, times: int = 1, together: int = 64, seed: int = 0,
+    *, times: int = 1, together: int = 64, seed: int = 0, once: bool = False,
 ) -> list[list[Solved]]:  # fmt: skip
-    """`times` answers to each problem; what the file has of this model is not asked again, less what was lost."""
+    """`times` answers to each problem; what the file has of this model is not asked again, less what was lost, which
+    stays so with `once`."""
     by = fingerprint(model)[:16]
-    known = kept(path, by)
+    rows = kept(path, by, lost=once)
+    known = {key: solved_of(row) for key, row in rows.items()}
     asked = [(task, problem, time) for task, problem in questions for time in range(times)]
     left = [one for one in asked if (one[1].id, one[2]) not in known]
     with Progress(path, len(known) + len(left), len(known), shown=("reward",), unit="answer") as progress:
@@ -142,14 +154,14 @@ def solved(
     return [[known[problem.id, time] for time in range(times)] for _, problem in questions]
 
 
-def kept(path: Path, by: str) -> dict[tuple[str, int], Solved]:
-    """What the file has of the model, which is all that stays in it."""
+def kept(path: Path, by: str, *, lost: bool = False) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of the model in the file, which are all that stays in it; lost: also those of lost answers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(path)
-    good = [row for row in rows if row.get("model") == by and row.get("reward") is not None]
+    good = [row for row in rows if row.get("model") == by and (lost or row.get("reward") is not None)]
     if len(good) < len(rows):
         write_atomic(path, "".join(json.dumps({**row, "step": at}) + "\n" for at, row in enumerate(good)))
-    return {(row["problem"], row["time"]): solved_of(row) for row in good}
+    return {(row["problem"], row["time"]): row for row in good}
 
 
 async def asking(

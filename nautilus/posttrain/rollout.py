@@ -10,9 +10,11 @@ A problem whose environment hangs, whose grader breaks, or whose engine is lost 
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.posttrain.credit import form_fault
 from nautilus.runtime import UserError
+from nautilus.runtime.threads import in_a_thread
 from nautilus.serve.budget import thinking_rules
 from nautilus.serve.control import opens_thinking
 from nautilus.serve.job import Busy, Job, Lost
@@ -36,6 +39,7 @@ from nautilus.tasks import Call, Episode, GraderBroken, Problem, Reply, Task, Ve
 from nautilus.tasks.task import Message
 
 T = TypeVar("T")
+TASKS = min(32, (os.cpu_count() or 1) + 4)  # that hear or judge at a time: some wait for others, some compute
 
 
 class Dropped(Exception):
@@ -147,6 +151,7 @@ class Player:
 
     def __init__(self, answers: Answers, tokenizer: Tokenizer, playing: Playing, version: Callable[[int], int] = int):
         self.answers, self.tokenizer, self.playing, self.version = answers, tokenizer, playing, version
+        self.slots = asyncio.Semaphore(TASKS)
         self.opened: tuple[Problem, bool, list[int]] | None = None
 
     def within(self, seed: int) -> Player:
@@ -154,8 +159,10 @@ class Player:
         rng = random.Random(f"{seed} budget")
         if rng.random() >= self.playing.budgeted:
             return self
-        playing = dataclasses.replace(self.playing, thinking_budget=rng.choice(self.playing.budgets))
-        return Player(self.answers, self.tokenizer, playing, self.version)
+        budget = rng.choice(self.playing.budgets)
+        found = copy.copy(self)
+        found.playing = dataclasses.replace(self.playing, thinking_budget=budget)
+        return found
 
     async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
         """Dropped where nothing can be said of it."""
@@ -229,16 +236,22 @@ class Player:
     async def judged(self, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
         """What is wrong with the form of the last turn leaves nothing of the reward."""
         found = await self.in_time(episode, episode.verdict)
+        try:
+            found = dataclasses.replace(found, reward=float(found.reward))
+        except (TypeError, ValueError) as bad:
+            raise Dropped("grader", f"{episode.problem.task} gave the verdict {found!r}"[:200]) from bad
         if not math.isfinite(found.reward):
             raise Dropped("grader", f"{episode.problem.task} gave the reward {found.reward}, which is no number")
-        fault = form_fault(turns[-1].reply, thinks=thinks)
+        last = form_fault(turns[-1].reply, thinks=thinks)
+        fault = next((turn.reply.stray for turn in turns if turn.reply.stray), last)
         return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
 
     async def in_time(self, episode: Episode, do: Callable[..., T], *given: Any) -> T:
-        """In a thread: one that hangs is left behind, and does not keep the others waiting."""
+        """In a thread, of which some work at a time: one that hangs is left behind, and keeps nobody waiting."""
         name = episode.problem.task
         try:
-            return await asyncio.wait_for(asyncio.to_thread(do, *given), self.playing.seconds)
+            async with self.slots:
+                return await asyncio.wait_for(in_a_thread(do, *given), self.playing.seconds)
         except TimeoutError as bad:
             raise Dropped("time", f"{name} took more than {self.playing.seconds:g} seconds for a turn") from bad
         except GraderBroken as bad:
@@ -272,8 +285,7 @@ def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping
     for one in said.calls:
         arguments = json.loads(one.arguments)
         calls.append(Call(name=one.name, arguments=arguments))
-    # Thinking that goes on behind its end is part of what is said: a budget would hold back nothing otherwise.
-    strays = answer.text.count(THOUGHT) > bool(inside or said.reasoning)
+    behind = [part for part in answer.text.split(THOUGHT)[1:-1] if part.strip()]
     known = {tool["function"]["name"] for tool in tools}
     if tools:
         opened, closed = answer.text.count(OPEN), answer.text.count(CLOSE)
@@ -283,6 +295,7 @@ def reply_of(answer: Completion, *, inside: bool | None, tools: Sequence[Mapping
         elif not opened == closed == len(calls):
             fault = f"{opened} calls were opened, {closed} closed and {len(calls)} could be read"
     return Reply(
-        content=answer.text if strays else said.content, thinking=said.reasoning if inside or said.reasoning else None,
+        content=said.content, thinking=said.reasoning if inside or said.reasoning else None,
         calls=() if fault else tuple(calls), fault=fault, ended=answer.finish_reason == "stop",
+        stray="thinking went on behind its end, and was ended again" if behind else "",
     )  # fmt: skip

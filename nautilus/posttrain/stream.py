@@ -81,7 +81,7 @@ def checked(groups: Sequence[Group]) -> Sequence[Group]:
     lost = sum((group.lost for group in groups), Counter[str]())
     whole = sum(len(group.rollouts) for group in groups)
     if lost.total() > MOST_LOST * (lost.total() + whole):
-        why = {kind: text for group in groups for kind, text in group.why.items()}
+        why = {kind: text for group in reversed(groups) for kind, text in group.why.items()}
         told = "; ".join(f"{count} to {kind}: {why.get(kind, '')}".rstrip(": ") for kind, count in lost.most_common())
         raise UserError(
             f"{lost.total()} of {lost.total() + whole} rollouts of a step were lost ({told}); `rollouts.jsonl` has them"

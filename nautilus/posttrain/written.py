@@ -16,9 +16,10 @@ from typing import Any
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.practice import Practice
-from nautilus.posttrain.profile import asking
+from nautilus.posttrain.profile import asking, kept
 from nautilus.posttrain.rollout import Dropped, Playing, Rollout
-from nautilus.runtime import Progress, UserError, read_metrics, write_atomic
+from nautilus.runtime import Progress, UserError, write_atomic
+from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks import Problem, Task
 from nautilus.tasks.task import assistant
 
@@ -38,14 +39,14 @@ def recorded(
 ) -> list[dict[str, Any]]:  # fmt: skip
     """A row for each (task, problem, time), with its conversation, or with the reward null where it was lost. They are
     kept in the file as they come, and what that has is not asked again."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = read_metrics(path)
-    known = {(row["problem"], row["time"]): row for row in rows}
+    by = fingerprint(model)[:16]
+    known = kept(path, by)
     left = {(one[1].id, one[2]): one for one in asked if (one[1].id, one[2]) not in known}
-    with Progress(path, len(rows) + len(left), len(rows), shown=("reward",), unit="answer") as progress:
+    with Progress(path, len(known) + len(left), len(known), shown=("reward",), unit="answer") as progress:
 
         def told(problem: Problem, time: int, found: Rollout | Dropped) -> None:
-            row = {"step": len(known), "problem": problem.id, "task": problem.task, "time": time, "reward": None}
+            row = {"step": len(known), "model": by, "problem": problem.id, "task": problem.task, "time": time}
+            row["reward"] = None
             if isinstance(found, Dropped):
                 row |= {"lost": found.kind, "why": str(found)[:300]}
             else:
@@ -72,7 +73,9 @@ def written(
     )  # fmt: skip
     good = [row for row in rows if row["reward"] is not None and row["ended"] and row["reward"] >= least]
     if not good:
-        raise UserError(f"none of {len(rows)} answers earned {least:g} or more; ask easier problems, or lower it")
+        lost = [row for row in rows if row["reward"] is None]
+        why = f"; {len(lost)} were lost, the first: {lost[0]['why']}" if lost else ""
+        raise UserError(f"none of {len(rows)} answers ended and earned {least:g} or more; ask easier problems{why}")
     lines = (json.dumps({key: row[key] for key in ("messages", "tools") if key in row}) + "\n" for row in good)
     write_atomic(kept, "".join(lines))
     return kept

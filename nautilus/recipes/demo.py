@@ -14,6 +14,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ from nautilus.presets import starter
 from nautilus.recipes import boost, mopd, posttrain, rlvr, sft
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
-from nautilus.runtime import Run
+from nautilus.runtime import Run, is_run
 from nautilus.train.optim import OptimConfig, setting
 
 LINES = 7  # of a completion that are printed; the report has all of them
@@ -61,6 +62,8 @@ class Settings(PretrainSettings):
     answers: bool = setting(True, "post-training follows, until the model answers")
     then: posttrain.Settings = SCHOOL
 
+    apart: ClassVar = {"answers", "then"}  # what a run that goes on may be told otherwise
+
 
 def main(settings: Settings) -> None:
     begin, console = time.monotonic(), Console(soft_wrap=True, highlight=False)
@@ -79,7 +82,8 @@ def main(settings: Settings) -> None:
         posttrain.main(replace(settings.then, model=str(run.folder), out=school.folder, seed=settings.seed))
         minutes = (time.monotonic() - begin) / 60
         console.print(f"{minutes:.1f} minutes in all\nreport      {school.report}")
-        console.print(f"talk to it  {talk(Run(school.folder / 'boost'))}")
+        last = next(one for one in ("boost", f"{settings.then.iterations}-student") if is_run(school.folder / one))
+        console.print(f"talk to it  {talk(Run(school.folder / last))}")
 
 
 def beginning(completion: str) -> str:

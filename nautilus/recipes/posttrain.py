@@ -1,8 +1,8 @@
 """Post-train a model from worked answers to one student of several teachers: the whole pipeline, at any size.
 
 MODEL is a run, a checkpoint folder or a hub id. Each stage is a run of its own below out, with its report, and has
-settings of its own: specialist.steps=200. The same command again goes on where an interrupted one stopped; what
-stages that are not done yet are told may be another by then.
+settings of its own: specialist.steps=200. The same command again goes on where an interrupted one stopped. A stage that
+is done stays as it is: with other settings, or after an earlier one was removed, it has to be removed too.
 
 | folder | |
 |--|--|
@@ -30,6 +30,7 @@ from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
 from nautilus.model.language import Language
+from nautilus.posttrain.acceptance import TooShort
 from nautilus.posttrain.pipeline import Stages, averaged, questions, refuse_given, written_by
 from nautilus.posttrain.practice import budgeted, wanted
 from nautilus.posttrain.profile import Score, curve, examined
@@ -101,12 +102,13 @@ def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[st
     models, specialist = {"sft": student}, settings.specialist
     for number in range(1, settings.iterations + 1):
         teachers = {
-            name: do(f"{number}-{name}", rlvr, specialist, model=str(student), tasks=(words,))
+            name: do(f"{number}-{name}", rlvr, specialist, of=(student.name,), model=str(student), tasks=(words,))
             for name, words in tasks.items()
         }
         routes = tuple(f"{name}={place}" for name, place in teachers.items())
         given = {"model": str(student), "tasks": settings.tasks, "teachers": routes}
-        student = do(f"{number}-student", mopd, settings.student, **given)
+        of = student.name, *(place.name for place in teachers.values())
+        student = do(f"{number}-student", mopd, settings.student, of=of, **given)
         models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
         models[f"student {number}"] = student
         specialist = replace(specialist, steps=max(1, round(settings.again * settings.specialist.steps)))
@@ -119,12 +121,9 @@ def boosted(settings: Settings, do: Stages, student: Path, tasks: Sequence[Asked
     if not nautilus.load(student)[0].config.mtp:
         return None
     file = questions(do.run.state / "questions.jsonl", tasks, settings.drafts.answers + settings.drafts.measured)
-    given = {"model": str(student), "prompts": (f"{file}#prompt",)}
     try:
-        return do("boost", boost, settings.drafts, **given)
-    except UserError as bad:
-        if do.done("boost"):
-            raise
+        return do("boost", boost, settings.drafts, of=(student.name,), model=str(student), prompts=(f"{file}#prompt",))
+    except TooShort as bad:
         Console(soft_wrap=True, highlight=False).print(f"boost is left out: {bad}")
         return None
 
@@ -151,6 +150,8 @@ def measured_by_budget(settings: Settings, run: Run, place: Path) -> dict[int, d
 def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
     """Made of the first specialists, or with as many rollouts as they had."""
     run, teachers = do.run, {name: do.run.folder / f"1-{name}" for name in tasks}
+    first = [place.name for place in teachers.values()]
+    do.forget_older(first, run.folder / "mean", run.state / "written")
     mean = averaged([*teachers.values()], run.folder / "mean", nautilus.load)
     given = replace(settings.specialist, seed=settings.seed)
     count = settings.student.prompts * settings.student.steps // len(tasks)  # as many answers as a student gives
@@ -159,6 +160,6 @@ def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, st
     learnt = replace(settings.supervised, tasks=(), problems=1, steps=settings.student.steps)
     return {
         "mean of specialists": mean,
-        "their answers learnt": do("learnt", sft, learnt, model=str(base), data=(file,)),
-        "all at once": do("all", rlvr, mixed, model=str(base), tasks=settings.tasks),
+        "their answers learnt": do("learnt", sft, learnt, of=("sft", *first), model=str(base), data=(file,)),
+        "all at once": do("all", rlvr, mixed, of=("sft",), model=str(base), tasks=settings.tasks),
     }

@@ -48,8 +48,8 @@ def json_lines(path: str | Path) -> Iterator[tuple[int, dict]]:
     """The objects of a file of JSON lines with the numbers of their lines, from 1; empty lines are passed over.
     UserError, by file and line, for what is none."""
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} {'is no file' if path.exists() else 'is not there'}; give a file of JSON lines")
+    if path.is_dir() or not path.exists():
+        raise UserError(f"{path} {'is no file' if path.is_dir() else 'is not there'}; give a file of JSON lines")
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():

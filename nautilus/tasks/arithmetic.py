@@ -2,8 +2,8 @@
 
 | task | asked | right |
 |--|--|--|
-| `arithmetic` | one operation on numbers of `level` digits | the number that stands last in the answer |
-| `calculator` | a nested expression of `level` operations on large numbers | the same; a tool calculates |
+| `arithmetic` | one operation on numbers of `level` digits | the number alone |
+| `calculator` | a nested expression of `level` operations on large numbers, with a tool | the number that stands last |
 """
 
 from __future__ import annotations

@@ -16,6 +16,8 @@ What follows `://` is all of the address: such tasks have no levels.
 
 from __future__ import annotations
 
+import math
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,7 +36,7 @@ from nautilus.tasks.rows import KINDS, Check, Rows, problem_of, rows_in
 from nautilus.tasks.task import Task
 
 FORM = re.compile(
-    r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d{1,9})(?:-(?P<high>\d{1,9}))?)?(?:\*(?P<share>\d{1,9}(?:\.\d{1,9})?))?"
+    r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d{1,9})(?:-(?P<high>\d{1,9}))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?"
 )
 
 
@@ -56,8 +58,8 @@ def asked(words: str) -> Asked:
     if not levels or levels[0] not in task.levels or levels[-1] not in task.levels:
         first, last = task.levels[0], task.levels[-1]
         raise UserError(f"{words!r} was asked for; {task.name} has levels {first} to {last}, the lower written first")
-    if share <= 0:
-        raise UserError(f"{words!r} was asked for, a share of nothing; leave the task out, or give more than 0")
+    if not 0 < share < math.inf:
+        raise UserError(f"{words!r} was asked for, a share of {share:g}; leave the task out, or give more than 0")
     return Asked(task=task, levels=levels, share=share)
 
 
@@ -101,7 +103,7 @@ def of_url(kind: str, place: str) -> Task:
 
 def of_rows(kind: str, path: Path) -> Task:
     if kind == Judge.name:
-        return read_rows(kind, path, Judge)
+        return read_rows(kind, path, Judge, lambda row: Judge([row]).of_row(random.Random(0)).id)
     if kind not in KINDS:
         raise UserError(f"rows of the task {kind!r} were asked for; there are {', '.join([*KINDS, Judge.name])}")
     return read_rows(kind, path, lambda rows: Rows(kind, rows), lambda row: problem_of(row, kind).id)
@@ -110,8 +112,8 @@ def of_rows(kind: str, path: Path) -> Task:
 def read_rows(
     kind: str, path: Path, make: Callable[[list[dict[str, Any]]], Task], check: Check = lambda row: None
 ) -> Task:  # fmt: skip
-    if not path.is_file():
-        what = "is no file" if path.exists() else "is not there"
+    if path.is_dir() or not path.exists():
+        what = "is no file" if path.is_dir() else "is not there"
         raise UserError(f"the rows of {kind} were to come from {path}, which {what}; write {kind}@FILE")
     try:
         return make([*rows_in(path, check)])

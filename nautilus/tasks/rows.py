@@ -119,8 +119,9 @@ def rows_in(path: Path, check: Check = lambda row: None) -> Iterator[dict[str, A
     for number, row in json_lines(path):
         try:
             check(row)
-        except ValueError as bad:
-            raise ValueError(f"{path}, line {number}: {bad}") from bad
+        except (ValueError, TypeError, LookupError, AttributeError) as bad:
+            why = str(bad) if isinstance(bad, ValueError) else repr(bad)
+            raise ValueError(f"{path}, line {number}: {why}") from bad
         yield row
 
 

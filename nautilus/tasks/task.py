@@ -53,12 +53,14 @@ class Call:
 @dataclass(frozen=True, kw_only=True)
 class Reply:
     """What a model said in a turn. thinking: None where it did not think; fault: what is wrong with its form, a call
-    that cannot be read for one; ended: not by a limit."""
+    that cannot be read for one; stray: of its thinking, which nobody is told of and which earns nothing: a budget would
+    hold back nothing otherwise; ended: not by a limit."""
 
     content: str = ""
     thinking: str | None = None
     calls: tuple[Call, ...] = ()
     fault: str = ""
+    stray: str = ""
     ended: bool = True
 
 
@@ -162,8 +164,8 @@ class Task(ABC):
 
 
 def distinct(task: Task, split: str, count: int, *, levels: Sequence[int] = (), seed: int = 0) -> list[Problem]:
-    """So many different problems of a split, of these levels in turn, or as many as there are: it ends where ten times
-    as many draws as were found have brought nothing new."""
+    """So many different problems of a split, of these levels in turn, or as many as are found by 20 draws for each that
+    is asked for, or until ten times as many draws as were found have brought nothing new."""
     sources = [task.problems(split, level=level, seed=seed) for level in levels or task.levels]
     found, vain = dict[str, Problem](), 0
     for number in range(20 * count):

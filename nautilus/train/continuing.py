@@ -229,7 +229,7 @@ def open_run(settings) -> Run:
     out, source = settings.out, settings.from_
     extend(out, settings)
     if source is None:
-        return continue_or_create(out, kept(settings))
+        return continue_or_create(out, kept(settings), free=getattr(settings, "apart", ()))
     if source.resolve() == out.resolve():
         raise UserError(
             f"from={source} and out={out} are one folder; choose another out=, or raise steps= without from"
@@ -250,7 +250,7 @@ def begin(run: Run, settings, model: Language, optimizer: torch.optim.Optimizer,
 
     A decay begun at once gets the whole state, and so goes on in every respect as the other run would have.
     """
-    if ranks.on_first(lambda: bool(state_folders(run))):
+    if ranks.on_first(lambda: bool(state_folders(run) or [*run.state.glob("damaged_*")])):  # which `fit` is to say
         return
     if settings.from_ is None:
         ranks.fill(model, initial_values(model.config, settings.seed))

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -17,6 +18,11 @@ class Stop:
     """Whether, and by which signal, a stop was asked for; empty: not yet."""
 
     asked: str = ""
+
+
+def leave(stop: Stop, step: int, where: object) -> NoReturn:
+    saved = f"saved in {where}; the same command again goes on from there"
+    raise SystemExit(f"stopped by {stop.asked} after step {step}; {saved}")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -29,10 +28,10 @@ from nautilus.model.language import Language
 from nautilus.model.precision import Lowered, rows_taken
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
-from nautilus.train.checkpoint import Checkpoints, Position, Saver
+from nautilus.train.checkpoint import Checkpoints, Saver
 from nautilus.train.guard import Guard, Spike, Watch, each_once
 from nautilus.train.health import gradient_health, load_health, residual_rms, speed
-from nautilus.train.interrupt import Stop, stop_signals
+from nautilus.train.interrupt import Stop, leave, stop_signals
 from nautilus.train.objective import Objective, Pairs, Terms
 from nautilus.train.optim import clip_gradients, gradient_norm
 from nautilus.train.ranks import ALONE, Ranks
@@ -101,7 +100,12 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
     job.model.train()
     with saver.progress(position.step, steps) as show, saver.settled(), stop_signals(checkpoints is not None) as stop:
         for step in range(position.step, steps):
-            done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
+            try:
+                done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
+            except UserError as bad:  # of a stream that cannot go on: what was learnt is kept
+                if position.step and ranks.size == 1 and not isinstance(bad, Spike):
+                    saver.save(position)
+                raise
             if done is None:
                 saver.save(position)
                 asked = True
@@ -116,14 +120,8 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
             if asked:
                 break
         if asked:
-            leave(stop, position, checkpoints)
+            leave(stop, position.step, checkpoints.run.folder if checkpoints else "memory only")
     return metrics
-
-
-def leave(stop: Stop, position: Position, checkpoints: Checkpoints | None) -> NoReturn:
-    where = checkpoints.run.folder if checkpoints else "memory only"
-    saved = f"saved in {where}; the same command again goes on from there"
-    raise SystemExit(f"stopped by {stop.asked} after step {position.step}; {saved}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,6 @@ from nautilus.data.chat import ChatSettings, chat_tokens, render
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
-from nautilus.posttrain.credit import form_fault
 from nautilus.posttrain.rollout import Dropped, Player, Playing, reply_of
 from nautilus.posttrain.stream import play_group
 from nautilus.serve import Engine
@@ -163,21 +162,33 @@ def test_who_thinks_on_behind_the_end_of_thinking_earns_nothing(tokenizer):
     task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
     more = played(Script(tokenizer, f"123</think>1+1=2; {problem.truth}"), tokenizer, task, problem).verdict
     assert more.reward == 0 and "no number alone" in more.why
-    twice = played(Script(tokenizer, f"123</think>1+1=2</think>{problem.truth}"), tokenizer, task, problem)
-    assert twice.verdict.reward == 0 and "opens or closes" in form_fault(twice.turns[0].reply, thinks=True)
-    assert played(Script(tokenizer, f"123</think>{problem.truth}"), tokenizer, task, problem).verdict.reward == 1
+    for name, before in (("arithmetic", "123</think>1+1=2</think>"), ("choice", "123</think>1+1=2</think>")):
+        task, problem = TASKS[name](), problem_of(name)
+        said = problem.worked[-1]["content"]
+        twice = played(Script(tokenizer, before + said), tokenizer, task, problem, thinking=True)
+        assert twice.verdict.reward == 0 and (name == "arithmetic" or "behind its end" in twice.verdict.why)
+        assert "</think>" not in twice.turns[0].reply.content, "what is kept of it is what was said"
+        once = played(Script(tokenizer, f"123</think>\n</think>{said}"), tokenizer, task, problem, thinking=True)
+        assert once.verdict.reward == 1, "an end that comes twice with nothing between is no thinking"
+    store = problem_of("store")
+    call = "1</think>2</think><tool_call>\n<function=get>\n<parameter=key>\na\n</parameter>\n</function>\n</tool_call>"
+    turns = played(Script(tokenizer, call, "1</think>done"), tokenizer, TASKS["store"](), store, tokens=4096).turns
+    assert turns[0].reply.stray and not turns[1].reply.stray, "any turn counts"
 
 
 def test_some_groups_have_a_budget_that_all_their_answers_share(tokenizer):
     task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
     given, seen = {"budgeted": 0.25, "budgets": (4, 9)}, Counter()
-    for seed in range(200):
+    for seed in range(120):
         script = Script(tokenizer, *["1</think>2"] * 3)
         player = Player(script, tokenizer, Playing(chat=KEEP, thinking_budget=50, **given))
         asyncio.run(play_group(player, task, problem, 3, seed))
         (budget,) = {job.sampling.thinking_budget for job in script.jobs}
         seen[budget] += 1
-    assert seen.keys() == {4, 9, 50} and 0.15 < (seen[4] + seen[9]) / 200 < 0.35
+        chosen = Player(Script(tokenizer, "12345678901</think>2"), tokenizer, player.playing).within(seed)
+        turn = asyncio.run(chosen.play(task, problem, seed)).turns[0]
+        assert bool(turn.forced) == (budget < 50), "what the drawn budget wrote is not the model's own"
+    assert seen.keys() == {4, 9, 50} and 0.15 < (seen[4] + seen[9]) / 120 < 0.38
 
 
 class Odd(Task):
@@ -226,7 +237,7 @@ def test_what_breaks_costs_its_own_rollout_and_says_why(tokenizer, where, bad, k
     with pytest.raises(Dropped) as lost:
         asyncio.run(one_with_a_short_time(tokenizer, Odd(where, bad), problem))
     assert lost.value.kind == kind and ("odd" in str(lost.value) or "no truth" in str(lost.value))
-    assert time.monotonic() - begin < 4
+    assert time.monotonic() - begin < 2, "nobody waits for what hangs"
 
 
 async def one_with_a_short_time(tokenizer, task, problem):

@@ -6,9 +6,11 @@ import pytest
 
 from nautilus.data.conversations import conversations_in
 from nautilus.eval.pipeline import gains, stages
-from nautilus.posttrain.profile import Score, score_of
+from nautilus.posttrain.blend import Domain, domain
+from nautilus.posttrain.profile import Score, kept, of_known, score_of
 from nautilus.posttrain.rollout import Rollout, Turn
 from nautilus.posttrain.written import conversation
+from nautilus.runtime import UserError, read_metrics
 from nautilus.tasks import Call, Reply, Verdict
 from nautilus.tasks.named import TASKS
 from nautilus.tasks.task import told
@@ -53,3 +55,28 @@ def test_worked_answers_think_where_their_task_says_so(name):
     task = TASKS[name]()
     worked = next(task.problems("train")).worked
     assert any("reasoning_content" in message for message in worked) == task.thinks
+
+
+def test_what_is_kept_of_an_exam_is_of_this_model_and_known(tmp_path):
+    path = tmp_path / "state" / "before.jsonl"
+    assert kept(path, "a") == {}
+    rows = [
+        {"model": "a", "problem": "p", "time": 0, "reward": 1.0},
+        {"model": "b", "problem": "q", "time": 0, "reward": 1.0},
+        {"model": "a", "problem": "q", "time": 0, "reward": None}, {"problem": "r", "time": 0, "reward": 1.0}, {},
+        {"model": "a", "problem": "r", "time": 1, "reward": 0.0},
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps({"step": at, **row}) + "\n" for at, row in enumerate(rows)) + '{"step": 9, "mo')
+    assert {*kept(path, "a", lost=True)} == {("p", 0), ("q", 0), ("r", 1)}
+    assert {*kept(path, "a")} == {("p", 0), ("r", 1)} == {*kept(path, "a", lost=True)}, "the rest has left the file"
+    assert [row["step"] for row in read_metrics(path)] == [0, 1]
+
+
+def test_problems_of_which_nothing_is_known_are_not_trained_on():
+    task = TASKS["sort"]()
+    problems = domain(task, 4, levels=[1]).problems
+    rates = {one.id: 0.5 for one in problems[:3]}
+    found = of_known(Domain(task=task, problems=problems), rates)
+    assert [*found.problems] == problems[:3] and found.rates == rates
+    with pytest.raises(UserError, match="all answers to the problems of sort"):
+        of_known(Domain(task=task, problems=problems[3:]), rates)

@@ -1,5 +1,7 @@
 """The pipeline's stages and what each is told."""
 
+import os
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,7 +16,7 @@ from nautilus.runtime import Run, UserError
 def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
     asked = {}
 
-    def do(name, recipe, settings, **given):
+    def do(name, recipe, settings, *, of=(), **given):
         asked[name] = settings.steps, given["model"]
         return tmp_path / name
 
@@ -58,7 +60,21 @@ def test_a_stage_is_done_once_and_must_be_told_the_same_then(tmp_path):
     do = Stages(run=run, seed=7)
     assert do("one", recipe, settings, model="base") == do("one", recipe, settings, model="moved") == run.folder / "one"
     assert len(told) == 1 and told[0].seed == 7 and told[0].model == "base" and [*do.minutes] == ["one"]
+    do("one", recipe, replace(settings, together=3, actors=2), model="base")
     with pytest.raises(UserError, match=r"steps \(begun with 3, now 4\)"):
         do("one", recipe, replace(settings, steps=4), model="base")
-    do("two", recipe, replace(settings, steps=4), model="base")
+    with pytest.raises(UserError, match="tasks.0"):
+        do("one", recipe, settings, model="base", tasks=("sort",))
+    do("two", recipe, replace(settings, steps=4), of=("one",), model="base")
     assert [one.steps for one in told] == [3, 4]
+    mean = tmp_path / "mean"
+    mean.mkdir()
+    do.forget_older(["one"], mean)
+    assert mean.is_dir()
+    shutil.rmtree(run.folder / "one")
+    do("one", recipe, settings, model="base")
+    with pytest.raises(UserError, match="two was made before one was made again; remove it"):
+        do("two", recipe, replace(settings, steps=4), of=("one",), model="base")
+    os.utime(mean, (1, 1))
+    do.forget_older(["one"], mean)
+    assert not mean.exists()

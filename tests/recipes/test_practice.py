@@ -197,7 +197,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"tasks": ("sort:1", "sort:2")}, "sort was named twice"),
         ({"tokens": 1 << 20}, "positions"), ({"group": 1}, "group=1"), ({"model": ""}, "no model"),
         ({"tasks": ("sort", "count", "reverse"), "prompts": 2}, "prompts=2 of a step for 3 tasks"),
-        ({"tasks": ("sort:2*0", "count")}, "a share of nothing"), ({"tasks": ("walk@rows.jsonl",)}, "rows of the task"),
+        ({"tasks": ("sort:2*0", "count")}, "a share of 0"), ({"tasks": ("walk@rows.jsonl",)}, "rows of the task"),
         ({"correction": "trunc"}, "'trunc' was asked for"), ({"kl": -1.0}, "kl=-1"), ({"advantage": 0.0}, "advantage="),
         ({"least": 2.0}, r"\[2.0, 5.0\]"), ({"balance": -1.0}, "balance=-1"), ({"budgets": (0, -3)}, "budgets=0,-3"),
         ({"budgets": (8, 8)}, "budgets=8,8"), ({"tasks": ("sort:3",), "budgets": (0, 8)}, "sort are answered without"),
@@ -245,7 +245,7 @@ def test_supervised_settings_that_cannot_be_are_refused_at_once(base, tmp_path):
         ({"problems": 0}, "problems=0"), ({"steps": -1}, "steps=-1"), ({"rows": 0}, "rows=0"),
         ({"length": 1}, "length=1"), ({"mtp_depths": 64, "length": 64}, "mtp_depths=64"),
         ({"loss": "word"}, "'word'"), ({"balance": -1.0}, "balance="), ({"seed": -1}, "seed=-1"),
-        ({"length": 1 << 21}, "positions="), ({"tasks": ("sort:3*0",)}, "a share of nothing"),
+        ({"length": 1 << 21}, "positions="), ({"tasks": ("sort:3*0",)}, "a share of 0"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             sft.main(sft.Settings(**{"model": base, "tasks": ("count:3",), "out": tmp_path / "run"} | wrong))

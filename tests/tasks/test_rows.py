@@ -215,6 +215,16 @@ def test_what_is_no_row_is_named_by_file_and_line(tmp_path, bad, why):
     (tmp_path / "rows.jsonl").write_text(json.dumps(good) + "\n" + json.dumps({**good, **bad}) + "\n")
     with pytest.raises(UserError, match=f"rows.jsonl, line 2: .*{why}"):
         asked(f"math@{tmp_path / 'rows.jsonl'}")
+    people = {"response_1": "a", "response_2": "b", "score_1": 1, "score_2": 2, "ranking": 4}
+    for messages, fault in (
+        ([{"content": "?"}], "'role'"),
+        ([5], "TypeError"),
+        ([{"role": "user", "content": "\ud800"}], "surr"),
+    ):
+        lines = [{**people, "messages": [{"role": "user", "content": "?"}]}, {**people, "messages": messages}]
+        (tmp_path / "judged.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+        with pytest.raises(UserError, match=f"judged.jsonl, line 2: .*{fault}"):
+            asked(f"judge@{tmp_path / 'judged.jsonl'}")
     for place, what in ((tmp_path, "is no file"), (tmp_path / "x", "is not there")):
         with pytest.raises(UserError, match=f"the rows of math .* {what}"):
             asked(f"math@{place}")

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import random
@@ -178,6 +179,22 @@ def test_a_resumed_run_says_where_it_goes_on(tmp_path, train, capfd):
     assert "resuming" not in capfd.readouterr().err
     train(run)
     assert f"resuming {run.folder} after step 3 of {STEPS}" in capfd.readouterr().err
+
+
+def test_a_training_that_cannot_go_on_keeps_what_was_learnt(tmp_path, train, untouched):
+    """As where the answers of a whole step are lost: also where nothing is saved on the way."""
+    run, inner, calls = new_run(tmp_path), noisy(pretrain(mtp_depths=1, aux_weight=1e-2)), itertools.count()
+
+    def terms(model, batch):
+        if next(calls) == 9:
+            raise UserError("the environment is gone")
+        return inner.terms(model, batch)
+
+    with pytest.raises(UserError, match="is gone"):
+        train(run, every=0, objective=type(inner)(terms, inner.coefficients, inner.weigh))
+    (kept,) = state_folders(run)
+    assert 0 < int(kept.name.removeprefix("step_")) < STEPS
+    assert_no_bit_differs(train(run, every=0), untouched)
 
 
 def test_when_every_state_is_damaged_training_does_not_start_over_silently(finished, train):

@@ -17,10 +17,8 @@ Source: the public code of NeMo Gym.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
+from nautilus.runtime.threads import in_a_thread
 from nautilus.serve.api.body import parsed, read_body
 from nautilus.serve.api.errors import ApiError, described
 from nautilus.serve.api.gate import Gate
@@ -141,7 +140,7 @@ class Environments:
             raise self.misfit(task, bad) from bad
 
     def misfit(self, task: Task, bad: Exception) -> ApiError:
-        why = f"the row is no problem of {task.name}, which lacks what it is judged by: {bad!r}"
+        why = f"the row is no problem of {task.name}, which lacks what it is judged by, or its task fails: {bad!r}"
         return ApiError(422, why[:400], code="misfit")
 
     def session(self, request: Request) -> Session:
@@ -165,31 +164,16 @@ class Environments:
 
     async def in_time(self, do: Callable[..., T], *given: Any) -> T:
         """In a thread of its own: one that hangs is left behind, and keeps nobody waiting, not even the end."""
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-
-        def work() -> None:
-            try:
-                found, bad = do(*given), None
-            except BaseException as raised:
-                found, bad = None, raised
-            with contextlib.suppress(RuntimeError):  # of a loop that has ended meanwhile
-                loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result((found, bad)))
-
         self.running += 1
         try:
-            threading.Thread(target=work, daemon=True, name="environment").start()
-            found, bad = await asyncio.wait_for(done, self.hosting.seconds)
+            return await asyncio.wait_for(in_a_thread(do, *given), self.hosting.seconds)
         except TimeoutError as late:
             why = f"the task took more than {self.hosting.seconds:g} seconds"
             raise ApiError(504, why, code="timeout") from late
+        except GraderBroken as bad:
+            raise ApiError(500, f"the grader failed: {bad}"[:400], code="grader_broken") from bad
         finally:
             self.running -= 1
-        if isinstance(bad, GraderBroken):
-            raise ApiError(500, f"the grader failed: {bad}"[:400], code="grader_broken") from bad
-        if bad is not None:
-            raise bad
-        return found
 
 
 def told(value: Any) -> Response:

@@ -1,0 +1,32 @@
+"""Work in a thread that may be left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_a_thread(do: Callable[..., T], *given: Any) -> T:
+    """What it gives, or raises. Unlike those of `asyncio.to_thread` the thread keeps nobody waiting that has given it
+    up, not even the end of the program."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+
+    def work() -> None:
+        try:
+            found, bad = do(*given), None
+        except BaseException as raised:
+            found, bad = None, raised
+        with contextlib.suppress(RuntimeError):  # of a loop that has ended meanwhile
+            loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result((found, bad)))
+
+    threading.Thread(target=work, daemon=True, name=getattr(do, "__name__", "work")).start()
+    found, bad = await done
+    if bad is not None:
+        raise bad
+    return found
