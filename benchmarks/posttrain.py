@@ -1,7 +1,7 @@
 """What post-training brings at the demo's size, with several seeds: specialists, students, and what else could be made
 of as many answers.
 
-    python benchmarks/posttrain.py --out runs/seeds     # 40 minutes a seed on two cores; goes on where it was stopped
+    python benchmarks/posttrain.py --out runs/seeds     # 36 minutes a seed on two cores; goes on where it was stopped
 
 Each seed is a demo of its own, from its pretraining on, with the pipeline's baselines beside it and more problems to be
 measured on. Points are the mean reward times 100 of answers to 1,024 problems of each task that nobody was trained on.

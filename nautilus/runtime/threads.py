@@ -12,16 +12,17 @@ T = TypeVar("T")
 
 
 async def in_a_thread(do: Callable[..., T], *given: Any) -> T:
-    """What it gives, or raises. Unlike those of `asyncio.to_thread` the thread keeps nobody waiting that has given it
-    up, not even the end of the program."""
+    """What it gives, or raises; RuntimeError where it would have ended the program. Unlike those of `asyncio.to_thread`
+    the thread keeps nobody waiting that has given it up, not even the end of the program."""
     loop = asyncio.get_running_loop()
     done = loop.create_future()
 
     def work() -> None:
         try:
             found, bad = do(*given), None
-        except BaseException as raised:
-            found, bad = None, raised
+        except BaseException as raised:  # told to who waits; what would end the program is an error like any other
+            own = isinstance(raised, Exception)
+            found, bad = None, raised if own else RuntimeError(f"{type(raised).__name__}: {raised}")
         with contextlib.suppress(RuntimeError):  # of a loop that has ended meanwhile
             loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result((found, bad)))
 

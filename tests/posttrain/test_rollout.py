@@ -229,7 +229,8 @@ class OddEpisode(Episode):
 
 @pytest.mark.parametrize("where", ["answer", "judge"])
 @pytest.mark.parametrize(
-    "bad, kind", [(None, "time"), (GraderBroken("no truth"), "grader"), (ZeroDivisionError("1/0"), "task")]
+    "bad, kind",
+    [(None, "time"), (GraderBroken("no truth"), "grader"), (ZeroDivisionError("1/0"), "task"), (SystemExit(3), "task")],
 )
 def test_what_breaks_costs_its_own_rollout_and_says_why(tokenizer, where, bad, kind):
     problem = Problem(task="odd", level=1, messages=({"role": "user", "content": "?"},))
