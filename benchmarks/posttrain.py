@@ -9,7 +9,7 @@ gain: of the first specialist; recovered: of that gain, what the student of the 
 model's tasks the one it is worst at.
 The thinking budgets are those the last student is asked with: `rises` says whether no larger budget is worse than a
 smaller one beyond their 95 % intervals, `within` whether no answer thought longer than it might. `--record FILE`
-appends the rows.
+appends a seed's rows when it is done.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
-SEEDS, MEASURED, WIDE = 3, 1024, 1.96  # problems of each task that models are measured on
+SEEDS, MEASURED, WIDE = (0, 1, 2), 1024, 1.96  # problems of each task that models are measured on
 LAST = "student 2"
 
 
@@ -75,14 +75,15 @@ def budgets(curve: dict) -> dict:
 def main(words: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="a folder of all runs")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--record", type=Path)
     asked = parser.parse_args(words)
     print(machine())
-    rows = [row for seed in range(asked.seeds) for row in rows_of(seed, trained(asked.out / f"seed-{seed}", seed))]
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    append(asked.record, "posttrain.py", words, rows)
+    for seed in asked.seeds:
+        rows = rows_of(seed, trained(asked.out / f"seed-{seed}", seed))
+        for row in rows:
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        append(asked.record, "posttrain.py", words, rows)
 
 
 if __name__ == "__main__":

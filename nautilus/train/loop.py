@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -104,7 +105,7 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
                 done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
             except UserError as bad:  # of a stream that cannot go on: what was learnt is kept
                 if position.step and ranks.size == 1 and not isinstance(bad, Spike):
-                    saver.save(position)
+                    saver.despite(partial(saver.save, position))
                 raise
             if done is None:
                 saver.save(position)
