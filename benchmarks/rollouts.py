@@ -49,10 +49,12 @@ class Ours:
         self.engine = Engine(model, words, max_tokens=PROMPT + TOKENS + 1, rows=64, saved_gb=SAVED)
 
     def draw(self, given: list[list[int]], tokens: int) -> int:
+        """Prompts that come several times are read once, for all of their answers."""
         from nautilus.serve import Sampling
 
         how = Sampling(temperature=1.0, max_tokens=tokens, ignore_eos=True)
-        requests = [self.engine.request(one, how, marks=(len(one) - 1,), kept=False) for one in given]
+        marks = [(len(one) - 1,) if given.count(one) > 1 else () for one in given]
+        requests = [self.engine.request(one, how, marks=m, kept=False) for one, m in zip(given, marks, strict=True)]
         for request in requests:
             self.engine.submit(request)
         while not all(request.finished for request in requests):

@@ -210,9 +210,9 @@ class TextStream:
         self.waiting = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, *tokens: int) -> str:
-        known = range(len(self.token_bytes))
-        pieces = (self.token_bytes[t] if t in known else b"\xef\xbf\xbd" for t in tokens if t not in self.skipped)
-        return self.waiting.decode(b"".join(pieces))
+        known, skipped = self.token_bytes, self.skipped
+        pieces = [known[t] if 0 <= t < len(known) else b"\xef\xbf\xbd" for t in tokens if t not in skipped]
+        return self.waiting.decode(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def close(self) -> str:
         """What is left, an unfinished character as U+FFFD."""

@@ -34,6 +34,11 @@ SAVED = 1.0  # 10^9 bytes: what answers to one prompt share, and turns of one co
 MUCH = {"most_waiting": 1 << 20, "most_waiting_tokens": 1 << 40}
 
 
+def engine_of(model: Language, tokenizer: Tokenizer, playing: Playing, rows: int) -> Engine:
+    how = {"max_tokens": playing.tokens, "drafts": playing.drafts, "saved_gb": SAVED}
+    return Engine(model, tokenizer, rows=rows, **how)
+
+
 class Crew(Protocol):
     """version: of the weights that it has."""
 
@@ -53,7 +58,7 @@ class Here:
         self, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int, version: int = 0,
         beside: bool = False,
     ):  # fmt: skip
-        self.engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=rows, saved_gb=SAVED)
+        self.engine = engine_of(model, tokenizer, playing, rows)
         self.version, self.versions = version, dict[int, int]()  # by changes of the engine's weights
         self.service = (Service if beside else Turns)(self.engine, **MUCH)
         self.player = Player(self.service, tokenizer, playing, lambda changes: self.versions.get(changes, self.version))

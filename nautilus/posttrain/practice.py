@@ -34,7 +34,8 @@ from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 from nautilus.train.policy import Mtp
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
-LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1, "balance": 0, "thinking_grace": 0}
+LEAST |= {"thinking_grace": 0, "drafts": 0}
+LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1, "balance": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,7 @@ class Practice:
     compute: str = setting("auto", "bf16 or fp32 activations, in answers too; auto: what is faster here")
     balance: float = setting(1e-3, "step of the load-balancing biases; the routers' weights stay as they are")
     replay: bool = setting(False, "experts that wrote an answer learn from it, whatever the routers say by then")
+    drafts: int = setting(0, "most tokens tried at once of what may come next, where that is faster; 0: none")
     mtp: Mtp = Mtp()
     micro: int = setting(8192, "most tokens of a micro-batch")
     together: int = setting(64, "most answers that are written together")
@@ -96,7 +98,7 @@ class Practice:
 
     @property
     def playing(self) -> Playing:
-        names = "tokens turn_tokens thinking thinking_budget thinking_grace seconds".split()
+        names = "tokens turn_tokens thinking thinking_budget thinking_grace seconds drafts".split()
         told = {name: getattr(self, name) for name in names}
         return Playing(routes=self.replay, budgeted=self.budgeted, budgets=self.train_budgets, **told)
 
@@ -182,7 +184,7 @@ def practise(
 
 def shaping(settings: Practice) -> dict:
     """What a run that goes on must have been begun with, beside what `fit` sees itself."""
-    apart = "out model steps save_every optim balance together actors teacher_actors measured profile".split()
+    apart = "out model steps save_every optim balance together drafts actors teacher_actors measured profile".split()
     return {name: json.loads(json.dumps(value)) for name, value in to_dict(settings).items() if name not in apart}
 
 

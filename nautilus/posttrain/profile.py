@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,10 +14,10 @@ from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Domain
+from nautilus.posttrain.crew import MUCH, engine_of
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.rollout import Dropped, Player, Playing, Rollout
 from nautilus.runtime import Progress, Run, UserError, read_metrics, write_atomic
-from nautilus.serve import Engine
 from nautilus.serve.prefixes import fingerprint
 from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task, distinct
@@ -168,13 +169,13 @@ async def asking(
     model: Language, tokenizer: Tokenizer, left: Sequence[tuple[Task, Problem, int]], playing: Playing, together: int,
     seed: int, told: Told,
 ) -> None:  # fmt: skip
-    engine = Engine(model, tokenizer, max_tokens=playing.tokens, rows=together)
-    service = Turns(engine, most_waiting=1 << 20, most_waiting_tokens=1 << 40)
-    player = Player(service, tokenizer, playing)
+    service = Turns(engine_of(model, tokenizer, playing, together), **MUCH)
+    player, times = Player(service, tokenizer, playing), Counter(problem.id for _, problem, _ in left)
 
     async def one(task: Task, problem: Problem, time: int) -> None:
         try:
-            found = await player.play(task, problem, number_of(seed, int(problem.id[:8], 16) + time))
+            own = number_of(seed, int(problem.id[:8], 16) + time)
+            found = await player.play(task, problem, own, alone=times[problem.id] < 2)
         except Dropped as lost:
             found = lost
         told(problem, time, found)

@@ -60,7 +60,8 @@ class Answers(Protocol):
 class Playing:
     """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; thinking: whether a model is
     asked to think first, None: as the task's worked answers do; seconds: that a task may take to answer a turn or to
-    judge; routes: experts are kept for replay; chat: what else the template is told; budgeted: share of the groups in
+    judge; routes: experts are kept for replay; drafts: most tokens that the engine tries at once, which changes no
+    answer; chat: what else the template is told; budgeted: share of the groups in
     training whose thinking budget is one of `budgets`, all of a group the same."""
 
     tokens: int = 1024
@@ -71,6 +72,7 @@ class Playing:
     thinking_grace: int = 0
     seconds: float = 60.0
     routes: bool = False
+    drafts: int = 0
     chat: ChatSettings = dataclasses.field(default_factory=lambda: ChatSettings(truncate_history_thinking=False))
     budgeted: float = 0.0
     budgets: tuple[int, ...] = ()
@@ -164,8 +166,8 @@ class Player:
         found.playing = dataclasses.replace(self.playing, thinking_budget=budget)
         return found
 
-    async def play(self, task: Task, problem: Problem, seed: int) -> Rollout:
-        """Dropped where nothing can be said of it."""
+    async def play(self, task: Task, problem: Problem, seed: int, *, alone: bool = False) -> Rollout:
+        """Dropped where nothing can be said of it. alone: there are no other answers to the same problem."""
         told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
         episode, tokens = self.begun(task, problem, told_how)
         messages = [*problem.messages]
@@ -174,7 +176,8 @@ class Player:
             if (room := self.playing.tokens - len(tokens)) < 1:
                 break
             sampling = self.playing.sampling(number_of(seed, number), room)
-            answer, changes = await drawn(self.answers, tokens, sampling, kept=number + 1 < task.turns)
+            how = {"shared": not (alone or number), "kept": number + 1 < task.turns}
+            answer, changes = await drawn(self.answers, tokens, sampling, **how)
             turn = self.turn(tokens, answer, problem)
             tokens, logprobs = [*tokens, *answer.tokens], [*logprobs, *answer.logprobs]
             versions += map(self.version, changes)
@@ -190,10 +193,8 @@ class Player:
         if not turns:
             raise Dropped("no room", f"the prompt has {len(tokens)} tokens, and a conversation {self.playing.tokens}")
         verdict = await self.judged(episode, turns, thinks=told_how["settings"].enable_thinking)
-        return Rollout(
-            problem=problem, tokens=tuple(tokens), logprobs=tuple(logprobs), turns=tuple(turns), verdict=verdict,
-            versions=tuple(versions),
-        )  # fmt: skip
+        drew = {"logprobs": tuple(logprobs), "versions": tuple(versions)}
+        return Rollout(problem=problem, tokens=tuple(tokens), turns=tuple(turns), verdict=verdict, **drew)
 
     def begun(self, task: Task, problem: Problem, told_how: dict[str, Any]) -> tuple[Episode, list[int]]:
         """Dropped for a problem that no model can be asked: a poisoned row is no fault of the others."""
@@ -261,11 +262,11 @@ class Player:
 
 
 async def drawn(
-    answers: Answers, tokens: Sequence[int], sampling: Sampling, *, kept: bool
+    answers: Answers, tokens: Sequence[int], sampling: Sampling, *, shared: bool = False, kept: bool
 ) -> tuple[Completion, list[int]]:  # fmt: skip
     """One answer, and how often the weights had changed before each of its tokens; Dropped where there can be none.
-    kept: another turn may follow. Other answers to the same prompt go on from its state, whoever reads it first."""
-    job = Job(tokens=tokens, sampling=sampling, marks=(len(tokens) - 1,), kept=kept)
+    shared: others to the same prompt go on from its state, whoever reads it first; kept: another turn may follow."""
+    job = Job(tokens=tokens, sampling=sampling, marks=(len(tokens) - 1,) if shared else (), kept=kept)
     try:
         pieces: list[Piece] = [piece async for some in answers.submit(job) for piece in some]
     except (Lost, Busy, UserError, RuntimeError) as bad:

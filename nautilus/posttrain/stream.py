@@ -64,7 +64,7 @@ class Scoring:
 
 async def play_group(player: Player, task: Task, problem: Problem, count: int, seed: int) -> Group:
     player = player.within(seed)
-    ways = (player.play(task, problem, number_of(seed, number)) for number in range(count))
+    ways = (player.play(task, problem, number_of(seed, number), alone=count < 2) for number in range(count))
     found = await asyncio.gather(*ways, return_exceptions=True)
     lost, why = Counter[str](), dict[str, str]()
     for one in found:

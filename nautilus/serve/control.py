@@ -19,6 +19,8 @@ class StopStrings:
         self.hit: str | None = None  # the one that ended the text
 
     def add(self, text: str) -> str:
+        if not self.strings:
+            return text
         if self.hit:
             return ""
         text = self.held + text

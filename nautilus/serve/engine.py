@@ -336,7 +336,7 @@ class Engine:
         try:
             drawn = draw_one(logits, request.sampling, len(request.tokens), request.rules)
             came = source if drawn.token == foretold else "plain"
-            piece = request.take(*drawn, source=came, version=self.forward.version)
+            piece = request.take(drawn, source=came, version=self.forward.version)
         except UserError as bad:
             request.error = bad
             piece = self.end(request, "error")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nautilus.data.tokenizer import TextStream
 from nautilus.serve.control import StopStrings
@@ -17,8 +17,7 @@ from nautilus.serve.sampling import Sampling
 from nautilus.serve.scores import PromptScores
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
+class Piece(NamedTuple):
     """One generated token and the text that became certain with it.
 
     finish_reason is None until the last piece: "stop" (a stop token, a stop string, or a rule that allows nothing
@@ -119,22 +118,22 @@ class Request:
         """More than one token is unread, or the last one of a prompt is."""
         return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
 
-    def take(self, token: int, logprob: float, top: tuple[tuple[int, float], ...] = (), **seen: Any) -> Piece:
-        """Add a token; what it means for the text and for the end of the request. seen: source and version of it."""
+    def take(self, drawn: Drawn, *, source: str, version: int) -> Piece:
+        """Add a token; what it means for the text and for the end of the request."""
+        token, logprob, top = drawn
         self.tokens.append(token)
         for rule in self.rules:
             rule.add(token)
-        ended = token in self.ends
+        ended, full = token in self.ends, len(self.tokens) >= self.limit
         text = "" if ended else self.written.push(token)
-        ended = ended or any(rule.ended for rule in self.rules)
+        ended = ended or any([rule.ended for rule in self.rules])
         if len(self.tokens) - self.prompt > self.sampling.min_tokens:  # before, no string ends an answer
             text = self.stops.add(text)
-        if ended or len(self.tokens) >= self.limit:
+        if ended or full:
             text += self.stops.add(self.written.close()) + self.stops.finish()
-        reason = "stop" if ended or self.stops.hit else "length" if len(self.tokens) >= self.limit else None
         stop = self.stops.hit
-        told = {"finish_reason": reason, "top": top, "stop": stop, **seen}
-        return self.add(Piece(text=text, token=token, logprob=logprob, **told))
+        reason = "stop" if ended or stop else "length" if full else None
+        return self.add(Piece(text, token, logprob, reason, top, stop, source=source, version=version))
 
     def end(self, reason: str) -> Piece:
         """Without a further token; what was held back is written, but not after an error, which may be of the text."""
@@ -143,7 +142,7 @@ class Request:
 
     def add(self, piece: Piece) -> Piece:
         if self.scores is not None and not self.pieces:
-            piece = replace(piece, prompt=tuple(self.scores.found))
+            piece = piece._replace(prompt=tuple(self.scores.found))
         self.pieces.append(piece)
         return piece
 

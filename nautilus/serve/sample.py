@@ -100,7 +100,7 @@ def drawn_ahead(
             [positions[at] for at in places],
         )
         for at, row, token in zip(places, mine, tokens, strict=True):
-            found[at] = row._replace(drawn=token)
+            found[at] = Logits(row.logits_V, row.best, row.total, token)
     return found
 
 
@@ -108,7 +108,7 @@ def plainly(sampling: Sampling, rules: Sequence[Rule]) -> bool:
     """By temperature, without filters, and without a rule that changes a logit."""
     if not sampling.temperature or sampling.top_k or sampling.top_p != 1 or sampling.min_p:
         return False
-    return all(type(rule).change is Rule.change for rule in rules)
+    return not rules or all(type(rule).change is Rule.change for rule in rules)
 
 
 def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[Rule] = ()) -> Drawn:
@@ -118,7 +118,7 @@ def draw_one(logits: Logits, sampling: Sampling, position: int, rules: Sequence[
             f"token {position} was asked for, but the model's logits hold NaN or infinity there; its weights are "
             "broken or its number format overflows: load an earlier checkpoint or a wider format"
         )
-    token = next((token for rule in reversed(rules) if (token := rule.forced()) is not None), None)
+    token = next((token for rule in reversed(rules) if (token := rule.forced()) is not None), None) if rules else None
     if token is None and not rules and not sampling.temperature:
         token = logits.best
     if token is None and logits.drawn is None and plainly(sampling, rules):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+
+log = logging.getLogger("nautilus.train")
 
 
 class Beside:
@@ -45,3 +49,11 @@ class Beside:
         self.thread, error, self.error = None, self.error, None
         if error is not None:
             raise error
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is still to be written before an error is raised does not hide it behind an error of its own."""
+        try:
+            yield
+        except Exception as bad:
+            log.warning("the last state could not be saved either: %s", bad)

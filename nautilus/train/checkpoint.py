@@ -352,15 +352,9 @@ class Saver:
         except Spike:
             raise
         except Exception:
-            self.despite(self.writing.wait)
+            with self.writing.aside():
+                self.writing.wait()
             raise
-
-    def despite(self, work: Callable[[], object]) -> None:
-        """Does what is left to do before an error is raised, and does not hide that error behind its own."""
-        try:
-            work()
-        except Exception as bad:
-            log.warning("the last state could not be saved either: %s", bad)
 
     @contextlib.contextmanager
     def progress(self, start: int, steps: int) -> Iterator[Callable[[dict], None]]:

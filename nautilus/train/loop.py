@@ -16,7 +16,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate
 
 import torch
@@ -105,16 +104,16 @@ def train_on(job: Job, saver: Saver, steps: int, log: Callable[[dict], None]) ->
                 done = train_step(job, step, position.tokens, batches, stop if ranks.size == 1 else Stop())
             except UserError as bad:  # of a stream that cannot go on: what was learnt is kept
                 if position.step and ranks.size == 1 and not isinstance(bad, Spike):
-                    saver.despite(partial(saver.save, position))
+                    with saver.writing.aside():
+                        saver.save(position)
                 raise
             if done is None:
                 saver.save(position)
                 asked = True
                 break
             metrics = done
-            job.watch.add(metrics)
-            show(metrics)
-            log(metrics)
+            for told in (job.watch.add, show, log):
+                told(metrics)
             position = saver.position(step + 1, metrics["tokens"])
             asked = ranks.agree(bool(stop.asked) or saver.writing.failed)  # after a failure the last save raises it
             saver.after_step(position, last=asked or step + 1 == steps)

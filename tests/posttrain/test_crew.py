@@ -1,9 +1,11 @@
 """Who plays: versions of weights, experts, and processes that die."""
 
 import asyncio
+import copy
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,11 +15,13 @@ from nautilus.config import Attention, Config, Experts, lay
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
+from nautilus.ops.cpu.library import native
 from nautilus.posttrain.crew import Here
 from nautilus.posttrain.rollout import Playing
 from nautilus.posttrain.stream import batches_of
 from nautilus.tasks.named import TASKS
 from nautilus.train.replay import routes_of
+from tests.serve.draft.test_policy import make_cheap
 
 LAYERS = lay("*E", Attention(heads=2, groups=1, head_width=16), Experts(experts=4, active=2, hidden=16))
 TASK = TASKS["count"]()
@@ -67,6 +71,32 @@ def test_every_token_has_the_version_of_the_weights_that_drew_it(tokenizer):
         known = [version for version in one.versions if version >= 0]
         assert known == sorted(known) and {*known} <= {3, 4}
     assert any(one.newest == 4 for one in between.rollouts), "answers under way go on with the new weights"
+
+
+@pytest.mark.skipif(native().functions is None, reason="torch adds in another order in other chunks")
+def test_drafts_change_no_answer(tokenizer):
+    """By a block of the model that drafts as badly as random weights do, and by copies; weights change between."""
+    config = Config(vocab=tokenizer.vocab, width=16, layers=LAYERS, mtp=LAYERS)
+    models = [Language(config).initialise(seed).requires_grad_(False).eval() for seed in (0, 9)]
+    for model in models:
+        model.lm_head.weight.data *= 20
+
+    async def played(drafts):
+        crew = Here(copy.deepcopy(models[0]), tokenizer, replace(PLAYING, drafts=drafts), rows=4)
+        if speculation := crew.engine.speculation:
+            make_cheap(speculation)
+        try:
+            before = [await crew.play(TASK, problem, 4, seed) for seed, problem in enumerate(PROBLEMS)]
+            await crew.update(models[1].state_dict(), 1)
+            after = [await crew.play(TASK, problem, 4, seed) for seed, problem in enumerate(PROBLEMS)]
+        finally:
+            await crew.close()
+        tried = sum(one.drafted for one in speculation.counts.values()) if speculation else 0
+        return [(one.tokens, one.logprobs, one.versions) for group in before + after for one in group.rollouts], tried
+
+    plain, none = asyncio.run(played(0))
+    drafted, tried = asyncio.run(played(6))
+    assert drafted == plain and tried and not none
 
 
 def test_experts_are_kept_where_they_are_asked_for(tokenizer):

@@ -19,7 +19,7 @@ def block_of(pattern, **more):
     attention = Attention(heads=4, groups=2, head_width=16, **more)
     experts = Experts(experts=4, active=2, hidden=24, latent=8, shared=16)
     config = Config(vocab=50, width=24, layers=lay("*", attention), mtp=lay(pattern, attention, experts))
-    model = Language(config).initialise(2)
+    model = Language(config, dtype=torch.float64).initialise(2)
     for name, weight in model.mtp.named_parameters():
         if "q_proj" in name or "k_proj" in name:
             weight.data *= 5  # so that attention is not to all alike
@@ -28,7 +28,7 @@ def block_of(pattern, **more):
 
 def inputs(rows=2, seed=4):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(2, rows, TIME, 24, generator=generator)
+    return torch.randn(2, rows, TIME, 24, generator=generator, dtype=torch.float64)
 
 
 def by_chains(block, feature_TD, embeds_TD, index, begin=0):
@@ -54,7 +54,7 @@ def test_each_index_is_the_chain_that_begins_there(pattern, monkeypatch):
     for row in range(2):
         for index in range(TIME - 1):
             for step, own in enumerate(by_chains(block, feature[row], embeds[row], index)):
-                torch.testing.assert_close(outs[step][row, index], own, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(outs[step][row, index], own, rtol=1e-8, atol=1e-10)
 
 
 def test_the_first_step_is_the_block_itself():
@@ -70,7 +70,7 @@ def test_documents_of_a_row_do_not_see_each_other():
     outs = [*unroll(parts_of(block), feature, embeds, STEPS, document_BT=document_BT)]
     for index in range(9, TIME - 1):
         for step, own in enumerate(by_chains(block, feature[0], embeds[0], index, begin=9)):
-            torch.testing.assert_close(outs[step][0, index], own, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(outs[step][0, index], own, rtol=1e-8, atol=1e-10)
 
 
 def test_a_feed_decides_what_a_step_begins_with():
@@ -90,7 +90,7 @@ def test_a_feed_decides_what_a_step_begins_with():
 
 def test_gradients_are_those_of_the_chains(monkeypatch):
     monkeypatch.setattr(unrolling, "QUERIES", 8)
-    block, (feature, embeds) = block_of("*E").double(), inputs(rows=1).double()
+    block, (feature, embeds) = block_of("*E"), inputs(rows=1)
     block.requires_grad_(True)
     *_, last = unroll(parts_of(block), feature, embeds, STEPS)
     last[0, 12].square().sum().backward()

@@ -243,7 +243,9 @@ def test_everything_at_once_is_killed_and_goes_on_as_if_nothing_had_happened(tmp
         time.sleep(0.02)
     assert 8 <= Run(tmp_path / "many").saved_step < 24
     got = many(tmp_path / "many", *words, *layout)
-    assert_same_curve(without_health(lines(got)), without_health(lines(want)))
+    assert lines(got) == lines(many(tmp_path / "undisturbed", *words, *layout))
+    first = 3  # steps, before a sum in another order has turned a rounding to few bits
+    assert_same_curve(without_health(lines(got))[:first], without_health(lines(want))[:first])
     assert [line["step"] for line in lines(got)] == [*range(24)] and not got.incidents.exists()
     assert any(name.startswith("flush.experts") for name in lines(got)[0])
 

@@ -21,6 +21,7 @@ from nautilus.runtime import UserError, installing
 from nautilus.serve.engine import Engine
 
 NAME = "nautilus"
+STARTS = 2  # a machine that is busy may not bring it up in time
 OBJECT_BYTES = 128 << 20  # shared memory for what processes pass on; prompts are small
 # Ray reads these as it is imported. Its name for the second is that of the systems on which it is the default: with it
 # every port that can be is bound to the loopback. Workers it would start as background work, at niceness 15.
@@ -89,12 +90,20 @@ def connected(ending: contextlib.ExitStack, replicas: int) -> Any:
         ending.callback(shutil.rmtree, place, ignore_errors=True)
         cores = max(replicas, os.cpu_count() or 1)
         more = {"num_cpus": cores, "object_store_memory": OBJECT_BYTES, "include_dashboard": False, "_temp_dir": place}
-        try:
-            ray.init(address="local", **more, **quiet)
-        except Exception as bad:  # Ray has no class of its own for processes that do not come up in 30 seconds
-            raise UserError(f"Ray, for the replicas, did not start; try again when less runs here ({bad})") from bad
+        begin(ray, {**more, **quiet})
         ending.callback(ray.shutdown)  # which ends all of it
     return ray
+
+
+def begin(ray: Any, how: dict[str, Any]) -> None:
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **how)
+            return
+        except Exception as bad:  # Ray has no class of its own for processes that do not come up in 30 seconds
+            ray.shutdown()
+            if not left:
+                raise UserError(f"Ray did not start; try again when less runs here ({bad})") from bad
 
 
 def deployment(make: Callable[[int], Engine], replicas: int, cpus: int) -> Any:

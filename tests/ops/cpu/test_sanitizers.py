@@ -15,6 +15,7 @@ PROGRAM = Path(__file__).with_name("exercise.py")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # most of it compiles
 def test_no_kernel_touches_memory_that_is_not_its_own_or_reads_what_nobody_wrote(tmp_path, sanitizer):
     _, runtime = sanitizer("asan")
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
