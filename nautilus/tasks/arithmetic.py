@@ -3,7 +3,7 @@
 | task | asked | right |
 |--|--|--|
 | `arithmetic` | one operation on numbers of `level` digits | the number alone |
-| `calculator` | a nested expression of `level` operations on large numbers, with a tool | the number that stands last |
+| `calculator` | a nested expression of `level` operations on large numbers, with a tool | the number that stands last, after a call that calculated |
 """
 
 from __future__ import annotations
@@ -131,7 +131,8 @@ CALCULATOR = tool("calculate", "The value of an expression of whole numbers.", e
 
 
 class Calculator(Task):
-    """Levels are calls that a careful solver makes. One that calls nothing and is right is right all the same."""
+    """Levels are calls that a careful solver makes. A right number earns nothing where no call gave a value: it is the
+    tool that is to be learnt."""
 
     name, levels, turns = "calculator", range(1, 4), 6
     thinks = False
@@ -154,6 +155,10 @@ class Calculator(Task):
 
 
 class Calculating(Episode):
+    def __init__(self, problem: Problem):
+        super().__init__(problem)
+        self.valid = 0  # calls that gave a value
+
     def answer(self, reply: Reply) -> Sequence[Message]:
         if reply.fault:
             return [told(f"error: {reply.fault}")]
@@ -163,14 +168,18 @@ class Calculating(Episode):
         if call.name != "calculate" or not isinstance(call.arguments.get("expression"), str):
             return "error: call calculate with an expression"
         try:
-            return str(calculate(call.arguments["expression"]))
+            value = calculate(call.arguments["expression"])
         except ValueError as bad:
             return f"error: {bad}"
+        self.valid += 1
+        return str(value)
 
     def judged(self, last: Reply) -> Verdict:
         calls = sum(len(reply.calls) for reply in self.replies)
         parts = {"calls": calls, "faults": sum(bool(reply.fault) for reply in self.replies)}
         if last.calls or last.fault:
             return Verdict(reward=0.0, why="ended without an answer", parts=parts)
+        if not self.valid:
+            return Verdict(reward=0.0, why="no call gave a value", parts=parts)
         found = number_is(last.content, self.problem.truth)
         return Verdict(reward=found.reward, why=found.why, parts=parts)

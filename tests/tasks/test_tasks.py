@@ -138,6 +138,21 @@ def test_and_nothing_else(expression):
         calculate(expression)
 
 
+@pytest.mark.parametrize(
+    "expressions, reward",
+    [([], 0), (["2 ** 9"], 0), (["a"], 0), (["1 + 1"], 1), (["2 ** 9", "7 * 8"], 1)],
+)
+def test_a_right_number_earns_nothing_where_no_call_gave_a_value(expressions, reward):
+    problem = some("calculator", 1)[0]
+    episode = TASKS["calculator"]().episode(problem)
+    episode.hear(Reply(fault="a call that cannot be read"))
+    for expression in expressions:
+        episode.hear(Reply(calls=(Call(name="calculate", arguments={"expression": expression}),)))
+    assert not episode.hear(Reply(content=problem.truth))
+    assert episode.verdict().reward == reward
+    assert reward or episode.verdict().why == "no call gave a value"
+
+
 def test_faults_and_calls_of_agents_are_told_and_go_on():
     problem = some("store", 1)[0]
     episode = TASKS["store"]().episode(problem)
