@@ -8,6 +8,7 @@
 | `math@rows.jsonl` | rows of a file, judged as `math` |
 | `pivot/store` | single turns of a task of several |
 | `rg/leg_counting` | a task of reasoning-gym, where that is installed |
+| `verifiers@gsm8k` | an environment of verifiers, where both are installed |
 | `gym@http://127.0.0.1:8000#rows.jsonl` | rows of a file, whose environment is asked at a URL, as NeMo Gym has it |
 | `openenv@ws://127.0.0.1:8000` | an environment of OpenEnv |
 
@@ -34,6 +35,7 @@ from nautilus.tasks.pivot import Pivot
 from nautilus.tasks.puzzle import Puzzle
 from nautilus.tasks.rows import KINDS, Check, Rows, problem_of, rows_in
 from nautilus.tasks.task import Task
+from nautilus.tasks.verifiers import loaded
 
 FORM = re.compile(
     r"(?P<what>\w+@\w+://[^*]+|[^:*]+)(?::(?P<low>\d{1,9})(?:-(?P<high>\d{1,9}))?)?(?:\*(?P<share>\d+(?:\.\d+)?))?"
@@ -65,6 +67,8 @@ def asked(words: str) -> Asked:
 
 def named(what: str) -> Task:
     name, at, place = what.partition("@")
+    if at and name == "verifiers":
+        return loaded(place)
     if at:
         return of_url(name, place) if "://" in place else of_rows(name, Path(place))
     if name.startswith("rg/"):
@@ -72,6 +76,8 @@ def named(what: str) -> Task:
             return Puzzle(name.removeprefix("rg/"))
         except ImportError as bad:
             raise UserError(f"the task {name} needs the library reasoning-gym; {installing('rl')}") from bad
+        except ValueError as bad:
+            raise UserError(f"the task {name} was asked for: {bad}") from bad
     if name.startswith("pivot/"):
         return pivot_of(name.removeprefix("pivot/"))
     if name not in TASKS:
