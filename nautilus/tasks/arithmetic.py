@@ -1,9 +1,10 @@
-"""Arithmetic: sums, differences and products, done in the head or digit by digit, or with a calculator.
+"""Arithmetic: sums, differences and products, done in the head or digit by digit, or with a calculator; derivatives.
 
 | task | asked | right |
 |--|--|--|
 | `arithmetic` | one operation on numbers of `level` digits | the number alone |
-| `calculator` | a nested expression of `level` operations on large numbers, with a tool | the number that stands last, after a call that calculated |
+| `calculator` | `level` nested operations on large numbers, with a tool | the number, after a call that gave a value |
+| `derivative` | that of a polynomial of `level` terms | a formula alone that is equal, however it is written |
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import random
 import re
 from collections.abc import Callable, Sequence
 
+from nautilus.tasks.equal import same_value
 from nautilus.tasks.task import (
     Call,
     Episode,
@@ -33,6 +35,7 @@ from nautilus.tasks.task import (
 OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 NODES = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+FORMULA = re.compile(r"[\dx+*/^(). -]{1,80}")
 LONGEST, LARGEST = 200, 10**60  # characters of an expression, and its largest value
 
 
@@ -96,6 +99,32 @@ def digit_by_digit(a: int, b: int, sign: str) -> str:
         digit, carry = value % 10, int(value > 9 or value < 0)
         steps.append(f"{x}{sign}{y}{more}={value} {digit} {carry}")
     return "; ".join(steps)
+
+
+class Derivative(Question):
+    """Levels are terms. What is asked is not itself equal to the answer, and a formula has no words that ask for it
+    once more, so saying the question again earns nothing."""
+
+    name, levels = "derivative", range(1, 5)
+    thinks = False
+
+    def draw(self, rng: random.Random, level: int) -> Problem:
+        powers = sorted(rng.sample(range(1, level + 3), level), reverse=True)
+        terms = [(rng.choice((-1, 1)) * rng.randint(2, 19), power) for power in powers]
+        truth = polynomial([(factor * power, power - 1) for factor, power in terms])
+        asked = user(f"derivative of {polynomial(terms)} = ?")
+        return Problem(task=self.name, level=level, messages=asked, truth=truth, worked=(assistant(truth),))
+
+    def grade(self, problem: Problem, reply: Reply) -> Verdict:
+        if not FORMULA.fullmatch(said := reply.content.strip()):
+            return Verdict(reward=0.0, why=f"{said[:80]!r} is no formula of x alone")
+        return Verdict(reward=float(same_value(said, problem.truth)), why=f"{said}, {problem.truth}")
+
+
+def polynomial(terms: Sequence[tuple[int, int]]) -> str:
+    """Of factors and powers: 3x^2 - 5x + 2."""
+    written = (f"{factor}{'x' if power else ''}{f'^{power}' if power > 1 else ''}" for factor, power in terms)
+    return " + ".join(written).replace("+ -", "- ")
 
 
 # ----- with a calculator ----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Data sets of `reasoning-gym` as tasks of ours, and ours as data sets of theirs, used as the library itself uses them."""
+"""Data sets of `reasoning-gym` as tasks of ours, and ours as data sets of theirs, used as the library uses them."""
 
 import json
 import sys

@@ -138,6 +138,19 @@ def test_and_nothing_else(expression):
         calculate(expression)
 
 
+def test_a_derivative_is_right_however_it_is_written_and_the_question_is_none():
+    from nautilus.tasks.arithmetic import polynomial
+
+    pytest.importorskip("math_verify")
+    task = TASKS["derivative"]()
+    assert polynomial([(-3, 2), (5, 1), (-2, 0)]) == "-3x^2 + 5x - 2"
+    problem = replace(some("derivative", 1)[0], truth="6x^2 - 4")
+    grade = lambda said: task.grade(problem, Reply(content=said)).reward
+    assert [grade(said) for said in ("6x^2-4", "2(3x^2 - 2)", "-4 + 6*x*x", "12x^2/2 - 8/2")] == [1] * 4
+    wrong = "2x^3 - 4x", "6x^2 + 4", "6x - 4", "d/dx(2x^3 - 4x)", "\\frac{d}{dx}(2x^3 - 4x)", "it is 6x^2 - 4", "("
+    assert [grade(said) for said in wrong] == [0] * len(wrong)
+
+
 @pytest.mark.parametrize(
     "expressions, reward",
     [([], 0), (["2 ** 9"], 0), (["a"], 0), (["1 + 1"], 1), (["2 ** 9", "7 * 8"], 1)],
