@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from nautilus.tasks.machine import LARGE, SMALL, broken, run, telling, told_program
+from nautilus.tasks.machine import LARGE, SMALL, broken, gives, read, run, telling, told_program
 from nautilus.tasks.task import Call, Episode, Message, Problem, Reply, Task, Verdict, assistant, told, tool, user
 
 WORDS = "red blue green gold grey pink black white north south east west sun moon star rain snow wind".split()
@@ -179,7 +179,7 @@ class Mending(Acting):
         at = int(line) - 1
         if not 0 <= at < len(self.program):
             raise ValueError(f"the program has lines 1 to {len(self.program)}")
-        run([instruction], 0)
+        read(instruction)
         self.program[at] = instruction
         return "ok"
 
@@ -188,11 +188,3 @@ class Mending(Acting):
         right = sum(gives(self.program, value) == want for value, want in runs)
         parts = {**self.parts(), "runs": right / len(runs)}
         return Verdict(reward=float(right == len(runs)), why=f"{right} of {len(runs)} hidden runs", parts=parts)
-
-
-def gives(program: Sequence[str], value: int) -> int | None:
-    """None for a program whose numbers grow without end."""
-    try:
-        return run(program, value)
-    except ValueError:
-        return None

@@ -187,14 +187,70 @@ def test_a_program_is_mended_by_whatever_does_it_and_judged_by_hidden_runs():
     problem = next(TASKS["repair"]().problems("train", level=2))
     episode = TASKS["repair"]().episode(problem)
     call = lambda name, **arguments: episode.hear(Reply(calls=(Call(name=name, arguments=arguments),)))[0]["content"]
-    assert call("run", input=3).lstrip("-").isdecimal()
+    assert call("run", input=3) == told_by(problem.truth["program"], 3)
     assert "lines 1 to 4" in call("edit", line=9, instruction="neg")
     assert "is no instruction" in call("edit", line=1, instruction="jump 3")
     assert "error" in call("run", input="x")
     assert episode.verdict().reward == 0
     for number in range(4):
-        call("edit", line=number + 1, instruction="mul 999999999999")
-    assert episode.verdict().parts["runs"] == 0
+        call("edit", line=number + 1, instruction="push 999999999999")
+    assert call("run", input=3) == "999999999999" and episode.verdict().parts["runs"] == 0
+    call("edit", line=1, instruction="mul")
+    assert "'mul' takes 2 numbers, and the stack has 1" in call("run", input=3)
+    assert episode.verdict().reward == 0
+
+
+def told_by(program, value) -> str:
+    from nautilus.tasks.machine import run
+
+    try:
+        return str(run(program, value))
+    except ValueError as bad:
+        return f"error: {bad}"
+
+
+@pytest.mark.parametrize(
+    "program, value, given",
+    [
+        ([], 7, 7), (["push 3"], 7, 3), (["push 3", "sub"], 7, 4), (["push 3", "swap", "sub"], 7, -4),
+        (["dup", "mul", "push -2", "add"], -3, 7), (["push 5", "max", "neg"], 2, -5), (["push 2", "swap"], 7, 7),
+        (["dup", "push 1", "add", "mul"], 4, 20),
+    ],
+)  # fmt: skip
+def test_the_machine_has_a_stack(program, value, given):
+    from nautilus.tasks.machine import run
+
+    assert run(program, value) == given
+
+
+@pytest.mark.parametrize(
+    "program, why",
+    [
+        (["add"], "'add' takes 2 numbers, and the stack has 1"), (["push 1", "add", "swap"], "'swap' takes 2 numbers"),
+        (["add 3"], "'add 3' is no instruction; write push N, add"), (["push"], "is no instruction"),
+        (["push --3"], "is no instruction"), (["dup", "mul"] * 7, "the number is beyond"),
+    ],
+)  # fmt: skip
+def test_and_what_it_cannot_do_ends_the_run(program, why):
+    from nautilus.tasks.machine import gives, run
+
+    with pytest.raises(ValueError, match=why):
+        run(program, 9)
+    assert gives(program, 9) is None
+
+
+def test_programs_to_mend_use_what_they_are_given_and_differ_where_it_is_shown_and_where_it_is_not():
+    from nautilus.tasks.machine import LARGE, SMALL, broken, gives
+
+    rng, failing = random.Random(0), 0
+    for lines in [3, 4, 5, 6] * 5:
+        right, wrong, at = broken(rng, lines)
+        assert [*right[:at], *right[at + 1 :]] == [*wrong[:at], *wrong[at + 1 :]] and len(right) == lines
+        told = [[gives(one, value) for value in (*SMALL, *LARGE)] for one in (right, wrong)]
+        assert None not in told[0] and len({*told[0][: len(SMALL)]}) > 1
+        assert all(told[0][part] != told[1][part] for part in (slice(len(SMALL)), slice(len(SMALL), None)))
+        failing += None in told[1]
+    assert 0 < failing < 20  # some give something else, and some find too few numbers
 
 
 def test_json_earns_by_its_schema_and_tells_of_its_facts():
