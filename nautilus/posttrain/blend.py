@@ -5,8 +5,9 @@ task the pass rate p of a problem, found with the model that training begins fro
 
     weight = exp(-(p - mu)^2 / (2 spread^2)),   mu from `begin`, what is easy, to `end`, what is hard, step by step
 
-Problems that are always solved teach nothing and are left out. Source: Nemotron 3 Nano (arXiv 2512.20848), which does
-not say mu and the spread.
+Problems that are always solved teach nothing and are left out. One that is never solved stays, as it may be solved
+later, but for single turns of a longer way: of these only such count whose answers differ (PivotRL, arXiv 2603.21383).
+Source: Nemotron 3 Nano (arXiv 2512.20848), which does not say mu and the spread.
 """
 
 from __future__ import annotations
@@ -104,7 +105,8 @@ class Blend:
         if one.rates is None:
             return [rng.choice(one.problems) for _ in range(count)]
         done = number / max(1, self.steps - 1)
-        weights = [self.curriculum.weight(one.rates.get(problem.id, 0.0), done) for problem in one.problems]
+        rates = [one.rates.get(problem.id, 0.0) for problem in one.problems]
+        weights = [0.0 if one.task.pivotal and not rate else self.curriculum.weight(rate, done) for rate in rates]
         if not any(weights):
             raise UserError(
                 f"none of {len(weights)} problems of {one.task.name} is solved now and then, not always; take other"

@@ -7,6 +7,7 @@
 | `sort:2*0.5` | level 2, with half the share of the others |
 | `math@rows.jsonl` | rows of a file, judged as `math` |
 | `pivot/store` | single turns of a task of several |
+| `pivot@chats.jsonl` | the turns of recorded conversations that call tools |
 | `rg/leg_counting` | a task of reasoning-gym, where that is installed |
 | `verifiers@gsm8k` | an environment of verifiers, where both are installed |
 | `gym@http://127.0.0.1:8000#rows.jsonl` | rows of a file, whose environment is asked at a URL, as NeMo Gym has it |
@@ -31,7 +32,7 @@ from nautilus.tasks.gym import Gym
 from nautilus.tasks.judging import Judge
 from nautilus.tasks.named import TASKS
 from nautilus.tasks.openenv import OpenEnv
-from nautilus.tasks.pivot import Pivot
+from nautilus.tasks.pivot import Pivot, Recorded, turns_in
 from nautilus.tasks.puzzle import Puzzle
 from nautilus.tasks.rows import KINDS, Check, Rows, problem_of, rows_in
 from nautilus.tasks.task import Task
@@ -110,6 +111,8 @@ def of_url(kind: str, place: str) -> Task:
 def of_rows(kind: str, path: Path) -> Task:
     if kind == Judge.name:
         return read_rows(kind, path, Judge, lambda row: Judge([row]).of_row(random.Random(0)).id)
+    if kind == "pivot":
+        return read_rows(kind, path, Recorded, lambda row: [problem_of(one, kind).id for one in turns_in(row)])
     if kind not in KINDS:
         raise UserError(f"rows of the task {kind!r} were asked for; there are {', '.join([*KINDS, Judge.name])}")
     return read_rows(kind, path, lambda rows: Rows(kind, rows), lambda row: problem_of(row, kind).id)

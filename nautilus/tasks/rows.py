@@ -10,7 +10,7 @@
 | `code` | `verifier_metadata.unit_tests`: inputs and outputs | the program prints what it should for all of them |
 | `instruct` | `instruction_id_list`, `kwargs` | all instructions of IFEval (arXiv 2311.07911) are followed |
 | `schema` | `schema` | the answer is JSON that it holds for |
-| `call` | `expected_calls` | the same calls with the same arguments, in any order |
+| `call`, `pivot` | `expected_calls` | the same calls with the same arguments, in any order |
 
 What is no row is refused when the file is read, by its line. What a row lacks is a `GraderBroken` when its answer is
 judged, so that a poisoned row costs its own problem and no other.
@@ -202,4 +202,5 @@ KINDS = {
     "instruct": lambda truth, reply: followed(reply.content, truth["instruction_id_list"], truth["kwargs"]),
     "schema": schema,
     "call": call,
+    "pivot": call,
 }

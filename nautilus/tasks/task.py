@@ -123,12 +123,14 @@ class Episode(ABC):
 
 class Task(ABC):
     """levels: how hard problems can be, 1 the easiest; turns: most replies of an episode; thinks: whether worked
-    answers think first."""
+    answers think first; pivotal: whether problems are single turns of a longer way, of which those count that are
+    solved now and then."""
 
     name: str
     levels: range = range(1, 2)
     turns: int = 1
     thinks: bool = True
+    pivotal: bool = False
 
     @abstractmethod
     def draw(self, rng: random.Random, level: int) -> Problem:

@@ -1,6 +1,7 @@
 """Which problems a step has: shares of tasks, and pass rates within them."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from nautilus.posttrain.blend import Blend, Curriculum, Domain, domain
 from nautilus.runtime import UserError
+from nautilus.tasks.asked import asked
 from nautilus.tasks.named import TASKS
 
 SORT = domain(TASKS["sort"](), 40, levels=[1, 2], seed=1)
@@ -61,6 +63,19 @@ def test_what_is_easy_comes_first_and_what_is_always_solved_never():
     seen = [Counter(found.rates[problem.id] for _, problem in blend.step(step)) for step in (0, 5, 10)]
     assert [most.most_common(1)[0][0] for most in seen] == [0.75, 0.5, 0.25]
     assert not any(1 in one for one in seen)
+
+
+def test_pivots_that_are_never_solved_are_left_out_and_other_problems_are_not():
+    task = asked("pivot/store").task
+    found = domain(task, 40, levels=[1, 2], seed=1)
+    rates = {one.id: number % 3 / 2 for number, one in enumerate(found.problems)}  # 0, 0.5, 1
+    curriculum = Curriculum(begin=0.0, end=0.0, spread=0.5)
+    seen = lambda one: {rates[problem.id] for _, problem in Blend(
+        domains=[one], prompts=200, steps=1, curriculum=curriculum).step(0)}  # fmt: skip
+    assert seen(replace(found, rates=rates)) == {0.5}
+    assert seen(replace(found, task=SORT.task, rates=rates)) == {0, 0.5}
+    with pytest.raises(UserError, match="none of 40 problems of pivot/store is solved now and then"):
+        Blend(domains=[replace(found, rates=dict.fromkeys(rates, 0.0))], prompts=1, steps=1).step(0)
 
 
 def test_bad_blends_are_refused():
