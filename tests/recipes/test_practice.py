@@ -202,6 +202,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"least": 2.0}, r"\[2.0, 5.0\]"), ({"balance": -1.0}, "balance=-1"), ({"budgets": (0, -3)}, "budgets=0,-3"),
         ({"budgets": (8, 8)}, "budgets=8,8"), ({"tasks": ("sort:3",), "budgets": (0, 8)}, "sort are answered without"),
         ({"budgeted": 0.5}, "budgeted=0.5"), ({"budgeted": 0.5, "train_budgets": (-1,)}, "train_budgets="),
+        ({"less_effort": 2.0}, "less_effort=2"), ({"silence": 0.0}, "silence=0"),
         ({"mtp": Mtp(depths=200)}, "mtp.depths=200"), ({"judges": ("count=nowhere",)}, "nowhere"),
         ({"judges": ("count=a", "count=b")}, "two judges"),
     ],
@@ -258,4 +259,8 @@ def test_models_without_a_chat_template_are_told_so(base, tmp_path):
     model.save(tmp_path / "plain", tokenizer=tokenizer)
     with pytest.raises(UserError, match="no chat template"):
         rlvr.main(rlvr.Settings(model=str(tmp_path / "plain"), out=tmp_path / "run", **SMALL))
+    tokenizer.template = template_text("spaced").replace("low_effort", "x").replace("medium_effort", "y")
+    model.save(tmp_path / "full", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="less_effort=0.5 was asked for, but .* no words for less effort"):
+        rlvr.main(rlvr.Settings(model=str(tmp_path / "full"), out=tmp_path / "run", less_effort=0.5, **SMALL))
     assert replace(rlvr.Settings(), steps=2).steps == 2
