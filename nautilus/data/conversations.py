@@ -14,7 +14,7 @@ Some are changed, so that a model can be told how to think (Nemotron 3 Nano, Sup
 | share | what becomes of a sample with thinking |
 |--|--|
 | `off` | without it, under a template that is told so |
-| `cut` | thought to a random length and closed there; the answer stays, the closing itself does not count |
+| `cut` | the last thought to a random length and closed there; the answer stays, that closing does not count |
 | `toggle` | its system message says `detailed thinking on`; without thinking, `detailed thinking off` |
 """
 
@@ -135,15 +135,14 @@ def sample(tokenizer: Tokenizer, one: Conversation, how: Teaching, rng: random.R
         if draw < how.off:
             messages = [without(message) for message in messages]
             settings = ChatSettings(enable_thinking=False)
-        elif closed := draw < how.off + how.cut:
+        elif closed := draw < how.off + how.cut and thinks(messages[-1]):
             messages[-1] = shortened(tokenizer, messages[-1], rng)
     if how.toggle:
         messages = toggled(messages, on=any(map(thinks, messages)))
     settings = dataclasses.replace(settings, effort=one.effort)
     tokens, written = supervised_tokens(tokenizer, messages, tools=one.tools, settings=settings)
-    if closed and THOUGHT in tokenizer.control:
-        close = tokenizer.control[THOUGHT]
-        written = [own and token != close for token, own in zip(tokens, written, strict=True)]
+    if closed and (close := tokenizer.control.get(THOUGHT)) in tokens:
+        written[len(tokens) - 1 - tokens[::-1].index(close)] = False
     count = sum(written)
     each = 1.0 if how.loss == "token" else 1.0 / max(1, count)
     return tokens, [each * own for own in written]

@@ -4,7 +4,7 @@
 |--|--|--|
 | plays | many episodes at once; in a thread, if training goes on | the same in each process; groups go where least is |
 | new weights | are copied between two steps of the engine | are put into Ray's store once, and fetched by each |
-| what breaks | loses its own rollout | a process that dies loses the groups it was at; another takes its place |
+| what breaks | loses its own rollout | a process that dies or hangs is replaced, and its groups are played again |
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task
 from nautilus.train.replay import routes_of
 
+T = TypeVar("T")
+TRIES = 3  # of a group whose process dies
 SAVED = 1.0  # 10^9 bytes: what answers to one prompt share, and turns of one conversation
 MUCH = {"most_waiting": 1 << 20, "most_waiting_tokens": 1 << 40}
 
@@ -105,15 +107,21 @@ class Actor:
     async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
         await (await self.crew()).update(weights, version)
 
+    async def alive(self) -> None:
+        """Comes back between two steps of the engine."""
+
 
 class Actors:
-    """So many processes. `ray` is the library, connected."""
+    """So many processes. `ray` is the library, connected; silence: seconds without a sign of life from a process, after
+    which it is taken for dead. What a dead one was at is played by another, which draws the same answers from the same
+    weights; the loss is counted all the same, and is one for good after `TRIES`."""
 
     def __init__(
         self, ray: Any, count: int, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int,
-        version: int = 0,
+        version: int = 0, silence: float = 600.0,
     ):  # fmt: skip
-        self.ray, self.playing, self.rows, self.version = ray, playing, rows, version
+        self.ray, self.playing, self.rows, self.version, self.silence = ray, playing, rows, version, silence
+        self.deaths = ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, TimeoutError
         parts = parts_of(model)
         self.weights = ray.put(parts.pop("weights"))
         self.fixed = {**parts, "tokenizer": tokenizer}
@@ -128,34 +136,52 @@ class Actors:
         return self.kind.remote(parts, self.playing, self.rows, self.version)
 
     async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
-        number = min(self.actors, key=lambda one: (self.busy[one], one))
-        actor = self.actors[number]
-        self.busy[number] += 1
+        found = Group(problem=problem, rollouts=[])
+        for _ in range(TRIES):
+            number = min(self.actors, key=lambda one: (self.busy[one], one))
+            actor = self.actors[number]
+            self.busy[number] += 1
+            try:
+                whole = await self.answer(actor, actor.play.remote(task, problem, count, seed))
+                return replace(whole, lost=whole.lost + found.lost, why={**found.why, **whole.why})
+            except self.deaths as bad:
+                self.replace(number, actor)
+                why = f"process {number} of Ray {'hung' if isinstance(bad, TimeoutError) else 'died'}"
+                found = replace(found, lost=Counter({"actor": count}), why={"actor": why})
+            finally:
+                self.busy[number] -= 1
+        return found
+
+    async def answer(self, actor: Any, asked: Awaitable[T]) -> T:
+        """What the process gives; TimeoutError where it gives no sign of life."""
+        waiting = asyncio.ensure_future(asked)
         try:
-            return await actor.play.remote(task, problem, count, seed)
-        except self.ray.exceptions.RayActorError:
-            self.replace(number, actor)
-            why = {"actor": f"process {number} of Ray died"}
-            return Group(problem=problem, rollouts=[], lost=Counter({"actor": count}), why=why)
+            while not (await asyncio.wait([waiting], timeout=self.silence))[0]:
+                await asyncio.wait_for(actor.alive.remote(), self.silence)
+            return waiting.result()
         finally:
-            self.busy[number] -= 1
+            waiting.cancel()
 
     def replace(self, number: int, dead: Any) -> None:
         """Another in its place, once however many groups it was at."""
         if self.actors[number] is dead:
+            self.end(dead)
             self.lost += 1
             self.actors[number] = self.started()
+
+    def end(self, actor: Any) -> None:
+        with contextlib.suppress(Exception):  # of one that is gone already
+            self.ray.kill(actor)
 
     async def update(self, weights: Mapping[str, Tensor], version: int) -> None:
         self.weights, self.version = self.ray.put(dict(weights)), version
         for number, actor in [*self.actors.items()]:
             try:
-                await actor.update.remote(self.weights, version)
-            except self.ray.exceptions.RayActorError:
+                await self.answer(actor, actor.update.remote(self.weights, version))
+            except self.deaths:
                 self.replace(number, actor)
 
     async def close(self) -> None:
         for actor in self.actors.values():
-            with contextlib.suppress(Exception):  # of one that is gone already
-                self.ray.kill(actor)
+            self.end(actor)
         await asyncio.sleep(0)

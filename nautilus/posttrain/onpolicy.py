@@ -54,9 +54,9 @@ class Plan:
 
 
 class Stream(ABC):
-    """Steps of rollouts, each as batches. make: gives the crew that plays, inside the event loop."""
+    """Steps of rollouts, each as batches. make: gives the crew that plays, inside the event loop, with this version."""
 
-    def __init__(self, model: Language, plan: Plan, make: Callable[[], Crew], rows: Rows, keep: Keep):
+    def __init__(self, model: Language, plan: Plan, make: Callable[[int], Crew], rows: Rows, keep: Keep):
         self.model, self.plan, self.make, self.rows, self.keep, self.step = model, plan, make, rows, keep, 0
         self.crew: Crew | None = None
 
@@ -108,7 +108,7 @@ class Fresh(Stream):
 
     async def play(self) -> list[Group]:
         if self.crew is None:
-            self.crew = self.make()
+            self.crew = self.make(self.step)
         elif not self.own:
             await self.crew.update(self.weights(), self.step)
         self.crew.version = self.step
@@ -151,8 +151,7 @@ class Ahead(Stream):
         asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def started(self) -> None:
-        self.crew, self.news = self.make(), asyncio.Event()
-        self.crew.version = self.version = self.step
+        self.crew, self.news, self.version = self.make(self.step), asyncio.Event(), self.step
         self.drawing = asyncio.create_task(self.draw(self.crew, self.step))
 
     async def publish(self, weights: dict, version: int) -> None:

@@ -22,7 +22,7 @@ from nautilus.posttrain.blend import Blend, Domain, domain
 from nautilus.posttrain.crew import Actors, Crew, Here
 from nautilus.posttrain.onpolicy import Ahead, Finish, Fresh, Plan, Rows
 from nautilus.posttrain.remote import connected
-from nautilus.posttrain.rollout import Playing
+from nautilus.posttrain.rollout import Playing, least_effort
 from nautilus.posttrain.stream import Group, told_of
 from nautilus.runtime import Run, UserError, continue_or_create
 from nautilus.serve.prefixes import fingerprint
@@ -35,7 +35,7 @@ from nautilus.train.policy import Mtp
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}
 LEAST |= {"thinking_grace": 0, "drafts": 0}
-LEAST |= {"save_every": 0, "age": 0, "actors": 0, "seed": 0, "seconds": 1, "balance": 0}
+LEAST |= {"save_every": 0, "age": 0, "actors": 0, "silence": 1, "seed": 0, "seconds": 1, "balance": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,7 @@ class Practice:
     thinking_grace: int = setting(0, "at the latest after so many more")
     budgeted: float = setting(0.0, "share of problems that are trained on within one of train_budgets")
     train_budgets: tuple[int, ...] = setting((), "thinking budgets, so that fewer tokens of thinking serve as well")
+    less_effort: float = setting(0.0, "share of problems that are trained on with less effort asked for")
     seconds: float = setting(60.0, "that a task may take for a turn; then the answer is lost, and no other")
     optim: OptimConfig = OptimConfig(
         lr=3e-4, min_lr=3e-5, warmup=-1, decay=0.0, betas=(0.9, 0.999), weight_decay=0.0
@@ -67,6 +68,7 @@ class Practice:
     together: int = setting(64, "most answers that are written together")
     age: int = setting(0, "updates by which answers may be older than what they train; 0: they are drawn between two")
     actors: int = setting(0, "processes of Ray that draw answers, here or in a cluster; 0: this one does")
+    silence: float = setting(600.0, "seconds without a sign of life after which another takes a process's place")
     save_every: int = setting(50, "updates between saved states, 0: only at the end")
     seed: int = setting(0, "of the problems and the answers")
 
@@ -83,6 +85,8 @@ class Practice:
                 f"budgeted={self.budgeted} of the problems within train_budgets={self.train_budgets} was asked for;"
                 f" give a share and budgets of 0 up to thinking_budget={self.thinking_budget}, or neither"
             )
+        if not 0 <= self.less_effort <= 1:
+            raise UserError(f"less_effort={self.less_effort} of the problems was asked for; give a share of 0 to 1")
         if not 0 <= self.mtp.depths < self.tokens or self.mtp.weight < 0:
             raise UserError(
                 f"mtp.depths={self.mtp.depths} and mtp.weight={self.mtp.weight} were asked for; neither is negative,"
@@ -100,7 +104,8 @@ class Practice:
     def playing(self) -> Playing:
         names = "tokens turn_tokens thinking thinking_budget thinking_grace seconds drafts".split()
         told = {name: getattr(self, name) for name in names}
-        return Playing(routes=self.replay, budgeted=self.budgeted, budgets=self.train_budgets, **told)
+        shares = {"budgeted": self.budgeted, "budgets": self.train_budgets, "less_effort": self.less_effort}
+        return Playing(routes=self.replay, **shares, **told)
 
 
 def wanted(settings: Practice) -> list[Asked]:
@@ -139,6 +144,11 @@ def routes(words: Sequence[str], who: str) -> dict[str, str]:
 def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> Run:
     if tokenizer.template is None:
         raise UserError("this model has no chat template, in which tasks are asked; train it on conversations first")
+    if settings.less_effort and least_effort(tokenizer) is None:
+        raise UserError(
+            f"less_effort={settings.less_effort} was asked for, but the model's chat template has no words for less"
+            " effort; give 0, and rows that ask for it themselves"
+        )
     if settings.mtp.depths and not model.config.mtp:
         raise UserError(f"mtp.depths={settings.mtp.depths}, but the model has no block that predicts ahead; give 0")
     if settings.tokens > model.config.positions:
@@ -184,7 +194,8 @@ def practise(
 
 def shaping(settings: Practice) -> dict:
     """What a run that goes on must have been begun with, beside what `fit` sees itself."""
-    apart = "out model steps save_every optim balance together drafts actors teacher_actors measured profile".split()
+    apart = "out model steps save_every optim balance together drafts".split()
+    apart += "actors silence teacher_actors measured profile".split()
     return {name: json.loads(json.dumps(value)) for name, value in to_dict(settings).items() if name not in apart}
 
 
@@ -193,12 +204,13 @@ def stream_of(
 ) -> Fresh | Ahead:
     """Answers drawn here with the model itself, or with copies of it: ahead of training, or by processes of Ray."""
 
-    def make() -> Crew:
+    def make(version: int) -> Crew:
+        how = {"rows": settings.together, "version": version}
         if settings.actors:
-            ray = connected(settings.actors)
-            return Actors(ray, settings.actors, model, tokenizer, settings.playing, rows=settings.together)
+            given = connected(settings.actors), settings.actors, model, tokenizer, settings.playing
+            return Actors(*given, **how, silence=settings.silence)
         own = copy_of(model) if settings.age else model
-        return Here(own, tokenizer, settings.playing, rows=settings.together, beside=bool(settings.age))
+        return Here(own, tokenizer, settings.playing, **how, beside=bool(settings.age))
 
     if settings.age:
         return Ahead(model, plan, make, rows, log, age=settings.age)

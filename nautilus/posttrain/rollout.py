@@ -22,7 +22,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
-from nautilus.data.chat import ChatSettings, chat_tokens, following_tokens
+from nautilus.data.chat import EFFORTS, ChatSettings, chat_tokens, following_tokens
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.posttrain.credit import form_fault
@@ -61,8 +61,8 @@ class Playing:
     """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; thinking: whether a model is
     asked to think first, None: as the task's worked answers do; seconds: that a task may take to answer a turn or to
     judge; routes: experts are kept for replay; drafts: most tokens that the engine tries at once, which changes no
-    answer; chat: what else the template is told; budgeted: share of the groups in
-    training whose thinking budget is one of `budgets`, all of a group the same."""
+    answer; chat: what else the template is told; budgeted: share of the groups in training whose thinking budget is one
+    of `budgets`, all of a group the same; less_effort: share of those that are asked for the least effort."""
 
     tokens: int = 1024
     turn_tokens: int = 256
@@ -76,6 +76,7 @@ class Playing:
     chat: ChatSettings = dataclasses.field(default_factory=lambda: ChatSettings(truncate_history_thinking=False))
     budgeted: float = 0.0
     budgets: tuple[int, ...] = ()
+    less_effort: float = 0.0
 
     def chatting(self, task: Task) -> ChatSettings:
         thinks = task.thinks if self.thinking is None else self.thinking
@@ -147,6 +148,11 @@ class Rollout:
         return self.turns[-1].end - self.turns[-1].begin if self.turns else 0
 
 
+def least_effort(tokenizer: Tokenizer) -> str | None:
+    """That its chat template has words for; None where it has none."""
+    return next((effort for effort, word in EFFORTS.items() if word in (tokenizer.template or "")), None)
+
+
 class Player:
     """Plays episodes with whoever answers; many at once, each a coroutine. version: of weights, by how often those of
     the engine had changed."""
@@ -154,16 +160,18 @@ class Player:
     def __init__(self, answers: Answers, tokenizer: Tokenizer, playing: Playing, version: Callable[[int], int] = int):
         self.answers, self.tokenizer, self.playing, self.version = answers, tokenizer, playing, version
         self.slots = asyncio.Semaphore(TASKS)
-        self.opened: tuple[Problem, bool, list[int]] | None = None
+        self.opened: tuple[Problem, ChatSettings, list[int]] | None = None
 
     def within(self, seed: int) -> Player:
-        """Who plays a group in training, with the thinking budget that is drawn for it."""
+        """Who plays a group in training, with the thinking budget and the effort that are drawn for it."""
+        found, playing = copy.copy(self), self.playing
         rng = random.Random(f"{seed} budget")
-        if rng.random() >= self.playing.budgeted:
-            return self
-        budget = rng.choice(self.playing.budgets)
-        found = copy.copy(self)
-        found.playing = dataclasses.replace(self.playing, thinking_budget=budget)
+        if rng.random() < playing.budgeted:
+            playing = dataclasses.replace(playing, thinking_budget=rng.choice(playing.budgets))
+        if random.Random(f"{seed} effort").random() < playing.less_effort:
+            chat = dataclasses.replace(playing.chat, effort=least_effort(self.tokenizer))
+            playing = dataclasses.replace(playing, chat=chat)
+        found.playing = playing
         return found
 
     async def play(self, task: Task, problem: Problem, seed: int, *, alone: bool = False) -> Rollout:
@@ -211,9 +219,9 @@ class Player:
 
     def opening(self, problem: Problem, told_how: dict[str, Any]) -> list[int]:
         """Its prompt. All answers of a group begin with the same one, one after another."""
-        thinks = told_how["settings"].enable_thinking
-        if self.opened is None or self.opened[0] is not problem or self.opened[1] != thinks:
-            self.opened = problem, thinks, chat_tokens(self.tokenizer, [*problem.messages], **told_how)
+        settings = told_how["settings"]
+        if self.opened is None or self.opened[0] is not problem or self.opened[1] != settings:
+            self.opened = problem, settings, chat_tokens(self.tokenizer, [*problem.messages], **told_how)
         return self.opened[2]
 
     def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem) -> Turn:

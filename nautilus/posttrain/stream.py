@@ -30,13 +30,14 @@ MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong wi
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Answers to one problem. lost: how many more there should be, by what they were lost to; why: for people, of the
-    first of each."""
+    """Answers to one problem. lost: by what they were lost to, in place of which others came at times; why: for people,
+    of the first of each; less: less effort was asked for."""
 
     problem: Problem
     rollouts: Sequence[Rollout]
     lost: Counter[str] = field(default_factory=Counter)
     why: Mapping[str, str] = field(default_factory=dict)
+    less: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class Scoring:
     def rewards(self, group: Group) -> list[float]:
         asked = str(group.problem.messages[-1].get("content", ""))
         less = self.effort if self.effort and self.effort_words and self.effort_words in asked else None
+        less = less or (self.effort if group.less else None)
         found = [one.verdict.reward for one in group.rollouts]
         return [less.reward(r, one.length) if less else r for r, one in zip(found, group.rollouts, strict=True)]
 
@@ -73,12 +75,15 @@ async def play_group(player: Player, task: Task, problem: Problem, count: int, s
             why.setdefault(one.kind, str(one)[:300])
         elif isinstance(one, BaseException):
             raise one
-    return Group(problem=problem, rollouts=[one for one in found if isinstance(one, Rollout)], lost=lost, why=why)
+    rollouts, less = [one for one in found if isinstance(one, Rollout)], player.playing.chat.effort is not None
+    return Group(problem=problem, rollouts=rollouts, lost=lost, why=why, less=less)
 
 
 def checked(groups: Sequence[Group]) -> Sequence[Group]:
-    """UserError where so much was lost that the fault cannot be of single rollouts."""
+    """UserError where so much was lost that the fault cannot be of single rollouts. What was lost to a process that
+    died, and drawn by another then, is no part of that."""
     lost = sum((group.lost for group in groups), Counter[str]())
+    lost -= Counter(actor=sum(group.lost["actor"] for group in groups if group.rollouts))
     whole = sum(len(group.rollouts) for group in groups)
     if lost.total() > MOST_LOST * (lost.total() + whole):
         why = {kind: text for group in reversed(groups) for kind, text in group.why.items()}

@@ -85,6 +85,18 @@ def test_cut_thinking_keeps_the_answer_and_does_not_teach_to_stop(tokenizer):
     assert 8 < sum("</think>" not in text for text in texts(tokenizer, half)) < 32
 
 
+@pytest.mark.parametrize("thought", ["0123456789" * 4, ""])
+def test_of_several_turns_only_the_end_of_what_was_cut_does_not_count(tokenizer, thought):
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    before = [asked("a"), said("", "call it", tool_calls=[call]), {"role": "tool", "content": "7"}]
+    one = Conversation(messages=[*before, said("b", thought)], tools=tools)
+    (cut,), (whole,) = (texts(tokenizer, taught(tokenizer, [one], Teaching(cut=share))) for share in (1.0, 0.0))
+    assert whole.count("</think>") == 1 + bool(thought) and cut.count("</think>") == 1
+    assert "</think>" in cut[: cut.index("<tool_call>")], "the first turn ended its thinking itself"
+    assert thought or cut == whole, "nothing is cut where the last turn did not think"
+
+
 def test_thinking_that_is_off_is_said_to_be(tokenizer):
     one = Conversation(messages=[asked("a"), said("b", "hm")])
     found = taught(tokenizer, [one], Teaching(off=1.0))

@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from nautilus.data.chat import ChatSettings, chat_tokens, render
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.rollout import Dropped, Player, Playing, reply_of
-from nautilus.posttrain.stream import play_group
+from nautilus.posttrain.stream import Scoring, play_group
 from nautilus.serve import Engine
 from nautilus.serve.request import Completion, Piece
 from nautilus.serve.service import Service
@@ -189,6 +191,27 @@ def test_some_groups_have_a_budget_that_all_their_answers_share(tokenizer):
         turn = asyncio.run(chosen.play(task, problem, seed)).turns[0]
         assert bool(turn.forced) == (budget < 50), "what the drawn budget wrote is not the model's own"
     assert seen.keys() == {4, 9, 50} and 0.15 < (seen[4] + seen[9]) / 120 < 0.38
+
+
+def test_some_groups_are_asked_for_less_effort_as_the_template_does_and_earn_more_for_short_answers(tokenizer):
+    task, problem = TASKS["arithmetic"](), problem_of("arithmetic")
+    plain, less = (
+        chat_tokens(tokenizer, problem.messages, settings=replace(KEEP, effort=one)) for one in (None, "low")
+    )
+    assert tokenizer.decode(less).count("{reasoning effort: low}") == 1
+    scoring, seen = Scoring(effort=Effort(weight=1.0, upper=100)), Counter()
+    for seed in range(120):
+        script = Script(tokenizer, *[f"1</think>{problem.truth}"] * 2)
+        player = Player(script, tokenizer, Playing(chat=KEEP, less_effort=0.25))
+        asyncio.run(player.play(task, problem, seed))
+        group = asyncio.run(play_group(player, task, problem, 1, seed))
+        first, job = script.jobs
+        assert first.tokens == plain, "who plays alone is asked for no less, as in what is measured"
+        assert job.tokens == (less if group.less else plain)
+        assert (scoring.rewards(group)[0] > 1) == group.less
+        seen[group.less] += 1
+    assert 0.15 < seen[True] / 120 < 0.38
+    assert not Player(script, tokenizer, Playing(chat=KEEP)).within(0).playing.chat.effort
 
 
 class Odd(Task):

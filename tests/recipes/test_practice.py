@@ -2,6 +2,8 @@
 
 import json
 import math
+import threading
+from collections import Counter
 from dataclasses import replace
 from itertools import islice
 
@@ -13,10 +15,17 @@ from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
+from nautilus.posttrain import crew
+from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.crew import routed
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
+from nautilus.tasks import distinct
+from nautilus.tasks.agents import Keeping, Store
 from nautilus.tasks.letters import Count
+from nautilus.tasks.named import TASKS
 from nautilus.tasks.rows import row_of
+from nautilus.tasks.task import Asked, told
 from nautilus.train.optim import OptimConfig
 from nautilus.train.policy import Mtp
 
@@ -74,7 +83,9 @@ def test_reinforcement_end_to_end_and_what_it_tells(taught, tmp_path):
     assert {*found["scores"]} == {"before", "after"} and found["scores"]["after"]["count"]["answers"] == 16
     old, new = (nautilus.load(place)[0].state_dict() for place in (taught, tmp_path / "run"))
     same = {name for name in old if torch.equal(old[name].float(), new[name].float())}
-    assert any(name.endswith("gate.weight") for name in same), "routers stay"
+    routers, biases = ({name for name in old if name.endswith(end)} for end in ("gate.weight", "correction_bias"))
+    assert routers and routers <= same, "routers stay"
+    assert biases and not biases & same, "and are balanced on"
     assert not any("embeddings" in name for name in same)
 
 
@@ -94,6 +105,10 @@ def test_a_judge_is_trained_and_then_judges(base, taught, tmp_path):
     ))  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "style" / "rollouts.jsonl").read_text().splitlines()]
     assert len(lines) == 2 and all(line["parts"]["unread"] == 1 for line in lines)
+
+
+def answers_of(folder):
+    return [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
 
 
 def weights(folder):
@@ -122,20 +137,132 @@ def test_a_run_that_was_stopped_goes_on_exactly(taught, tmp_path, monkeypatch):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_answers_drawn_ahead_are_of_weights_that_are_new_enough(taught, tmp_path):
-    settings = rlvr.Settings(model=str(taught), out=tmp_path / "run", age=1, **{**SMALL, "steps": 6})
-    rlvr.main(settings)
-    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+@pytest.mark.parametrize("age", [1, 2, 4])
+def test_answers_drawn_ahead_are_of_weights_that_are_new_enough(taught, tmp_path, age):
+    how = {**SMALL, "steps": 6, "measured": 1, "save_every": 0, "together": 128}
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", age=age, **how))
+    lines = answers_of(tmp_path / "run")
     assert len(lines) == 6 * 16
-    assert all(0 <= line["step"] - line["version"] <= 1 for line in lines)
-    assert any(line["step"] - line["version"] == 1 for line in lines)
+    assert all(0 <= line["step"] - line["version"] <= age for line in lines)
+    assert any(line["step"] - line["version"] == age for line in lines)
     assert all(row["mismatch"] < 1 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_the_order_is_from_easy_to_hard_where_rates_are_measured(taught, tmp_path):
+def test_the_order_is_from_easy_to_hard_where_rates_are_measured(taught, tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(rlvr, "Blend", lambda **how: asked.update(how) or Blend(**how))
     rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", profile=2, **{**SMALL, "steps": 1}))
     rows = read_metrics(tmp_path / "run" / "state" / "profile.jsonl")
     assert len(rows) == 80 and len({row["problem"] for row in rows}) == 40
+    (domain,) = asked["domains"]
+    assert {one.id for one in domain.problems} == {row["problem"] for row in rows}
+    found = {name: [row["reward"] for row in rows if row["problem"] == name] for name in domain.rates}
+    assert domain.rates == {name: sum(rewards) / 2 for name, rewards in found.items()}
+    assert {*domain.rates.values()} >= {0.0, 0.5}, "they differ"
+
+
+def test_single_turns_of_a_task_are_profiled_and_trained_on(taught, tmp_path):
+    how = {**SMALL, "tasks": ("pivot/store:1",), "tokens": 4096, "problems": 6, "prompts": 2, "group": 2, "measured": 1}
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", profile=2, **{**how, "steps": 1}))
+    rows = read_metrics(tmp_path / "run" / "state" / "profile.jsonl")
+    assert len(rows) == 12 and {row["reward"] for row in rows} <= {0.0, 1.0}
+    (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert row["mismatch"] == row["lost"] == 0 and "reward_pivot/store" in row
+    lines = answers_of(tmp_path / "run")
+    assert len(lines) == 4 and all("<function>" in line["text"] and line["why"] for line in lines)
+
+
+class Insisting(Keeping):
+    """Whoever calls nothing is told to do so."""
+
+    def answer(self, reply):
+        return super().answer(reply) or [told("error: call a function")]
+
+
+class Patient(Store):
+    turns = 3
+
+    def episode(self, problem):
+        return Insisting(problem)
+
+
+def test_turns_with_tools_are_what_the_trainer_computes(taught, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "store", Patient)
+    how = {**SMALL, "tasks": ("store:1",), "tokens": 4096, "prompts": 2, "steps": 2, "measured": 1}
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", **how))
+    for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert row["mismatch"] == row["left_out"] == row["lost"] == 0
+    turns = [line["text"].count("error: call a function") for line in answers_of(tmp_path / "run")]
+    assert len(turns) == 16 and max(turns) == 3 and sum(turns) > 16
+
+
+def test_thinking_on_a_budget_is_trained_and_its_curve_measured(base, tmp_path):
+    """By a model that never ends a thought itself."""
+    budgets = {"thinking_budget": 6, "budgeted": 0.5, "train_budgets": (1, 3), "budgets": (0, 4)}
+    how = {**SMALL, "tasks": ("arithmetic:1", "choice:1"), "turn_tokens": 24, "prompts": 8, "steps": 2, "measured": 4}
+    rlvr.main(rlvr.Settings(model=base, out=tmp_path / "run", **how, **budgets))
+    for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert row["mismatch"] == row["left_out"] == row["lost"] == 0
+    found = json.loads((tmp_path / "run" / "results.json").read_text())
+    curve = {budget: {name: one["longest"] for name, one in rows.items()} for budget, rows in found["curve"].items()}
+    assert curve == {"0": {"arithmetic": 0}, "4": {"arithmetic": 4}}, "choice is answered without"
+    assert {name: one["longest"] for name, one in found["scores"]["after"].items()} == {"arithmetic": 6, "choice": 0}
+
+
+def test_experts_that_wrote_an_answer_learn_from_it(taught, tmp_path, monkeypatch):
+    """With weights that are as new they are those that the trainer would choose: nothing changes."""
+    given = []
+    monkeypatch.setattr(crew, "routed", lambda model, group: given.append(group) or routed(model, group))
+    for name in ("plain", "replayed"):
+        how = {**SMALL, "steps": 2, "measured": 1, "replay": name == "replayed"}
+        rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / name, **how))
+        assert len(given) == 8 * (name == "replayed")
+    assert all(row["mismatch"] == 0 for row in read_metrics(tmp_path / "replayed" / "metrics.jsonl"))
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "replayed")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Odd(Count):
+    """In training a third of its environments hang, and a third of its graders break."""
+
+    name = "odd"
+
+    def episode(self, problem):
+        return OddEpisode(self, problem)
+
+
+def fate(problem):
+    return ("hangs", "breaks", "well")[int(problem.id, 16) % 3] if problem.split == "train" else "well"
+
+
+class OddEpisode(Asked):
+    def answer(self, reply):
+        if fate(self.problem) == "hangs":
+            threading.Event().wait(4)
+        return ()
+
+    def judged(self, last):
+        return 1 / 0 if fate(self.problem) == "breaks" else super().judged(last)
+
+
+def test_environments_that_hang_and_graders_that_break_cost_their_own_answers(taught, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "odd", Odd)
+    how = {**SMALL, "tasks": ("count:3", "odd:3"), "measured": 4, "seconds": 1.0}
+    rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", **how))
+    fates = {one.id: fate(one) for one in distinct(Odd(), "train", 40, levels=[3])}
+    counts, lost = Counter(), Counter()
+    for line in answers_of(tmp_path / "run"):
+        meant = {"hangs": "time", "breaks": "task"}.get(fates.get(line["problem"], "well"))
+        assert line.get("to") == meant
+        counts[line["step"], line["problem"]] += line.get("lost", 1)
+        lost[line["step"]] += line.get("lost", 0)
+        lost[meant] += 1
+    assert counts.total() == 3 * 16 and all(count % 4 == 0 for count in counts.values()), "every answer is somewhere"
+    assert lost["time"] and lost["task"]
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["lost"] * 16 for row in rows] == [lost[step] for step in range(3)]
+    found = json.loads((tmp_path / "run" / "results.json").read_text())["scores"]
+    assert all(one["answers"] == 4 and one["lost"] == 0 for by_task in found.values() for one in by_task.values())
 
 
 def test_distillation_from_two_teachers(taught, tmp_path):
@@ -202,6 +329,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"least": 2.0}, r"\[2.0, 5.0\]"), ({"balance": -1.0}, "balance=-1"), ({"budgets": (0, -3)}, "budgets=0,-3"),
         ({"budgets": (8, 8)}, "budgets=8,8"), ({"tasks": ("sort:3",), "budgets": (0, 8)}, "sort are answered without"),
         ({"budgeted": 0.5}, "budgeted=0.5"), ({"budgeted": 0.5, "train_budgets": (-1,)}, "train_budgets="),
+        ({"less_effort": 2.0}, "less_effort=2"), ({"silence": 0.0}, "silence=0"),
         ({"mtp": Mtp(depths=200)}, "mtp.depths=200"), ({"judges": ("count=nowhere",)}, "nowhere"),
         ({"judges": ("count=a", "count=b")}, "two judges"),
     ],
@@ -258,4 +386,8 @@ def test_models_without_a_chat_template_are_told_so(base, tmp_path):
     model.save(tmp_path / "plain", tokenizer=tokenizer)
     with pytest.raises(UserError, match="no chat template"):
         rlvr.main(rlvr.Settings(model=str(tmp_path / "plain"), out=tmp_path / "run", **SMALL))
+    tokenizer.template = template_text("spaced").replace("low_effort", "x").replace("medium_effort", "y")
+    model.save(tmp_path / "full", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="less_effort=0.5 was asked for, but .* no words for less effort"):
+        rlvr.main(rlvr.Settings(model=str(tmp_path / "full"), out=tmp_path / "run", less_effort=0.5, **SMALL))
     assert replace(rlvr.Settings(), steps=2).steps == 2

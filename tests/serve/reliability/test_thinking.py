@@ -1,15 +1,19 @@
-"""Thinking budgets through engine and service, in batches: reasoning ends in time, or as it would have anyway."""
+"""Thinking budgets through engine and service, in batches, with drafts: reasoning ends in time, or as it would have
+anyway."""
 
 import asyncio
 import dataclasses
 import random
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given, settings
 
+from nautilus.ops.cpu.library import native
 from nautilus.serve import Sampling
 from nautilus.serve.job import Job
 from nautilus.serve.service import Service
+from tests.serve.draft.test_policy import make_cheap, total
 from tests.serve.reliability.parts import TOKENIZER, Oracle, audit, engine_of, facts, hybrid, run, words
 
 MODEL = hybrid()
@@ -30,6 +34,7 @@ asked = st.builds(
         {CLOSE: st.sampled_from([-50.0, 3.0, 6.0]), TOKENIZER.encode("\n")[0]: st.sampled_from([-50.0, 0.0, 6.0])}
     ),
 )
+NATIVE = pytest.mark.skipif(native().functions is None, reason="torch adds in another order in other chunks")
 batches = st.lists(asked, min_size=1, max_size=5)
 
 
@@ -51,16 +56,48 @@ def prompt_of(index):
     return [*words(random.Random(index), 3 + 7 * index), *OPEN]
 
 
-@settings(max_examples=25, deadline=None)
-@given(samplings=batches, cached=st.booleans())
-def test_reasoning_in_a_batch_is_never_longer_than_its_budget(samplings, cached):
-    engine = engine_of(MODEL, rows=3, pages=40, saved_gb=1e-3 * cached)
+def answered(engine, samplings):
+    """As they would be alone and without drafts, and within their budgets."""
     requests = [engine.request(prompt_of(index), sampling) for index, sampling in enumerate(samplings)]
     run(engine, *requests)
     for request in requests:
         got = request.completion()
         assert facts(got) == facts(ORACLE.answer(got.prompt, request.sampling))
         check(got.prompt, request.sampling, got.tokens)
+
+
+@settings(max_examples=25, deadline=None)
+@given(samplings=batches, cached=st.booleans())
+def test_reasoning_in_a_batch_is_never_longer_than_its_budget(samplings, cached):
+    answered(engine_of(MODEL, rows=3, pages=40, saved_gb=1e-3 * cached), samplings)
+
+
+def drafting(drafts=6):
+    """An engine in which all drafts are tried, whatever they cost."""
+    engine = engine_of(MODEL, rows=3, pages=40, drafts=drafts)
+    make_cheap(engine.speculation)
+    return engine
+
+
+@NATIVE
+@settings(max_examples=10, deadline=None)
+@given(samplings=batches)
+def test_drafts_go_no_further_than_a_budget(samplings):
+    """The second time the answers are known and come as drafts: across the end of a budget and what it writes there."""
+    engine = drafting()
+    for _ in range(2):
+        answered(engine, samplings)
+
+
+@NATIVE
+@pytest.mark.parametrize("bias", [-50.0, 4.0])
+def test_drafts_of_what_was_answered_before_are_taken_on_both_sides_of_a_budget(bias):
+    """And those of other budgets before: they are right up to the smaller of both, and wrong behind it."""
+    engine = drafting()
+    for budget in (9, 4, 15, 4):
+        answered(engine, [Sampling(seed=1, max_tokens=40, thinking_budget=budget, logit_bias={CLOSE: bias})])
+    counts = total(engine)
+    assert counts.accepted > 30 and counts.drafted > counts.accepted, counts
 
 
 @settings(max_examples=10, deadline=None)
