@@ -24,7 +24,7 @@ SMALL = "steps=2 rows=2 micro=1 length=48 save_every=1 optim.warmup=0 optim.deca
 PRACTICE = "prompts=2 problems=8 tokens=200 turn_tokens=6 steps=2 measured=4 optim.warmup=0"
 # How each recipe is tried; {text} is a folder of text files, {out} a new folder, {model} what pretrain left.
 PIPELINE = (
-    "tasks=count iterations=1 supervised.steps=2 supervised.problems=40 "
+    "tasks=count supervised.steps=2 supervised.problems=40 "
     "supervised.rows=2 supervised.optim.warmup=0 specialist.steps=2 specialist.prompts=2 specialist.group=2 "
     "specialist.problems=8 specialist.measured=4 specialist.optim.warmup=0 student.steps=2 student.prompts=2 "
     "student.problems=8 student.measured=4 student.optim.warmup=0 drafts.answers=8 drafts.measured=3 drafts.steps=2 "
@@ -33,7 +33,7 @@ PIPELINE = (
 TRIED = {
     "curate": "data={text} out={out} filters=repetition workers=1",
     "pretrain": f"toy data={{text}} out={{out}} {SMALL}",
-    "demo": f"data={{text}} out={{out}} {SMALL} {' '.join(f'then.{words}' for words in PIPELINE.split())}",
+    "demo": f"data={{text}} out={{out}} {SMALL} {' '.join(f'then.{words}' for words in f'iterations=1 {PIPELINE}'.split())}",
     "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
     "optim.warmup=0,model.vocab=400",
     "eval": "{model} tasks=single lengths=600 samples=1 out={out}",
@@ -48,7 +48,7 @@ TRIED = {
     "rlvr": f"{{model}} tasks=count {PRACTICE} group=2 out={{out}}",
     "dpo": f"{{model}} tasks=count {PRACTICE} group=8 out={{out}}",
     "mopd": f"{{model}} tasks=count teachers=count={{model}} {PRACTICE} out={{out}}",
-    "posttrain": f"{{model}} out={{out}} baselines=true {PIPELINE}",
+    "posttrain": f"{{model}} out={{out}} baselines=true iterations=2 {PIPELINE}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
     "environments": "tasks=count port=0",
@@ -136,9 +136,11 @@ def test_post_training_leaves_every_stage_and_what_came_of_it(places, tmp_path, 
     assert str(out / "report.html") in capsys.readouterr().out and (out / "report.png").exists()
     found = json.loads((out / "results.json").read_text())
     baselines = {"mean of specialists", "their answers learnt", "all at once"}
-    assert set(found["scores"]) == {"sft", "count specialist 1", "student 1", *baselines}
-    assert [row["task"] for row in found["gains"]] == ["count"]
-    stages = {"sft", "1-count", "1-student", "boost", "learnt", "all"}
+    each = {name for number in (1, 2) for name in (f"count specialist {number}", f"student {number}")}
+    assert set(found["scores"]) == {"sft", *each, *baselines}
+    assert [row["task"] for row in found["gains"]] == ["count"] and "student 2" in found["gains"][0]
+    loops = {f"{number}-{name}" for number in (1, 2) for name in ("count", "student")}
+    stages = {"sft", *loops, "boost", "learnt", "all"}
     assert stages <= {row["stage"] for row in found["stages"]} and all((out / name).is_dir() for name in stages)
 
 

@@ -25,10 +25,12 @@ from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
 HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
-CURVE = "task", "budget", "reward", "95 % interval", "thinking", "longest"
+CURVE = "task", "budget", "reward", "95 % interval", "thinking", "longest", "rises", "within"
+PARTS = "task", "part", "model", "mean", "answers"
 BUDGET = (
     "The same with thinking closed after so many tokens, whatever the model was about to think. Thinking: tokens of "
-    "it, in the mean and at most."
+    "it in an answer, in the mean; longest: in a turn, at most. Rises: no smaller budget is better beyond the "
+    "intervals of both; within: no turn thought for longer than it might."
 )
 ABOUT = (
     "The mean reward of answers to problems of each task that nobody was trained on, each drawn once at temperature 1. "
@@ -66,10 +68,26 @@ class Practised:
         """Rows of CURVE, task by task."""
         thinking = [*dict.fromkeys(task for by_task in self.curve.values() for task in by_task)]
         return [
-            [task, f"{budget:,}", *measured(one), f"{mean(one.thought):.1f}", f"{max(one.thought, default=0):,}"]
+            [
+                task, f"{budget:,}", *measured(one), f"{mean(one.thought):.1f}", f"{max(one.longest, default=0):,}",
+                *("yes" if holds else "no" for holds in kept(self.curve, budget, task).values()),
+            ]
             for task in thinking
             for budget, by_task in self.curve.items()
             for one in (by_task[task],)
+        ]  # fmt: skip
+
+    @property
+    def parts(self) -> list[list[str]]:
+        """Rows of PARTS: what else is seen of answers, each over those of which it is known."""
+        seen = dict.fromkeys(
+            (task, part) for by_task in self.scores.values() for task, one in by_task.items() for part in one.parts
+        )
+        return [
+            [task, part, name, f"{mean(values):.3f}", f"{len(values):,}"]
+            for task, part in sorted(seen, key=lambda pair: self.tasks.index(pair[0]))
+            for name, by_task in self.scores.items()
+            if task in by_task and (values := by_task[task].parts.get(part))
         ]
 
 
@@ -81,6 +99,14 @@ def measured(one: Score) -> tuple[str, str]:
 
 def interval(one: Score) -> tuple[float, float]:
     return one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
+
+
+def kept(curve: Mapping[int, Mapping[str, Score]], budget: int, task: str) -> dict[str, bool]:
+    """rises: no smaller budget is better beyond the intervals of both; within: no turn thought longer than it might."""
+    one = curve[budget][task]
+    smaller = [interval(by_task[task])[0] for other, by_task in curve.items() if other < budget]
+    high, most = interval(one)[1], math.inf if one.most is None else one.most
+    return {"rises": not any(low > high for low in smaller), "within": max(one.longest, default=0) <= most}
 
 
 def summary(found: Practised) -> list[Table]:
@@ -104,7 +130,10 @@ def show(run: Run, scores: Mapping[str, Mapping[str, Score]], **told: Any) -> No
 def write(run: Run, found: Practised) -> None:
     """results.json, report.html and, where matplotlib is there, report.png."""
     scores = {name: plain_scores(by_task) for name, by_task in found.scores.items()}
-    curve = {str(budget): plain_scores(by_task) for budget, by_task in found.curve.items()}
+    curve = {
+        str(budget): {task: told | kept(found.curve, budget, task) for task, told in plain_scores(by_task).items()}
+        for budget, by_task in found.curve.items()
+    }
     plain = {"title": found.title, "command": found.command, "facts": dict(found.facts), "scores": scores}
     plain |= {"curve": curve} if curve else {}
     plain |= {title.lower(): [dict(zip(head, row, strict=True)) for row in rows] for title, head, rows in found.more}
@@ -124,7 +153,8 @@ def plain_scores(by_task: Mapping[str, Score]) -> dict[str, dict]:
     return {
         task: {
             "reward": one.mean, "error": one.error, "answers": len(one.rewards), "lost": one.lost,
-            "thinking": mean(one.thought), "longest": max(one.thought, default=0),
+            "thinking": mean(one.thought), "longest": max(one.longest, default=0),
+            **({"parts": {name: mean(values) for name, values in one.parts.items()}} if one.parts else {}),
         }
         for task, one in by_task.items()
     }  # fmt: skip
@@ -141,7 +171,11 @@ def render(found: Practised, rows: Sequence[Mapping]) -> str:
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
         section("scores", "Scores", grid(scores, *budgets(found)), table(HEAD, found.rows, kind="words")),
-        *(section(title.lower(), title, table(head, rows, kind="words")) for title, head, rows in found.more),
+        *(
+            section(title.lower(), title, table(head, rows, kind="words"))
+            for title, head, rows in (("Parts", PARTS, found.parts), *found.more)
+            if rows
+        ),
         section("training", "Training", grid(reward_chart(rows), loss_chart(rows), *on_the_way(rows))) if rows else "",
         section("reproduce", "Reproduce", f"<pre>{text(found.command)}</pre>", table(("", ""), facts)),
         "</main><footer>Written by Nautilus.</footer>",
@@ -152,8 +186,10 @@ def render(found: Practised, rows: Sequence[Mapping]) -> str:
 def budgets(found: Practised) -> list[str]:
     if not found.curve:
         return []
-    image = picture(draw_curve, found)
-    return [chart("Reward by thinking budget", BUDGET, image, table(CURVE, found.by_budget, kind="words"))]
+    image, rows = picture(draw_curve, found), found.by_budget
+    broken = [f"{key} for {row[0]} at {row[1]}" for key in CURVE[-2:] for row in rows if row[CURVE.index(key)] == "no"]
+    verdict = f"Not so: {', '.join(broken)}." if broken else "Both are so for every budget."
+    return [chart("Reward by thinking budget", f"{BUDGET} {verdict}", image, table(CURVE, rows, kind="words"))]
 
 
 def reward_chart(rows: Sequence[Mapping]) -> str:
@@ -168,6 +204,7 @@ ON_THE_WAY = {
     "answer_tokens": ("Length of answers", "Tokens that the model drew for a problem.", "tokens"),
     "mismatch": ("Trainer and engine", "How far apart their log-probs of drawn tokens are, in the mean.", "nats"),
     "surprise": ("Surprise", "Minus the mean log-prob of drawn tokens: falls to 0 as answers become certain.", "nats"),
+    "left_out": ("Left out", "Drawn tokens that count nothing: their probability has changed by too much.", "share"),
     "silent_groups": ("Groups that say nothing", "Those whose answers all earn the same.", "share"),
     "teacher_gap": ("Teacher's lead", "Its log-prob of a drawn token less the student's, in the mean.", "nats"),
 }
@@ -176,9 +213,9 @@ ON_THE_WAY = {
 def on_the_way(rows: Sequence[Mapping]) -> list[str]:
     found = []
     for key, (title, says, unit) in ON_THE_WAY.items():
-        line = series(rows, key, title)
-        if line is not None:
-            found.append(lines_chart(title, says, [thin(smooth(line))], unit))
+        lines = family(rows, f"{key}_") or [line for line in (series(rows, key, title),) if line is not None]
+        if lines:
+            found.append(lines_chart(title, says, [thin(smooth(line)) for line in lines], unit))
     return found
 
 

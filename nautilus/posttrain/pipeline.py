@@ -17,9 +17,11 @@ from rich.console import Console
 
 from nautilus.config import to_dict
 from nautilus.data.mix import number_of
+from nautilus.model.language import Language
 from nautilus.posttrain.blend import domain
 from nautilus.posttrain.compared import Load
 from nautilus.posttrain.practice import Practice
+from nautilus.posttrain.profile import Score, curve, examined
 from nautilus.posttrain.written import written
 from nautilus.runtime import Run, UserError, read_json, refuse_others, write_atomic
 from nautilus.tasks.asked import Asked, asked
@@ -31,7 +33,7 @@ UNSEEN = {"out", "weights", "together", "actors", "teacher_actors", "seconds", "
 @dataclass(frozen=True, kw_only=True)
 class Stages:
     """Runs of recipes below one run, each done once. state/stages.json has the minutes that each took, of one that was
-    interrupted those since it was gone on with, and when it was done, in seconds since 1970."""
+    interrupted those since it was gone on with, when it was done, in seconds since 1970, and of which it was made."""
 
     run: Run
     seed: int
@@ -53,7 +55,7 @@ class Stages:
         Console(highlight=False).rule(name)
         begin = time.monotonic()
         recipe.main(told)
-        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time()}
+        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time(), "of": [*of]}
         write_atomic(self.file, json.dumps({**self.known, name: known}, indent=1) + "\n")
         return out
 
@@ -61,8 +63,13 @@ class Stages:
         return name in self.known and (self.run.folder / name / "report.html").is_file()
 
     def refuse_older(self, name: str, of: Sequence[str]) -> None:
-        """UserError where a stage is older than those that it is made of."""
+        """UserError where a stage is older than those that it is made of, or was made of others."""
         known = self.known
+        if {*(made := known[name].get("of", of))} != {*of}:
+            raise UserError(
+                f"{self.run.folder / name} was made of {', '.join(made)}, and is now to be made of {', '.join(of)};"
+                " remove it, and what was made of it, to have it made again"
+            )
         if later := [one for one in of if known[one]["done"] > known[name]["done"]]:
             raise UserError(
                 f"{self.run.folder / name} was made before {', '.join(later)} was made again; remove it, and what was"
@@ -81,12 +88,37 @@ class Stages:
         return self.run.state / "stages.json"
 
     @property
-    def known(self) -> dict[str, dict[str, float]]:
+    def known(self) -> dict[str, dict[str, Any]]:
         return read_json(self.file) if self.file.is_file() else {}
 
     @property
     def minutes(self) -> dict[str, float]:
         return {name: one["minutes"] for name, one in self.known.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exam:
+    """The same problems for every model, so many of each task, asked as `settings` say."""
+
+    run: Run
+    tasks: Sequence[Asked]
+    count: int
+    settings: Practice
+    load: Load
+
+    def __call__(self, name: str, place: Path) -> dict[str, Score]:
+        model, how = self.opened(place)
+        return examined(self.run, name.replace(" ", "_"), model, **how)
+
+    def by_budget(self, place: Path, budgets: Sequence[int]) -> dict[int, dict[str, Score]]:
+        model, how = self.opened(place)
+        return curve(self.run, model, budgets, **how)
+
+    def opened(self, place: Path) -> tuple[Language, dict[str, Any]]:
+        """The model, and how it is asked."""
+        model, tokenizer = self.load(str(place))
+        how = {"tasks": self.tasks, "count": self.count, "settings": self.settings, "tokenizer": tokenizer}
+        return self.settings.computing(model).requires_grad_(False).eval(), how
 
 
 def refuse_given(name: str, settings: Any, fields: Sequence[str]) -> None:

@@ -6,9 +6,9 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
@@ -17,23 +17,39 @@ from nautilus.posttrain.blend import Domain
 from nautilus.posttrain.crew import MUCH, engine_of
 from nautilus.posttrain.practice import Practice
 from nautilus.posttrain.rollout import Dropped, Player, Playing, Rollout
+from nautilus.posttrain.stream import parts_seen
 from nautilus.runtime import Progress, Run, UserError, read_metrics, write_atomic
 from nautilus.serve.prefixes import fingerprint
 from nautilus.serve.turns import Turns
 from nautilus.tasks import Problem, Task, distinct
 from nautilus.tasks.asked import Asked
 
-Solved = tuple[float, int] | None  # the reward of an answer and its tokens of thinking; None for one that was lost
 Told = Callable[[Problem, int, Rollout | Dropped], None]
+
+
+class Answered(NamedTuple):
+    """What an answer earned; its tokens of thinking, and those of the turn with most; parts of its verdict."""
+
+    reward: float
+    thought: int = 0
+    longest: int = 0
+    parts: Mapping[str, float] = {}
+
+
+Solved = Answered | None  # None for one that was lost
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """Of a task: rewards of its answers, less those that were lost; thought: tokens of thinking of each."""
+    """Of a task: rewards of its answers, less those that were lost; thought, longest, parts: of each, as in `Answered`,
+    and what each part was; most: tokens of thinking that a turn might have, None: any number."""
 
     rewards: Sequence[float]
     lost: int = 0
     thought: Sequence[int] = ()
+    longest: Sequence[int] = ()
+    parts: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    most: int | None = None
 
     @property
     def mean(self) -> float:
@@ -74,9 +90,13 @@ def examined(
 
 def score_of(answers: Sequence[Solved]) -> Score:
     known = [one for one in answers if one is not None]
+    parts: dict[str, list[float]] = {}
+    for name, value in ((name, value) for one in known for name, value in one.parts.items()):
+        parts.setdefault(name, []).append(value)
     return Score(
-        rewards=[reward for reward, _ in known], lost=len(answers) - len(known), thought=[tokens for _, tokens in known]
-    )
+        rewards=[one.reward for one in known], lost=len(answers) - len(known), thought=[one.thought for one in known],
+        longest=[one.longest for one in known], parts=parts,
+    )  # fmt: skip
 
 
 def curve(
@@ -87,10 +107,12 @@ def curve(
     found, thinking = {}, [one for one in tasks if settings.playing.chatting(one.task).enable_thinking]
     for budget in budgets if thinking else ():
         playing = replace(settings.playing, thinking_budget=budget)
-        found[budget] = examined(
+        scores = examined(
             run, f"budget_{budget}", model, tasks=thinking, count=count, settings=settings, tokenizer=tokenizer,
             playing=playing,
         )  # fmt: skip
+        most = budget + playing.thinking_grace
+        found[budget] = {task: replace(one, most=most) for task, one in scores.items()}
     return found
 
 
@@ -126,7 +148,9 @@ def mean(values: Sequence[float]) -> float:
 
 
 def solved_of(row: Mapping[str, Any]) -> Solved:
-    return None if row["reward"] is None else (row["reward"], row["thought"])
+    if row["reward"] is None:
+        return None
+    return Answered(row["reward"], row["thought"], row.get("longest", row["thought"]), row.get("parts", {}))
 
 
 def solved(
@@ -145,7 +169,9 @@ def solved(
         def told(problem: Problem, time: int, found: Rollout | Dropped) -> None:
             row = {"step": len(known), "model": by, "problem": problem.id, "time": time, "reward": None, "thought": 0}
             if isinstance(found, Rollout):
-                row |= {"reward": found.verdict.reward, "thought": sum(turn.thought for turn in found.turns)}
+                thought, parts = [turn.thought for turn in found.turns], parts_seen(found.verdict.parts)
+                row |= {"reward": found.verdict.reward, "thought": sum(thought)}
+                row |= {"longest": max(thought, default=0), "parts": parts}
             else:
                 row |= {"lost": found.kind, "why": str(found)[:300]}
             known[problem.id, time] = solved_of(row)

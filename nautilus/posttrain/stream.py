@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from nautilus.train.replay import NONE
 
 Rows = list[tuple[Rollout, float]]
 MOST_LOST = 0.5  # of the rollouts of a step, beyond which something is wrong with all of them
+LARGEST = 1e30  # a part of a verdict that is no less is no number to add up
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +195,8 @@ def telling(rows: Rows) -> tuple[Rows, float]:
 
 
 def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
-    """(sum, count) of what is worth knowing of a step: reward by task, length, what was cut, broken or lost."""
+    """(sum, count) of what is worth knowing of a step: reward and its parts by task, length, what was cut, broken or
+    lost."""
     found: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
@@ -205,6 +208,8 @@ def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
         for one in group.rollouts:
             for name in ("reward", f"reward_{group.problem.task}"):
                 add(name, one.verdict.reward)
+            for name, value in parts_seen(one.verdict.parts).items():
+                add(f"part_{group.problem.task}_{name}", value)
             add("answer_tokens", sum(turn.end - turn.begin for turn in one.turns))
             add("cut", float(not one.ended))
             add("faults", float(any(turn.reply.fault for turn in one.turns)))
@@ -215,3 +220,9 @@ def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
             rewards = {one.verdict.reward for one in group.rollouts}
             add("silent_groups", float(len(rewards) == 1))
     return {name: (total, count) for name, (total, count) in found.items()}
+
+
+def parts_seen(parts: Mapping[str, Any]) -> dict[str, float]:
+    """Those of which there is a mean: a grader elsewhere may say anything."""
+    numbers = {name: value for name, value in parts.items() if isinstance(value, int | float)}
+    return {name: float(value) for name, value in numbers.items() if abs(value) < LARGEST}

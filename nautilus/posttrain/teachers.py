@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ from nautilus.posttrain.remote import model_of, parts_of
 from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
-from nautilus.train.objective import Objective, Pairs
-from nautilus.train.policy import Mtp, Surrogate, drawn_logprob, read
+from nautilus.train.objective import Objective, Pairs, Terms
+from nautilus.train.policy import Mtp, Surrogate, distill, drawn_logprob, read
 
 TRIES = 3  # of scores whose process died
 
@@ -36,6 +37,12 @@ class Teachers:
     routes: Mapping[str, str]
     models: Mapping[str, Language]
     actors: TeacherActors | None = None
+
+    @property
+    def short(self) -> dict[str, str]:
+        """Their names without the folders that lie above, where these are still different."""
+        last = {name: Path(name).name for name in self.models}
+        return {name: word if [*last.values()].count(word) == 1 else name for name, word in last.items()}
 
     def check(self, tasks: Sequence[str], student: Language) -> None:
         """UserError for a task without a teacher, a teacher without a model, and one of another vocabulary."""
@@ -70,13 +77,25 @@ class Teachers:
         each = zip(asked, found, strict=True)
         return [replace(batch, teacher_logprob=scores, teacher=name) for (name, batch), scores in each]
 
+    def distill(self, how: Surrogate, mtp: Mtp) -> Objective:
+        """`train.policy.distill`, with the lead of each teacher told apart."""
+        return self.told_apart(distill(how, mtp))
+
     def distill_whole(self, how: Surrogate, mtp: Mtp) -> Objective:
         """Distillation by all words of the vocabulary: at every token that the student drew, its reverse KL from the
         teacher, in place of the drawn word's share in that, which is as right in the mean and noisier.
 
             L = (1/N) sum_t w_t KL(student(. | tokens < t) || teacher(. | tokens < t))
         """
-        return Objective(partial(self.whole_terms, how=how, mtp=mtp), mtp.coefficients, mtp.weigh)
+        whole = Objective(partial(self.whole_terms, how=how, mtp=mtp), mtp.coefficients, mtp.weigh)
+        return self.told_apart(whole)
+
+    def told_apart(self, objective: Objective) -> Objective:
+        return replace(objective, terms=partial(self.apart_terms, objective.terms))
+
+    def apart_terms(self, all_terms: Terms, model: Language, batch: Batch) -> tuple[Pairs, Pairs]:
+        terms, watched = all_terms(model, batch)
+        return terms, watched | {f"teacher_gap_{self.short[batch.teacher]}": watched["teacher_gap"]}
 
     def whole_terms(
         self, model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp

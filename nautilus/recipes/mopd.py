@@ -23,6 +23,7 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.gaps import gap_table, gaps
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
 from nautilus.posttrain.profile import examined
 from nautilus.posttrain.remote import connected
@@ -30,7 +31,7 @@ from nautilus.posttrain.stream import Group
 from nautilus.posttrain.teachers import TeacherActors, Teachers, same_words
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
-from nautilus.train.policy import Correction, Surrogate, distill
+from nautilus.train.policy import Correction, Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,20 +79,23 @@ def main(settings: Settings) -> None:
     teachers = teachers_of(settings, tokenizer)
     teachers.check([one.task.name for one in tasks], model)
     run = open_practice(settings, model, tokenizer)
-    exam = partial(examined, run, tasks=tasks, count=settings.measured, settings=settings, tokenizer=tokenizer)
+    how = {"tasks": tasks, "count": settings.measured, "settings": settings, "tokenizer": tokenizer}
+    exam = partial(examined, run, **how)
     scores = {"before": exam("before", model)}
     scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
+    lead = {"before": gaps(run, "before", model, teachers, **how)}
     blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
     if settings.teacher_actors:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
     learnt = partial(rows, settings, teachers, model.config.pad)
-    objective = (teachers.distill_whole if settings.whole else distill)(settings.surrogate(), settings.mtp)
+    objective = (teachers.distill_whole if settings.whole else teachers.distill)(settings.surrogate(), settings.mtp)
     practise(run, settings, model, tokenizer, blend, learnt, objective)
-    scores["after"] = exam("after", model)
+    scores["after"], lead["after"] = exam("after", model), gaps(run, "after", model, teachers, **how)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
     title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"
-    report.show(run, scores, title=title, facts={"model": settings.model, "seed": str(settings.seed)})
+    facts = {"model": settings.model, "seed": str(settings.seed)}
+    report.show(run, scores, title=title, facts=facts, more=[gap_table(lead, teachers)])
 
 
 def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:

@@ -8,8 +8,9 @@ is done stays as it is: with other settings, or after an earlier one was removed
 |--|--|
 | sft | supervised: worked answers of all tasks |
 | 1-TASK | a specialist for each task: reinforcement from there |
+| 1-warm | with warm=40: where the student begins, supervised, on 40 steps of what the specialists answer |
 | 1-student | distilled from the specialists, on its own answers |
-| 2-TASK, 2-student | the same from the first student |
+| 2-TASK, 2-warm, 2-student | the same from the first student |
 | boost | the last student, its prediction block trained on its own answers |
 
 baselines=true has beside them what else could be made of the first specialists or of as many rollouts: the mean of
@@ -29,20 +30,18 @@ import nautilus
 from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
-from nautilus.model.language import Language
 from nautilus.posttrain.acceptance import TooShort
-from nautilus.posttrain.pipeline import Stages, averaged, questions, refuse_given, written_by
+from nautilus.posttrain.pipeline import Exam, Stages, averaged, questions, refuse_given, written_by
 from nautilus.posttrain.practice import budgeted, wanted
-from nautilus.posttrain.profile import Score, curve, examined
 from nautilus.recipes import boost, mopd, rlvr, sft
-from nautilus.runtime import Run, UserError, continue_or_create, keep_memory
+from nautilus.runtime import UserError, continue_or_create, keep_memory
 from nautilus.tasks.asked import Asked
 from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 
 GIVEN = {"supervised": (), "specialist": ("tasks",), "student": ("tasks", "teachers"), "drafts": ("prompts",)}
-FREE = {*GIVEN, "again", "measured", "budgets", "baselines"}  # each stage holds on to its own
+FREE = {*GIVEN, "again", "warm", "measured", "budgets", "baselines"}  # each stage holds on to its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ class Settings:
     out: Path = setting(Path("runs/posttrain"), "folder of all stages; gone on with if it is there")
     iterations: int = setting(2, "times that specialists are trained, and distilled into a student")
     again: float = setting(1.0, "steps of the later specialists, as a share of the first ones'")
+    warm: int = setting(0, "updates on what the teachers answer, with which a student begins; 0: none")
     supervised: sft.Settings = sft.Settings(steps=240, length=256, problems=12_000, save_every=0, cut=0.15)
     specialist: rlvr.Settings = rlvr.Settings(**SHORT)
     student: mopd.Settings = mopd.Settings(steps=60, **SHORT)
@@ -64,8 +64,9 @@ class Settings:
     seed: int = setting(0, "of all stages")
 
     def __post_init__(self):
-        if self.iterations < 1 or self.measured < 1:
-            raise UserError(f"iterations={self.iterations} and measured={self.measured} must be at least 1")
+        if self.iterations < 1 or self.measured < 1 or self.warm < 0:
+            told = f"iterations={self.iterations} and measured={self.measured} must be at least 1, warm={self.warm} 0"
+            raise UserError(told)
         if not 0 < self.again <= 1:
             raise UserError(f"again={self.again} must be more than 0 and at most 1")
         budgeted(self.budgets, (), self.specialist)
@@ -87,12 +88,13 @@ def main(settings: Settings) -> None:
     student = models[f"student {settings.iterations}"]
     models |= baselines(settings, do, models["sft"], tasks) if settings.baselines else {}
     drafts = boosted(settings, do, student, how)
-    scores = {name: measured(settings, run, name, place) for name, place in models.items()}
-    by_budget = measured_by_budget(settings, run, student)
+    given = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
+    exam = Exam(run=run, tasks=how, count=settings.measured, settings=given, load=nautilus.load)
+    scores = {name: exam(name, place) for name, place in models.items()}
+    by_budget = exam.by_budget(student, settings.budgets)
     more = told_of(scores, [*tasks], settings.iterations, minutes=do.minutes, drafts=drafts)
-    title = f"{Path(settings.model).name}: one student of {len(tasks)} teachers"
-    facts = {"model": settings.model, "seed": str(settings.seed)}
-    report.show(run, scores, title=title, facts=facts, curve=by_budget, more=more)
+    told = {"title": f"{Path(settings.model).name}: one student of {len(tasks)} teachers", "more": more}
+    report.show(run, scores, facts={"model": settings.model, "seed": str(settings.seed)}, curve=by_budget, **told)
 
 
 def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[str, Path]:
@@ -105,11 +107,16 @@ def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[st
             name: do(f"{number}-{name}", rlvr, specialist, of=(student.name,), model=str(student), tasks=(words,))
             for name, words in tasks.items()
         }
+        models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
+        if settings.warm:
+            student = models[f"warm {number}"] = learnt(
+                settings, do, f"{number}-warm", student, teachers, tasks, folder=do.run.state / f"{number}-written",
+                count=-(-settings.warm * settings.supervised.rows // len(tasks)), steps=settings.warm,  # one for a row
+            )  # fmt: skip
         routes = tuple(f"{name}={place}" for name, place in teachers.items())
         given = {"model": str(student), "tasks": settings.tasks, "teachers": routes}
         of = student.name, *(place.name for place in teachers.values())
         student = do(f"{number}-student", mopd, settings.student, of=of, **given)
-        models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
         models[f"student {number}"] = student
         specialist = replace(specialist, steps=max(1, round(settings.again * settings.specialist.steps)))
     return models
@@ -128,38 +135,28 @@ def boosted(settings: Settings, do: Stages, student: Path, tasks: Sequence[Asked
         return None
 
 
-def exam(settings: Settings, place: Path) -> tuple[Language, dict[str, Any]]:
-    """The model, and how it is asked."""
-    model, tokenizer = nautilus.load(place)
-    asked = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
-    tasks = wanted(replace(settings.student, tasks=settings.tasks))
-    given = {"tasks": tasks, "count": settings.measured, "settings": asked, "tokenizer": tokenizer}
-    return asked.computing(model).requires_grad_(False).eval(), given
-
-
-def measured(settings: Settings, run: Run, name: str, place: Path) -> dict[str, Score]:
-    model, given = exam(settings, place)
-    return examined(run, name.replace(" ", "_"), model, **given)
-
-
-def measured_by_budget(settings: Settings, run: Run, place: Path) -> dict[int, dict[str, Score]]:
-    model, given = exam(settings, place)
-    return curve(run, model, settings.budgets, **given)
+def learnt(
+    settings: Settings, do: Stages, name: str, base: Path, teachers: Mapping[str, Path], tasks: Mapping[str, str], *,
+    count: int, steps: int, folder: Path,
+) -> Path:  # fmt: skip
+    """The run in which a model learns what teachers answer to so many problems of each task, which lies in a folder."""
+    of = base.name, *(place.name for place in teachers.values())
+    do.forget_older(of[1:], folder)
+    file = written_by(teachers, tasks, replace(settings.specialist, seed=settings.seed), count, folder, nautilus.load)
+    told = replace(settings.supervised, tasks=(), problems=1, steps=steps)
+    return do(name, sft, told, of=of, model=str(base), data=(file,))
 
 
 def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
     """Made of the first specialists, or with as many rollouts as they had."""
     run, teachers = do.run, {name: do.run.folder / f"1-{name}" for name in tasks}
-    first = [place.name for place in teachers.values()]
-    do.forget_older(first, run.folder / "mean", run.state / "written")
-    mean = averaged([*teachers.values()], run.folder / "mean", nautilus.load)
-    given = replace(settings.specialist, seed=settings.seed)
-    count = settings.student.prompts * settings.student.steps // len(tasks)  # as many answers as a student gives
-    file = written_by(teachers, tasks, given, count, run.state / "written", nautilus.load)
+    do.forget_older([place.name for place in teachers.values()], run.folder / "mean")
     mixed = replace(settings.specialist, steps=settings.specialist.steps * len(tasks))
-    learnt = replace(settings.supervised, tasks=(), problems=1, steps=settings.student.steps)
     return {
-        "mean of specialists": mean,
-        "their answers learnt": do("learnt", sft, learnt, of=("sft", *first), model=str(base), data=(file,)),
+        "mean of specialists": averaged([*teachers.values()], run.folder / "mean", nautilus.load),
+        "their answers learnt": learnt(
+            settings, do, "learnt", base, teachers, tasks, steps=settings.student.steps, folder=run.state / "written",
+            count=settings.student.prompts * settings.student.steps // len(tasks),  # as many answers as a student gives
+        ),
         "all at once": do("all", rlvr, mixed, of=("sft",), model=str(base), tasks=settings.tasks),
-    }
+    }  # fmt: skip

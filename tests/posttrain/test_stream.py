@@ -110,6 +110,15 @@ def test_shorter_answers_earn_more_where_less_effort_was_asked_for():
     assert scoring.rewards(group(rollout(answer=2), rollout(answer=8))) == [1.0, 1.0]
 
 
+def test_parts_of_verdicts_are_told_by_task_where_they_are_numbers():
+    parts = {"facts": 0.5, "done": True, "note": "x", "whole": {"a": 1}, "off": float("nan"), "far": 10**400}
+    verdicts = Verdict(reward=1.0, parts=parts), Verdict(reward=0.0, parts={"facts": 1.0})
+    told = told_of([group(*(replace(rollout(), verdict=verdict) for verdict in verdicts))])
+    assert {name: pair for name, pair in told.items() if name.startswith("part_")} == {
+        "part_sort_facts": (1.5, 2), "part_sort_done": (1.0, 1),
+    }  # fmt: skip
+
+
 def test_what_was_lost_is_counted_and_too_much_of_it_ends_the_training():
     good, bad = group(rollout(), rollout(0.0), lost=["time"]), group(lost=["grader", "grader"])
     told = told_of([good, bad])

@@ -1,14 +1,18 @@
 """Answers as conversations, and what is measured of answers."""
 
 import json
+from itertools import islice
+from types import SimpleNamespace
 
 import pytest
 
 from nautilus.data.conversations import conversations_in
 from nautilus.eval.pipeline import gains, stages
+from nautilus.posttrain import profile
 from nautilus.posttrain.blend import Domain, domain
-from nautilus.posttrain.profile import Score, kept, of_known, score_of
-from nautilus.posttrain.rollout import Rollout, Turn
+from nautilus.posttrain.practice import Practice
+from nautilus.posttrain.profile import Answered, Score, kept, of_known, score_of
+from nautilus.posttrain.rollout import Playing, Rollout, Turn
 from nautilus.posttrain.written import conversation
 from nautilus.runtime import UserError, read_metrics
 from nautilus.tasks import Call, Reply, Verdict
@@ -35,8 +39,46 @@ def test_a_rollout_as_a_conversation_has_its_turns_and_what_was_told(tmp_path):
 
 
 def test_lost_answers_are_counted_and_not_averaged():
-    found = score_of([(1.0, 5), None, (0.0, 7)])
-    assert found.mean == 0.5 and found.lost == 1 and found.thought == [5, 7]
+    found = score_of([Answered(1.0, 5, 5), None, Answered(0.0, 7, 4, {"facts": 0.5})])
+    assert found.mean == 0.5 and found.lost == 1 and found.thought == [5, 7] and found.longest == [5, 4]
+    assert found.parts == {"facts": [0.5]}
+
+
+def test_thinking_is_measured_by_turns_and_parts_are_kept(tmp_path, monkeypatch):
+    """A budget bounds a turn, and an answer may have several. What a file of before says nothing of is as it was."""
+    task = TASKS["store"]()
+    problems = [*islice(task.problems("test"), 2)]
+    turns = tuple(Turn(begin=1, end=2, reply=Reply(content="x"), thought=thought) for thought in (3, 7, 2))
+    one = {"tokens": (1,) * 5, "logprobs": (0.0,) * 5, "turns": turns}
+    verdict = Verdict(reward=1.0, parts={"calls": 2, "note": "x"})
+
+    async def asking(model, tokenizer, left, playing, together, seed, told):
+        for _, problem, time in left:
+            told(problem, time, Rollout(problem=problem, verdict=verdict, **one))
+
+    monkeypatch.setattr(profile, "asking", asking)
+    monkeypatch.setattr(profile, "fingerprint", lambda model: "a")
+    path = tmp_path / "exam.jsonl"
+    path.write_text(
+        json.dumps({"step": 0, "model": "a", "problem": problems[0].id, "time": 0, "reward": 0.0, "thought": 9}) + "\n"
+    )
+    for _ in range(2):
+        (old,), (new,) = profile.solved(path, None, None, [(task, problem) for problem in problems], Playing())
+        assert new == Answered(1.0, 12, 7, {"calls": 2.0}) and old == Answered(0.0, 9, 9)
+
+
+def test_a_turn_may_think_for_a_budget_and_its_grace(monkeypatch):
+    asked = []
+
+    def examined(run, name, model, *, playing, **given):
+        asked.append(playing.thinking_budget)
+        return {"arithmetic": Score(rewards=[1.0])}
+
+    monkeypatch.setattr(profile, "examined", examined)
+    settings = Practice(thinking_grace=3)
+    task = SimpleNamespace(task=TASKS["arithmetic"]())
+    found = profile.curve(None, None, (0, 8), tasks=[task], count=1, settings=settings, tokenizer=None)
+    assert asked == [0, 8] and [by_task["arithmetic"].most for by_task in found.values()] == [3, 11]
 
 
 def test_what_a_student_recovers_is_of_what_the_first_specialist_gained():

@@ -1,16 +1,20 @@
 """The pipeline's stages and what each is told."""
 
+import json
 import os
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import nautilus
 from nautilus.config import to_dict
-from nautilus.posttrain.pipeline import Stages
+from nautilus.posttrain.pipeline import Stages, averaged
 from nautilus.recipes import mopd, posttrain, rlvr, sft
 from nautilus.runtime import Run, UserError
+from tests.posttrain.test_crew import tiny, words
 
 
 def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
@@ -33,6 +37,74 @@ def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
     for again in (0, 1.5):
         with pytest.raises(UserError, match="again="):
             posttrain.Settings(again=again)
+
+
+def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypatch):
+    """Between the specialists and each student; the next specialists begin from the student as ever."""
+    asked, written, forgotten = {}, [], []
+
+    class Do:
+        run = Run(tmp_path)
+
+        def __call__(self, name, recipe, settings, *, of=(), **given):
+            asked[name] = recipe, settings, of, given
+            return tmp_path / name
+
+        def forget_older(self, of, *places):
+            forgotten.append((of, *places))
+
+    def written_by(teachers, tasks, settings, count, folder, load):
+        written.append(([*teachers.values()], tasks, settings.seed, count, folder))
+        return folder / "conversations.jsonl"
+
+    monkeypatch.setattr(posttrain, "written_by", written_by)
+    named = {"sort": "sort:3", "count": "count:3"}
+    taught = sft.Settings(steps=9, rows=3, problems=50, length=128)
+    settings = posttrain.Settings(model="base", tasks=(*named.values(),), warm=5, supervised=taught, seed=4)
+    models = posttrain.trained(settings, Do(), named)
+    for number, base in (("1", "sft"), ("2", "1-student")):
+        specialists = tuple(f"{number}-{name}" for name in named)
+        recipe, told, of, given = asked[f"{number}-warm"]
+        assert (recipe, told.steps, told.tasks, told.length) == (sft, 5, (), 128) and of == (base, *specialists)
+        folder = tmp_path / "state" / f"{number}-written"
+        assert given == {"model": str(tmp_path / base), "data": (folder / "conversations.jsonl",)}
+        recipe, _, of, given = asked[f"{number}-student"]
+        assert recipe is mopd and given["model"] == str(tmp_path / f"{number}-warm")
+        assert of == (f"{number}-warm", *specialists)
+        assert {asked[name][3]["model"] for name in specialists} == {str(tmp_path / base)}
+        assert written.pop(0) == ([tmp_path / name for name in specialists], named, 4, 8, folder)
+        assert forgotten.pop(0) == (specialists, folder)
+    assert [*models][-2:] == ["warm 2", "student 2"]
+    with pytest.raises(UserError, match="warm=-1"):
+        posttrain.Settings(warm=-1)
+
+
+def test_a_student_made_another_way_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    recipe = SimpleNamespace(main=lambda told: Run.create(told.out, to_dict(told)).report.write_text("done"))
+    do, settings = Stages(run=run, seed=0), rlvr.Settings()
+    for name, of in (("sft", ()), ("1-warm", ("sft",)), ("1-student", ("1-warm",))):
+        do(name, recipe, settings, of=of)
+    with pytest.raises(UserError, match="1-student was made of 1-warm, and is now to be made of sft; remove it"):
+        do("1-student", recipe, settings, of=("sft",))
+    known = do.known
+    del known["1-student"]["of"]  # as in a run of before
+    do.file.write_text(json.dumps(known))
+    do("1-student", recipe, settings, of=("sft",))
+
+
+def test_the_mean_of_specialists_has_the_mean_of_their_weights(tmp_path):
+    tokenizer, places = words(), []
+    for seed in range(3):
+        places.append(tmp_path / f"1-{seed}")
+        tiny(tokenizer, seed).save(places[-1], tokenizer=tokenizer)
+    folder = averaged(places, tmp_path / "mean", nautilus.load)
+    found, parts = nautilus.load(folder)[0].state_dict(), [nautilus.load(place)[0].state_dict() for place in places]
+    assert found.keys() == parts[0].keys()
+    for name, weight in found.items():
+        mean = torch.stack([part[name].double() for part in parts]).mean(0)
+        torch.testing.assert_close(weight, mean.to(weight.dtype), rtol=0, atol=0)
+    assert all(any(not torch.equal(found[name], part[name]) for name in found) for part in parts)
 
 
 @pytest.mark.parametrize(

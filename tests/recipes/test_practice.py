@@ -274,6 +274,13 @@ def test_distillation_from_two_teachers(taught, tmp_path):
     assert len(rows) == 3 and all("teacher_gap" in row and row["mismatch"] == 0 for row in rows)
     found = json.loads((tmp_path / "run" / "results.json").read_text())
     assert len(found["scores"]) == 4
+    gap = {(row["teacher"], row["when"]): row for row in found["gap to the teachers"]}
+    assert {*gap} == {(name, when) for name in ("count", "run") for when in ("before", "after")}
+    same = [float(gap["run", "before"][key]) for key in ("mean", "5 %", "95 %")]
+    assert same == [0, 0, 0], "the student begins as this one"
+    assert float(gap["count", "before"]["5 %"]) < float(gap["count", "before"]["95 %"])
+    assert rows[0]["teacher_gap_run"] == pytest.approx(0, abs=1e-5) and rows[0]["teacher_gap_count"] != 0
+    assert "Gap to the teachers" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_distillation_by_all_words(taught, tmp_path):
