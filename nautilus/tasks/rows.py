@@ -10,7 +10,8 @@
 | `code` | `verifier_metadata.unit_tests`: inputs and outputs | the program prints what it should for all of them |
 | `instruct` | `instruction_id_list`, `kwargs` | all instructions of IFEval (arXiv 2311.07911) are followed |
 | `schema` | `schema` | the answer is JSON that it holds for |
-| `call`, `pivot` | `expected_calls` | the same calls with the same arguments, in any order |
+| `call` | `expected_calls` | the same calls with the same arguments, in any order |
+| `pivot` | the same, out of conversations (`pivot.py`) | as `call` |
 
 What is no row is refused when the file is read, by its line. What a row lacks is a `GraderBroken` when its answer is
 judged, so that a poisoned row costs its own problem and no other.
