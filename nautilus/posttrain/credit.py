@@ -75,6 +75,12 @@ def form_fault(reply: Reply, *, thinks: bool) -> str:
         return "the answer is empty"
     if reply.thinking is not None and reply.thinking.strip() == reply.content.strip():
         return "the answer is what was thought, word for word"
-    if "<think>" in reply.content or "</think>" in reply.content or "<think>" in (reply.thinking or ""):
-        return "thinking opens or closes where it must not"
+    if fault := tag_fault(reply):
+        return fault
     return "" if thinks or not reply.thinking else "it thought where it was not to"
+
+
+def tag_fault(reply: Reply) -> str:
+    """Of thinking that opens once more, or closes a second time and again."""
+    known = "<think>" in reply.content or "</think>" in reply.content or "<think>" in (reply.thinking or "")
+    return "thinking opens or closes where it must not" if known else ""

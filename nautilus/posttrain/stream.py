@@ -19,8 +19,8 @@ from torch import Tensor
 
 from nautilus.data.batch import Batch
 from nautilus.data.mix import number_of
-from nautilus.posttrain.credit import FAULT, Effort, leave_one_out
-from nautilus.posttrain.rollout import Dropped, Player, Rollout
+from nautilus.posttrain.credit import FAULT, Effort, leave_one_out, tag_fault
+from nautilus.posttrain.rollout import Dropped, Player, Rollout, Turn
 from nautilus.runtime import UserError
 from nautilus.tasks import Problem, Task
 from nautilus.train.replay import NONE
@@ -45,7 +45,7 @@ class Group:
 @dataclass(frozen=True, kw_only=True)
 class Scoring:
     """group: answers to each problem; most: of an advantage; overlong: answers that were cut are learnt from too;
-    effort: for problems that ask for less, by what their last message holds."""
+    effort: for problems that ask for less, by what the user's last turn holds."""
 
     group: int = 16
     most: float = math.inf
@@ -54,7 +54,7 @@ class Scoring:
     effort_words: str = ""
 
     def rewards(self, group: Group) -> list[float]:
-        asked = str(group.problem.messages[-1].get("content", ""))
+        asked = ["", *(str(one.get("content")) for one in group.problem.messages if one.get("role") == "user")][-1]
         less = self.effort if self.effort and self.effort_words and self.effort_words in asked else None
         less = less or (self.effort if group.less else None)
         found = [one.verdict.reward for one in group.rollouts]
@@ -153,7 +153,7 @@ def batch_of(rows: Rows, pad: int, common: int = 0) -> Batch:
         sampled_BT[row, :length] = torch.tensor(one.logprobs)
         advantage_BT[row, :length] = advantage
         for turn in one.turns:
-            if turn.reply.fault:
+            if broken(turn):
                 advantage_BT[row, turn.begin : turn.end] = FAULT
     weight_BT[:, 0] = 0
     numbers = {prompt: number for number, prompt in enumerate(dict.fromkeys(one.prompt for one, _ in rows))}
@@ -162,6 +162,17 @@ def batch_of(rows: Rows, pad: int, common: int = 0) -> Batch:
         tokens_BT, {"policy": weight_BT}, document=document_BT, advantage=advantage_BT, sampled_logprob=sampled_BT,
         routes=experts_of([one.routes for one, _ in rows], longest), alike=alike_B, common=common,
     )  # fmt: skip
+
+
+def broken(turn: Turn) -> bool:
+    """A call cannot be read, or the thinking is malformed: opened within the turn, gone on with behind an end that the
+    model wrote, or left open where the answer ended. What a limit cut is unfinished, and behind an end that a budget
+    wrote may come the model's own."""
+    said, length = turn.reply, turn.end - turn.begin
+    if said.fault or tag_fault(said) or (said.stray and not turn.forced):
+        return True
+    left_open = said.thinking is not None and turn.thought == length and not (said.content or said.calls)
+    return left_open and said.ended
 
 
 def experts_of(known: Sequence[Tensor | None], longest: int) -> Tensor | None:
@@ -189,7 +200,7 @@ def trained_on(groups: Sequence[Group], scoring: Scoring) -> Rows:
 def telling(rows: Rows) -> tuple[Rows, float]:
     """Those with an advantage, or a turn whose form is broken: from the others no gradient comes. And their share of
     all drawn tokens: times that, the mean over theirs is the sum over theirs by the number of all."""
-    found = [pair for pair in rows if pair[1] or any(turn.reply.fault for turn in pair[0].turns)] or [*rows]
+    found = [pair for pair in rows if pair[1] or any(map(broken, pair[0].turns))] or [*rows]
     count, whole = (sum(sum(one.drawn) for one, _ in some) for some in (found, rows))
     return found, count / max(1, whole)
 
@@ -212,7 +223,7 @@ def told_of(groups: Sequence[Group]) -> dict[str, tuple[float, float]]:
                 add(f"part_{group.problem.task}_{name}", value)
             add("answer_tokens", sum(turn.end - turn.begin for turn in one.turns))
             add("cut", float(not one.ended))
-            add("faults", float(any(turn.reply.fault for turn in one.turns)))
+            add("faults", float(any(map(broken, one.turns))))
             add("lost", 0.0)
         for _ in range(group.lost.total()):
             add("lost", 1.0)

@@ -47,6 +47,7 @@ class Settings(Practice):
     advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
     least: float = setting(0.5, "tokens of other weights are left out whose probability has changed by less than this")
     most: float = setting(5.0, "or by more than this")
+    apart: float = setting(2.0, "answers are left out whose probabilities are off by more than this factor in the mean")
     measured: int = setting(256, "other problems of each task, measured before and after")
 
     def __post_init__(self):
@@ -66,7 +67,7 @@ class Settings(Practice):
             )
 
     def surrogate(self) -> Surrogate:
-        correction = Correction(kind="mask", least=self.least, most=self.most)
+        correction = Correction(kind="mask", least=self.least, most=self.most, apart=self.apart)
         return Surrogate(correction=correction, most=self.advantage)
 
 

@@ -41,11 +41,14 @@ class Settings(Judged):
     out: Path = field(default=Path("runs/rlvr"), metadata={"help": "the run's folder; gone on with if it is there"})
     overlong: bool = setting(True, "answers that were cut off are learnt from too")
     advantage: float = setting(20.0, "most of an advantage, either way")
-    low: float = setting(0.2, "how far a token's probability may fall in a step, where a batch has several")
-    high: float = setting(0.28, "how far it may rise")
+    low: float = setting(
+        0.2, "how far several updates on an answer may lower a probability; idle here, where it gets one"
+    )
+    high: float = setting(0.28, "how far they may raise it; idle likewise")
     correction: str = setting("truncate", "of answers that other weights drew: none, truncate, mask or sequence")
-    least: float = setting(0.0, "weight below which an answer's token is raised to it, or left out")
-    most: float = setting(5.0, "weight above which it is lowered to it, or left out")
+    least: float | None = setting(None, "weight below which a token is raised to it, or left out; none: by correction")
+    most: float | None = setting(None, "weight above which it is lowered to it, or left out; none: by correction")
+    apart: float = setting(2.0, "answers are left out whose probabilities are off by more than this factor in the mean")
     kl: float = setting(0.0, "weight of the distance from the model as it was before")
     effort: Effort = Effort()
     effort_words: str = setting("", "words of a prompt that ask for less effort: shorter answers earn more there")
@@ -64,11 +67,16 @@ class Settings(Judged):
             raise UserError(f"group={self.group} was asked for; an answer is compared with others: give 2 or more")
         if not self.advantage > 0:
             raise UserError(f"advantage={self.advantage} was asked for, the most of one; give more than 0")
+        if self.age and self.correction == "none":
+            raise UserError(
+                f"age={self.age} with correction=none was asked for: what older weights drew would count as drawn by"
+                " the new ones; take correction=truncate, mask or sequence, or age=0"
+            )
         budgeted(self.budgets, (), self)
         self.surrogate()  # for what it refuses
 
     def surrogate(self) -> Surrogate:
-        correction = Correction(kind=self.correction, least=self.least, most=self.most)
+        correction = Correction(kind=self.correction, least=self.least, most=self.most, apart=self.apart)
         return Surrogate(low=self.low, high=self.high, correction=correction, kl=self.kl)
 
 

@@ -8,8 +8,9 @@ fixed, where there is one update), lp_gen that under the engine that drew it, ma
     L   = -(1/N) sum of m_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)   +  kl * (1/N) sum of m_t k3_t
     k3  = exp(d) - d - 1,  d = lp_ref - lp
 
-m_t is `batch.weights["policy"]` and N its sum over the whole step: every drawn token has the same say. Sources:
-Nemotron 3 Super (arXiv 2604.12374) and Ultra (arXiv 2606.15007), the public code of NeMo-RL, and for k3
+m_t is `batch.weights["policy"]` and N its sum over the whole step: every drawn token has the same say. With one
+update of a batch of answers, which is what recipes make, r_t = 1 and the clip holds nothing back. Sources: Nemotron 3
+Super (arXiv 2604.12374) and Ultra (arXiv 2606.15007), the public code of NeMo-RL, and for k3
 http://joschu.net/blog/kl-approx.html.
 """
 
@@ -29,53 +30,74 @@ from nautilus.ops.loss import token_logprob, weighted_nll
 from nautilus.train.objective import Objective, Pairs, depth_weights
 from nautilus.train.shared import hidden_of
 
+BOUNDS = {"none": (0.0, math.inf), "truncate": (0.0, 5.0), "mask": (0.5, 5.0), "sequence": (0.999, 1.002)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Correction:
     """What a weight w = exp(lp_prox - lp_gen) becomes.
 
-    | kind | |
-    |--|--|
-    | `none` | 1, whatever it is |
-    | `truncate` | within [least, most] |
-    | `mask` | itself within [least, most], 0 outside |
-    | `sequence` | itself where exp of the mean of log w over the row is within [least, most], 0 elsewhere |
+    | kind | | [least, most], where not given |
+    |--|--|--|
+    | `none` | 1, whatever it is | |
+    | `truncate` | within [least, most] | [0, 5] |
+    | `mask` | itself within [least, most], 0 outside | [0.5, 5] |
+    | `sequence` | itself where exp of the row's mean of log w is within [least, most], 0 elsewhere | [0.999, 1.002] |
 
-    A weight that is no number is 0. (`truncate` is TIS, `mask` IcePop, `sequence` seq-mask-tis of the public code.)
+    A weight that is no number is 0. With all kinds a row is 0 as a whole whose mean of exp |log w| is more than `apart`
+    (inf: none is). (`truncate` is TIS, `mask` IcePop, `sequence` seq-mask-tis of the public code, `apart` its log-prob
+    threshold of sequences.)
     """
 
     kind: str = "truncate"
-    least: float = 0.0
-    most: float = 5.0
+    least: float | None = None
+    most: float | None = None
+    apart: float = 2.0
 
     def __post_init__(self):
-        if self.kind not in ("none", "truncate", "mask", "sequence"):
+        if self.kind not in BOUNDS:
             raise ValueError(f"correction {self.kind!r} was asked for; there are none, truncate, mask and sequence")
-        if not 0 <= self.least <= 1 <= self.most:
+        least, most = self.bounds
+        if not 0 <= least <= 1 <= most:
             raise ValueError(
-                f"weights within [{self.least}, {self.most}] were asked for; 1, that of an engine that agrees, must be"
-                " among them"
+                f"weights within [{least}, {most}] were asked for; 1, that of an engine that agrees, must be among them"
             )
+        if not self.apart >= 1:
+            raise ValueError(f"apart={self.apart} was asked for; an engine that agrees is at 1: give more, inf for any")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        least, most = BOUNDS[self.kind]
+        return least if self.least is None else self.least, most if self.most is None else self.most
 
     def of(self, log_weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """No gradient passes."""
         log_weight_BT = log_weight_BT.detach()
+        far_B1 = row_mean(log_weight_BT.abs().exp(), mask_BT)
+        return self.token_weights(log_weight_BT, mask_BT).masked_fill(far_B1 > self.apart, 0)
+
+    def token_weights(self, log_weight_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        least, most = self.bounds
         weight_BT = torch.exp(log_weight_BT).nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         if self.kind == "none":
             return torch.ones_like(weight_BT)
         if self.kind == "truncate":
-            return weight_BT.clamp(self.least, self.most)
-        if self.kind == "mask":
-            return weight_BT * ((weight_BT >= self.least) & (weight_BT <= self.most))
-        own_BT = mask_BT > 0
-        mean_B1 = (log_weight_BT.where(own_BT, 0).sum(1) / own_BT.sum(1).clamp(min=1)).exp()[:, None]
-        return weight_BT * ((mean_B1 >= self.least) & (mean_B1 <= self.most))
+            return weight_BT.clamp(least, most)
+        judged = weight_BT if self.kind == "mask" else row_mean(log_weight_BT, mask_BT).exp()
+        return weight_BT * ((judged >= least) & (judged <= most))
+
+
+def row_mean(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Of each row over its drawn tokens. Shape (B, 1)."""
+    own_BT = mask_BT > 0
+    return value_BT.where(own_BT, 0).sum(1, keepdim=True) / own_BT.sum(1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Surrogate:
-    """How far a step may go, and what it believes of an engine that is not the trainer. kl: weight of the distance from
-    the reference, whose log-probs are the batch's `teacher_logprob`; most: of an advantage either way."""
+    """How far several updates on the same answers may go, and what they believe of an engine that is not the trainer.
+    kl: weight of the distance from the reference, whose log-probs are the batch's `teacher_logprob`; most: of an
+    advantage either way."""
 
     low: float = 0.2
     high: float = 0.28

@@ -80,6 +80,13 @@ def test_an_answer_alone_is_lost_and_counted():
 def test_only_tasks_with_a_judge_are_compared():
     judges = Judges({"style": "oracle"}, [STYLE, TASKS["sort"]()], NONE, None, seconds=1)
     assert asyncio.run(judges(group("a", "b"), 0)).rollouts[0].verdict.why.startswith("compared")
+    short = LengthControl(thinking=0, answer=0.8, bonus=0)
+    given, how = group("a", "b" * 9), {"seconds": 1}
+    plain, short = (
+        asyncio.run(Judges({"style": "oracle"}, [STYLE], control, None, **how)(given, 0)) for control in (NONE, short)
+    )
+    gained = [b.verdict.reward - a.verdict.reward for a, b in zip(plain.rollouts, short.rollouts, strict=True)]
+    assert gained == pytest.approx([0.4, -0.4]), "the shorter one gains by the control that was asked for"
     sort = next(TASKS["sort"]().problems("train"))
     other = Group(problem=sort, rollouts=[rollout("a")])
     assert asyncio.run(judges(other, 0)) is other

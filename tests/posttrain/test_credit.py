@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nautilus.posttrain.credit import Effort, form_fault, leave_one_out
+from nautilus.posttrain.credit import Effort, form_fault, leave_one_out, tag_fault
 from nautilus.tasks import Call, Reply
 
 REWARDS = st.lists(st.integers(0, 8).map(lambda eighths: eighths / 8), min_size=3, max_size=16)
@@ -72,6 +72,17 @@ def test_less_effort_gains_with_right_answers_only_and_loses_with_any():
 )  # fmt: skip
 def test_broken_forms_earn_nothing(reply, words):
     assert words in form_fault(reply, thinks=True) and bool(words) == bool(form_fault(reply, thinks=True))
+
+
+@pytest.mark.parametrize(
+    "reply, malformed",
+    [
+        (Reply(content="<think>4"), True), (Reply(content="4</think>"), True), (Reply(thinking="<think>2"), True),
+        (Reply(content="4", thinking="2"), False), (Reply(), False), (Reply(fault="no such call"), False),
+    ],
+)  # fmt: skip
+def test_thinking_that_is_malformed_is_told_from_other_faults(reply, malformed):
+    assert bool(tag_fault(reply)) == malformed
 
 
 def test_thinking_that_was_switched_off():

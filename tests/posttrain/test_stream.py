@@ -6,21 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nautilus.data.template import template_text
+from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.posttrain.credit import FAULT, Effort
 from nautilus.posttrain.rollout import Rollout, Turn
-from nautilus.posttrain.stream import Group, Scoring, batches_of, checked, telling, told_of, trained_on
+from nautilus.posttrain.stream import Group, Scoring, batches_of, broken, checked, telling, told_of, trained_on
 from nautilus.runtime import UserError
-from nautilus.tasks import Problem, Reply, Verdict
+from nautilus.tasks import Call, Problem, Reply, Verdict
+from nautilus.tasks.named import TASKS
+from tests.posttrain.test_rollout import Script, played, problem_of
 
 
 def problem(words="?"):
     return Problem(task="sort", level=1, messages=({"role": "user", "content": words},))
 
 
-def rollout(reward=1.0, prompt=3, answer=4, fault="", ended=True, asked="?", forced=()):
-    turn = Turn(
-        begin=prompt, end=prompt + answer, reply=Reply(content="x", fault=fault, ended=ended), forced=frozenset(forced)
-    )
+def rollout(reward=1.0, prompt=3, answer=4, fault="", ended=True, asked="?", forced=(), thought=0, **said):
+    reply = Reply(**{"content": "x", "fault": fault, "ended": ended} | said)
+    turn = Turn(begin=prompt, end=prompt + answer, reply=reply, forced=frozenset(forced), thought=thought)
     return Rollout(
         problem=problem(asked), tokens=tuple(range(1, 1 + prompt + answer)),
         logprobs=(0.0,) * prompt + tuple(-float(at) for at in range(answer)), turns=(turn,),
@@ -77,6 +80,48 @@ def test_broken_turns_lose_what_they_lose_whatever_the_answer_earned():
     assert batch.advantage[0].tolist() == [0.5] * 3 + [FAULT] * 4
 
 
+BEHIND = {"thinking": "1", "thought": 1, "stray": "thinking went on behind its end, and was ended again"}
+OPEN = {"content": "", "thinking": "1 and 2", "thought": 4}
+
+
+@pytest.mark.parametrize(
+    "said, malformed",
+    [
+        ({"content": "<think>4"}, True), ({"thinking": "<think>2", "thought": 2}, True), (BEHIND, True), (OPEN, True),
+        ({"content": "1</think>4"}, True), (OPEN | {"content": "", "thinking": ""}, True),
+        ({"thinking": "2", "thought": 2}, False), (OPEN | {"ended": False}, False), (BEHIND | {"forced": [4]}, False),
+        (OPEN | {"thought": 3}, False), (OPEN | {"calls": (Call(name="a", arguments={}),)}, False),
+        ({"content": ""}, False),
+    ],
+)  # fmt: skip
+def test_turns_with_malformed_thinking_lose_as_broken_calls_do(said, malformed):
+    """Neither unfinished thinking, nor what follows the end that a budget wrote, nor an empty answer is malformed."""
+    one = rollout(0.0, **said)
+    (batch,) = batches_of([(one, 0.5)], tokens=100, pad=0)
+    assert broken(one.turns[0]) == malformed
+    assert batch.advantage[0].tolist() == [0.5] * 3 + [FAULT if malformed else 0.5] * 4
+    assert told_of([group(one)])["faults"] == (malformed, 1)
+    wrong = rollout(0.0)
+    assert telling([(one, 0.0), (wrong, 1.0)])[0] == ([(one, 0.0), (wrong, 1.0)] if malformed else [(wrong, 1.0)])
+
+
+@pytest.mark.parametrize(
+    "text, how, malformed",
+    [
+        ("12345</think>6", {}, False), ("12345</think>", {}, False), ("123<think>45</think>6", {}, True),
+        ("12345", {}, True), ("12345", {"cut": [0]}, False), ("12345</think>6", {"thinking_budget": 5}, False),
+        ("12345</think>6</think>7", {}, True), ("12345</think>6</think>7", {"thinking_budget": 5}, False),
+    ],
+)  # fmt: skip
+def test_what_a_player_makes_of_an_answer_is_malformed_or_not(text, how, malformed):
+    plain = train_tokenizer([], vocab=SMALLEST)
+    tokenizer = Tokenizer(plain.core, bos="<s>", eos="<|im_end|>", template=template_text("spaced"))
+    script = Script(tokenizer, text, cut=how.get("cut", ()))
+    budget = {"thinking_budget": how.get("thinking_budget")}
+    (turn,) = played(script, tokenizer, TASKS["arithmetic"](), problem_of("arithmetic"), **budget).turns
+    assert broken(turn) == malformed
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 16, 40])
 def test_micro_batches_stay_within_their_tokens_and_have_every_row_once(tokens):
     rows = [(rollout(prompt=size % 5 + 1, answer=size), float(size)) for size in (9, 1, 4, 7, 2, 3)]
@@ -108,6 +153,14 @@ def test_shorter_answers_earn_more_where_less_effort_was_asked_for():
     short, long = (rollout(answer=size, asked="? {low}") for size in (2, 8))
     assert scoring.rewards(group(short, long)) == [1.75, 1.0]
     assert scoring.rewards(group(rollout(answer=2), rollout(answer=8))) == [1.0, 1.0]
+    by = lambda *turns: [{"role": role, "content": words} for role, words in turns]
+    for messages, low in (
+        (by(("user", "? {low}"), ("assistant", "1"), ("tool", "2")), True),
+        (by(("user", "? {low}"), ("assistant", "1"), ("user", "?")), False),
+        (by(("user", "?"), ("assistant", "{low}")), False), (by(("system", "{low}")), False),
+    ):  # fmt: skip
+        one = replace(short, problem=replace(problem(), messages=tuple(messages)))
+        assert scoring.rewards(group(one)) == [1.75 if low else 1.0], "the last turn of the user says it"
 
 
 def test_parts_of_verdicts_are_told_by_task_where_they_are_numbers():

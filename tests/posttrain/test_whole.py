@@ -16,7 +16,7 @@ LAYERS = lay(
     "M*E", Mamba(heads=2, head_width=8, state=8, groups=1), Attention(heads=2, groups=1, head_width=8),
     Experts(experts=4, active=2, hidden=16, shared=16, scale=1.0),
 )  # fmt: skip
-FREE = Surrogate(correction=Correction(kind="none"))
+FREE = Surrogate(correction=Correction(kind="none", apart=math.inf))
 
 
 def tiny(seed: int) -> Language:
@@ -84,6 +84,9 @@ def test_answers_of_other_weights_are_weighed_and_left_out():
     assert float(terms["policy"][0].detach()) == 0 and float(watched["left_out"][0]) == float(
         given.weights["policy"].sum()
     )
+    one_row = dataclasses.replace(given, sampled_logprob=lp_BT - torch.tensor([[0.5], [0.5], [0.5], [0.8]]))
+    _, watched = teachers.distill_whole(masked, Mtp())(student, one_row)
+    assert float(watched["left_out"][0]) == float(given.weights["policy"][3].sum()), "exp(0.8) is over `apart`"
     near = dataclasses.replace(given, sampled_logprob=lp_BT - 0.5)
     (mine, _), (free, _) = (teachers.distill_whole(how, Mtp())(student, near)[0]["policy"] for how in (masked, FREE))
     assert float(mine.detach()) == pytest.approx(float(free.detach()) * math.exp(0.5), rel=1e-3)

@@ -5,12 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nautilus.data.batch import Batch
 from nautilus.runtime import UserError
 from nautilus.train.balance import experts_mixers
 from nautilus.train.interrupt import Stop
 from nautilus.train.loop import Job, fit, train_step
 from nautilus.train.objective import Objective, next_token, pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule
+from nautilus.train.policy import Mtp, Surrogate, distill, policy, preference
 from nautilus.train.ranks import ALONE, Ranks
 
 TIMES = {"tokens_per_s", "memory_gb", "mfu"}
@@ -62,16 +64,41 @@ class Twice(Ranks):
         return 2 * number
 
 
-def test_sums_and_counts_go_over_ranks(small_model, random_rows):
+def drawn(batch: Batch, *, pairs: bool) -> Batch:
+    """The same rows as tokens that a model drew itself; pairs: a better answer and a worse one by turns."""
+    mask_BT = (batch.weights["next_token"] > 0).double()
+    noise = iter(torch.randn(3, *mask_BT.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64))
+    told = {name: math.log(1 / 97) + 0.3 * next(noise) for name in ("sampled_logprob", "teacher_logprob")}
+    if not pairs:
+        return Batch(batch.tokens, {"policy": mask_BT}, advantage=next(noise), **told)
+    sign_BT, first_BT = mask_BT.clone(), torch.zeros_like(mask_BT)
+    sign_BT[1::2] *= -1
+    first_BT[0::2, 1] = 1
+    return Batch(batch.tokens, {"preference": first_BT, "next_token": sign_BT.clamp(min=0)}, advantage=sign_BT, **told)
+
+
+@pytest.mark.parametrize(
+    "objective, names",
+    [
+        (pretrain(mtp_depths=1, aux_weight=0.1), {"next_token", "mtp_1", "balance"}),
+        (policy(Surrogate(kl=0.1), Mtp(depths=1)), {"policy", "kl", "mtp_1", "mismatch", "left_out", "surprise"}),
+        (distill(mtp=Mtp(depths=1), reward=0.5), {"policy", "mtp_1", "mismatch", "teacher_gap"}),
+        (preference(), {"preference", "next_token", "agrees"}),
+    ],
+    ids=["pretrain", "policy", "distill", "preference"],
+)
+def test_sums_and_counts_go_over_ranks(small_model, random_rows, objective, names):
     """Two ranks with the same rows: every mean stays, tokens double, and each rank's share of the gradient halves."""
     one, two = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
-    data = [[random_rows(dtype=torch.float64)]]
-    alone = trained(one, data, pretrain(mtp_depths=1, aux_weight=0.1), clip=0.0)[0]
-    pair = trained(two, data, pretrain(mtp_depths=1, aux_weight=0.1), clip=0.0, ranks=Twice())[0]
+    batch = random_rows(dtype=torch.float64)
+    batch = batch if "balance" in names else drawn(batch, pairs="preference" in names)
+    alone = trained(one, [[batch]], objective, clip=0.0)[0]
+    pair = trained(two, [[batch]], objective, clip=0.0, ranks=Twice())[0]
     assert pair["tokens"] == 2 * alone["tokens"]
-    assert pair["grad_norm"] == pytest.approx(alone["grad_norm"] / 2, rel=1e-10)
-    for name in ("loss", "next_token", "mtp_1", "balance"):
+    assert pair["grad_norm"] == pytest.approx(alone["grad_norm"] / 2, rel=1e-10) and alone["grad_norm"] > 1e-3
+    for name in names | {"loss"}:
         assert pair[name] == pytest.approx(alone[name], rel=1e-10)
+    assert all(alone[name] for name in names - {"left_out", "agrees"})
 
 
 def test_a_small_model_learns_a_few_rows_by_heart(small_model, random_rows):

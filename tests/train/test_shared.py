@@ -1,6 +1,7 @@
 """Rows that begin alike are computed as whole rows are."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
-from nautilus.train.policy import Surrogate, drawn_logprob, policy
+from nautilus.train.policy import Correction, Surrogate, drawn_logprob, policy
 from nautilus.train.replay import routes_of
 from nautilus.train.shared import hidden_of
 
@@ -42,7 +43,7 @@ def batch(kind="several") -> Batch:
 
 def gradients(model, given):
     model.zero_grad()
-    terms, _ = policy(Surrogate())(model, given)
+    terms, _ = policy(Surrogate(correction=Correction(apart=math.inf)))(model, given)
     terms["policy"][0].backward()
     return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
