@@ -72,7 +72,7 @@ def writes(prompt: str) -> str:
 @pytest.fixture
 def made(tmp_path, monkeypatch):
     """A way to make rows, with what the writer and the verifier say; `made.writer` has what it was asked last."""
-    monkeypatch.setattr(profile, "Engine", lambda model, *given, **more: model)
+    monkeypatch.setattr(profile, "engine_of", lambda model, *given: model)
     monkeypatch.setattr(profile, "Turns", lambda engine, **more: engine)
     monkeypatch.setattr("nautilus.posttrain.written.fingerprint", lambda model: "told")
     few = {name: TASKS[name] for name in ("sort", "choice")}
