@@ -8,14 +8,16 @@ measured on. Points are the mean reward times 100 of answers to 1,024 problems o
 gain: of the first specialist; recovered: of that gain, what the student of the second iteration has. least: of a
 model's tasks the one it is worst at.
 The thinking budgets are those the last student is asked with: `rises` says whether no larger budget is worse than a
-smaller one beyond their 95 % intervals, `within` whether no answer thought longer than it might. `--record FILE`
-appends a seed's rows when it is done.
+smaller one beyond their 95 % intervals, `within` whether no turn thought longer than it might.
+
+A seed `holds` where every first specialist gains 15 points or more on its task, the student has at least 0.9 of each
+gain, its least is more than that of every specialist, and its budgets rise and are kept. `fails` says what of that is
+not so. `--record FILE` appends a seed's rows when it is done.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import subprocess
 import sys
@@ -25,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from recorded import append  # noqa: E402
 from train_step import machine  # noqa: E402
 
-SEEDS, MEASURED, WIDE = (0, 1, 2), 1024, 1.96  # problems of each task that models are measured on
-LAST = "student 2"
+SEEDS, MEASURED = (0, 1, 2), 1024  # problems of each task that models are measured on
+LAST, GAIN, RECOVERED = "student 2", 15, 0.9
 
 
 def trained(folder: Path, seed: int) -> dict:
@@ -54,22 +56,35 @@ def rows_of(seed: int, found: dict) -> list[dict]:
                      "recovered": gained and round(gained, 3), **by_model})  # fmt: skip
     least = {name: min(points(scores, name, task) for task in tasks) for name in scores}
     minutes = {stage["stage"]: float(stage["minutes"]) for stage in found["stages"]}
-    return [*rows, {"seed": seed, "least": least, "budgets": budgets(found["curve"]), "minutes": minutes}]
+    thinking = budgets(found.get("curve", {}))
+    failed = fails(rows, least, thinking)
+    known = {"least": least, "budgets": thinking, "minutes": minutes, "holds": not failed, "fails": failed}
+    return [*rows, {"seed": seed, **known}]
 
 
 def budgets(curve: dict) -> dict:
     """By task that thinks."""
     told = {}
-    for task in next(iter(curve.values())):
-        line = [(int(budget), by_task[task]) for budget, by_task in curve.items()]
-        ends = [(one["reward"] - WIDE * one["error"], one["reward"] + WIDE * one["error"]) for _, one in line]
+    for task in dict.fromkeys(task for by_task in curve.values() for task in by_task):
+        line = {budget: by_task[task] for budget, by_task in curve.items()}
         told[task] = {
-            "points": {str(budget): round(100 * one["reward"], 1) for budget, one in line},
-            "longest": {str(budget): one["longest"] for budget, one in line},
-            "rises": all(low <= high for (low, _), (_, high) in itertools.combinations(ends, 2)),
-            "within": all(one["longest"] <= budget for budget, one in line),
+            "points": {budget: round(100 * one["reward"], 1) for budget, one in line.items()},
+            "longest": {budget: one["longest"] for budget, one in line.items()},
+            **{name: all(one[name] for one in line.values()) for name in ("rises", "within")},
         }
     return told
+
+
+def fails(rows: list[dict], least: dict[str, float], thinking: dict) -> list[str]:
+    """What does not hold of what should."""
+    found = [f"{row['task']}: gain {row['gain']}" for row in rows if row["gain"] < GAIN]
+    short = [row for row in rows if row["recovered"] is None or row["recovered"] < RECOVERED]
+    found += [f"{row['task']}: recovered {row['recovered']}" for row in short]
+    own = {name: value for name, value in least.items() if " specialist " in name}
+    found += [f"least {least[LAST]}: {name} {value}" for name, value in own.items() if value >= least[LAST]]
+    for task, told in thinking.items():
+        found += [f"{task}: not {name}" for name in ("rises", "within") if not told[name]]
+    return found if thinking else [*found, "no task thinks"]
 
 
 def main(words: list[str]) -> None:
@@ -79,11 +94,14 @@ def main(words: list[str]) -> None:
     parser.add_argument("--record", type=Path)
     asked = parser.parse_args(words)
     print(machine())
+    verdicts = []
     for seed in asked.seeds:
         rows = rows_of(seed, trained(asked.out / f"seed-{seed}", seed))
         for row in rows:
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         append(asked.record, "posttrain.py", words, rows)
+        verdicts.append(f"seed {seed}: holds {str(rows[-1]['holds']).lower()}  {'; '.join(rows[-1]['fails'])}".rstrip())
+    print(*verdicts, sep="\n")
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ PIPELINE = (
 TRIED = {
     "curate": "data={text} out={out} filters=repetition workers=1",
     "pretrain": f"toy data={{text}} out={{out}} {SMALL}",
-    "demo": f"data={{text}} out={{out}} {SMALL} then.iterations=1 {' '.join(f'then.{o}' for o in PIPELINE.split())}",
+    "demo": f"data={{text}} out={{out}} {SMALL} then.iterations=1 "
+    + " ".join(f"then.{words}" for words in PIPELINE.split()),
     "compare": "study=decay variants=plateau seeds=1 jobs=1 out={out} base=data={text},length=48,rows=2,steps=4,"
     "optim.warmup=0,model.vocab=400",
     "eval": "{model} tasks=single lengths=600 samples=1 out={out}",
