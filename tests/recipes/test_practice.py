@@ -2,10 +2,13 @@
 
 import json
 import math
+import subprocess
+import sys
 import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,6 +378,19 @@ def test_where_every_answer_is_lost_the_exam_says_why(taught, tmp_path):
         rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", **how))
     with pytest.raises(UserError, match="all 16 answers to count .* the prompt has .* tokens, and a conversation 8"):
         rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "short", **{**SMALL, "tokens": 8}))
+
+
+@pytest.mark.slow
+def test_processes_draw_what_this_one_would_and_a_killed_one_ends_nothing(taught, tmp_path):
+    """In a process of its own, as Ray reads the environment when it is imported."""
+    command = [sys.executable, "-m", "tests.recipes.processes", str(taught), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["same"] and found["weights"] and found["mismatch"] == [0, 0], "two steps of 16 answers each"
+    assert found["to"] == ["actor"] and found["lost"] == 8, "those of the two groups that the process was at"
+    assert found["shares"] == [pytest.approx(8 / 24), 0]
+    assert len(found["ages"]) == 32 and {*found["ages"]} <= {0, 1} and 1 in found["ages"] and found["steps"] == [0, 1]
 
 
 def test_supervised_settings_that_cannot_be_are_refused_at_once(base, tmp_path):

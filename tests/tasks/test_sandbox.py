@@ -1,4 +1,5 @@
-"""What a program can do in the sandbox, and what it cannot. Skipped only where bubblewrap is not installed."""
+"""What a program can do in the sandbox, and what it cannot. Skipped only where bubblewrap is not installed, which
+`.ci/run` sees to where it can."""
 
 import os
 import shutil
@@ -72,6 +73,19 @@ def test_what_is_too_much_ends():
     printed = run_python("while True: print('x' * 1000)", bounds=Bounds(file=1 << 16))
     assert printed.code not in (0, None) and len(printed.out) <= 1 << 16
     assert time.monotonic() - begin < 60
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the kernel holds root to no number of processes")
+def test_too_many_processes_are_not_started():
+    """No bomb itself: 40 at most, of 16 that are allowed, for a second."""
+    program = (
+        "import os, time\n"
+        "for _ in range(40):\n"
+        "    if os.fork() == 0: time.sleep(1); os._exit(0)\n"
+        "    print('one', flush=True)"
+    )  # fmt: skip
+    ran = run_python(program, bounds=Bounds(processes=16))
+    assert ran.code == 1 and "BlockingIOError" in ran.err and ran.out.count("one") < 16
 
 
 def test_what_it_starts_ends_with_it(tmp_path):
