@@ -27,6 +27,7 @@ from nautilus.tasks import distinct
 from nautilus.tasks.agents import Keeping, Store
 from nautilus.tasks.letters import Count
 from nautilus.tasks.named import TASKS
+from nautilus.tasks.pivot import OneTurn
 from nautilus.tasks.rows import row_of
 from nautilus.tasks.task import Asked, told
 from nautilus.train.optim import OptimConfig
@@ -164,15 +165,20 @@ def test_the_order_is_from_easy_to_hard_where_rates_are_measured(taught, tmp_pat
     assert {*domain.rates.values()} >= {0.0, 0.5}, "they differ"
 
 
-def test_single_turns_of_a_task_are_profiled_and_trained_on(taught, tmp_path):
-    how = {**SMALL, "tasks": ("pivot/store:1",), "tokens": 4096, "problems": 6, "prompts": 2, "group": 2, "measured": 1}
+def test_single_turns_of_a_task_are_profiled_and_trained_on(taught, tmp_path, monkeypatch):
+    """The model calls nothing yet: in place of the same effect some letters are right now and then."""
+    judged, right = OneTurn.judged, lambda last: float(any(letter in last.content for letter in "AB"))
+    monkeypatch.setattr(OneTurn, "judged", lambda self, last: replace(judged(self, last), reward=right(last)))
+    how = {**SMALL, "tasks": ("pivot/store:1",), "tokens": 4096, "problems": 8, "prompts": 2, "group": 2, "measured": 1}
     rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", profile=2, **{**how, "steps": 1}))
     rows = read_metrics(tmp_path / "run" / "state" / "profile.jsonl")
-    assert len(rows) == 12 and {row["reward"] for row in rows} <= {0.0, 1.0}
+    rates = Counter(row["problem"] for row in rows if row["reward"])
+    assert len(rows) == 16 and 1 in rates.values()
     (row,) = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert row["mismatch"] == row["lost"] == 0 and "reward_pivot/store" in row
     lines = answers_of(tmp_path / "run")
-    assert len(lines) == 4 and all("<function>" in line["text"] and line["why"] for line in lines)
+    assert len(lines) == 4 and {line["why"] for line in lines} <= {"the same effect", "another effect"}
+    assert all("<function>" in line["text"] and rates[line["problem"]] == 1 for line in lines), "solved now and then"
 
 
 class Insisting(Keeping):
