@@ -114,7 +114,8 @@ class Actor:
 class Actors:
     """So many processes. `ray` is the library, connected; silence: seconds without a sign of life from a process, after
     which it is taken for dead. What a dead one was at is played by another, which draws the same answers from the same
-    weights; the loss is counted all the same, and is one for good after `TRIES`."""
+    weights; the loss is counted all the same. The last of `TRIES` is made by one group at a time: so one that kills
+    whoever plays it is lost for good, and no other with it."""
 
     def __init__(
         self, ray: Any, count: int, model: Language, tokenizer: Tokenizer, playing: Playing, *, rows: int,
@@ -122,6 +123,7 @@ class Actors:
     ):  # fmt: skip
         self.ray, self.playing, self.rows, self.version, self.silence = ray, playing, rows, version, silence
         self.deaths = ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError, TimeoutError
+        self.last = asyncio.Lock()
         parts = parts_of(model)
         self.weights = ray.put(parts.pop("weights"))
         self.fixed = {**parts, "tokenizer": tokenizer}
@@ -136,21 +138,28 @@ class Actors:
         return self.kind.remote(parts, self.playing, self.rows, self.version)
 
     async def play(self, task: Task, problem: Problem, count: int, seed: int) -> Group:
-        found = Group(problem=problem, rollouts=[])
-        for _ in range(TRIES):
-            number = min(self.actors, key=lambda one: (self.busy[one], one))
-            actor = self.actors[number]
-            self.busy[number] += 1
-            try:
-                whole = await self.answer(actor, actor.play.remote(task, problem, count, seed))
+        found, at = Group(problem=problem, rollouts=[]), -1
+        for left in reversed(range(TRIES)):
+            async with contextlib.nullcontext() if left else self.last:
+                at = min(self.actors, key=lambda one: (one == at, self.busy[one], one))
+                whole = await self.tried(at, task, problem, count, seed)
+            if not isinstance(whole, str):
                 return replace(whole, lost=whole.lost + found.lost, why={**found.why, **whole.why})
-            except self.deaths as bad:
-                self.replace(number, actor)
-                why = f"process {number} of Ray {'hung' if isinstance(bad, TimeoutError) else 'died'}"
-                found = replace(found, lost=Counter({"actor": count}), why={"actor": why})
-            finally:
-                self.busy[number] -= 1
+            found = replace(found, lost=Counter({"actor": count}), why={"actor": whole})
         return found
+
+    async def tried(self, number: int, *asked: Any) -> Group | str:
+        """By this process; what became of it, if that has ended, for people."""
+        actor = self.actors[number]
+        self.busy[number] += 1
+        try:
+            return await self.answer(actor, actor.play.remote(*asked))
+        except self.deaths as bad:
+            self.replace(number, actor)
+            what = "gave no sign of life" if isinstance(bad, TimeoutError) else f"died: {bad}".partition("\n")[0]
+            return f"process {number} of Ray {what}"
+        finally:
+            self.busy[number] -= 1
 
     async def answer(self, actor: Any, asked: Awaitable[T]) -> T:
         """What the process gives; TimeoutError where it gives no sign of life."""

@@ -115,7 +115,7 @@ def beside(reference: Language, learnt: Rows) -> Rows:
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:
-    effort = settings.effort if settings.effort_words else None
+    effort = settings.effort if settings.effort_words or settings.less_effort else None
     scoring = Scoring(
         group=settings.group, most=settings.advantage, overlong=settings.overlong, effort=effort,
         effort_words=settings.effort_words,

@@ -135,7 +135,7 @@ class Full(Exception):
 
 
 class Process:
-    """What Ray makes of an actor, here in this process; fate: what becomes of it."""
+    """What Ray makes of an actor, here in this process; fate: what becomes of it, or a problem that kills it."""
 
     def __init__(self, actor, fate):
         self.actor, self.fate, self.killed = actor, fate, asyncio.Event()
@@ -143,11 +143,22 @@ class Process:
             setattr(self, name, SimpleNamespace(remote=partial(self.call, name)))
 
     async def call(self, name, *given):
-        if self.fate in ("dies", "fills"):
-            raise Dead if self.fate == "dies" else Full
-        if self.fate == "hangs":
-            await self.killed.wait()
-            raise Dead
+        """Of one that is dead, or dies meanwhile, as Ray says so."""
+        done, under_way = await asyncio.wait(
+            [asyncio.ensure_future(self.done(name, *given)), asyncio.ensure_future(self.killed.wait())],
+            return_when=asyncio.FIRST_COMPLETED,
+        )
+        for one in under_way:
+            one.cancel()
+        if self.killed.is_set():
+            raise Full("of memory") if self.fate == "fills" else Dead("by a signal\nand so on")
+        return done.pop().result()
+
+    async def done(self, name, *given):
+        if self.fate in ("dies", "fills") or (name == "play" and given[1] is self.fate):
+            self.killed.set()
+        if self.fate == "hangs" or self.killed.is_set():
+            await asyncio.Event().wait()
         if self.fate == "slow" and name == "play":
             await asyncio.sleep(0.5)
         return await getattr(self.actor, name)(*given)
@@ -214,23 +225,31 @@ def test_a_process_that_is_gone_costs_its_own_rollouts_and_another_draws_the_sam
     assert drawn_by(groups) == drawn_by(asyncio.run(played_here(tokenizer)))
     assert [group.lost for group in groups] == [Counter(actor=2)] * 4 and told_of(groups)["lost"] == (8, 16)
     assert crew.lost == 1 and [one.killed.is_set() for one in ray.processes] == [True, True], "before the end, the one"
-    assert {group.why["actor"] for group in groups} == {f"process 0 of Ray {'hung' if fate == 'hangs' else 'died'}"}
+    why = {"dies": "died: by a signal", "fills": "died: of memory", "hangs": "gave no sign of life"}[fate]
+    assert {group.why["actor"] for group in groups} == {f"process 0 of Ray {why}"}
     more = [replace(groups[0], lost=groups[0].lost + Counter(time=3)), *groups[1:]]
     assert checked(more) == more, "though more is counted as lost than was drawn"
 
 
 def test_processes_that_die_again_and_again_end_the_training(tokenizer):
-    groups, crew = acted(tokenizer, Ray(*["dies"] * 9))
-    assert crew.lost == 3 and not drawn_by(groups)
-    with pytest.raises(UserError, match=r"8 of 8 rollouts .*\(8 to actor: process 0 of Ray died\)"):
+    groups, _ = acted(tokenizer, Ray(*["dies"] * 9))
+    assert not drawn_by(groups)
+    with pytest.raises(UserError, match=r"8 of 8 rollouts .*\(8 to actor: process 0 of Ray died: by a signal\)"):
         checked(groups)
 
 
-def test_one_of_two_processes_that_dies_leaves_the_other_alone(tokenizer):
-    ray = Ray("well", "dies")
-    groups, crew = acted(tokenizer, ray, 2)
+def test_where_one_process_dies_again_and_again_the_other_draws_all(tokenizer):
+    groups, crew = acted(tokenizer, Ray("well", *["dies"] * 9), 2)
     assert drawn_by(groups) == drawn_by(asyncio.run(played_here(tokenizer)))
     assert crew.lost == 1 and sum((group.lost for group in groups), Counter()) == {"actor": 4}
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_problem_that_kills_whoever_plays_it_is_lost_and_no_other_with_it(tokenizer, count):
+    groups, crew = acted(tokenizer, Ray(*[PROBLEMS[2]] * 9), count)
+    assert not groups[2].rollouts and groups[2].lost == {"actor": 2} and crew.lost == 3
+    others = [group for group in asyncio.run(played_here(tokenizer)) if group.problem is not PROBLEMS[2]]
+    assert drawn_by(groups) == drawn_by(others) and checked(groups) == groups
 
 
 def test_who_is_slow_but_gives_a_sign_of_life_is_waited_for(tokenizer):
