@@ -1,26 +1,17 @@
 """What the benchmark of the pipeline makes of results, without running any."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.benchmarks.program import program
+
 TASKS = "sort", "sum"
 
 
 @pytest.fixture(scope="module")
 def benchmark_module():
-    """The program as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("posttrain_under_test", FOLDER / "posttrain.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with program("posttrain") as module:
         yield module
 
 

@@ -1,29 +1,17 @@
 """A model that is widened for the evaluation of drafts says the same as before."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from nautilus.config import Attention, Config, Experts, Mamba, Mlp, lay
 from nautilus.model.language import Language
 from nautilus.model.state import place
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+from tests.benchmarks.program import program
 
 
 @pytest.fixture(scope="module")
 def speculation():
-    """The program as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        spec = importlib.util.spec_from_file_location("speculation_under_test", FOLDER / "speculation.py")
-        assert spec and spec.loader
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
+    with program("speculation") as module:
         yield module
 
 
