@@ -20,6 +20,7 @@ from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
 from nautilus.posttrain import crew
 from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.crew import routed
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
@@ -32,6 +33,7 @@ from nautilus.tasks.rows import row_of
 from nautilus.tasks.task import Asked, told
 from nautilus.train.optim import OptimConfig
 from nautilus.train.policy import Mtp
+from tests.posttrain.test_stream import group, rollout
 
 LAYERS = lay(
     "M*E", Mamba(heads=2, head_width=16, state=16, groups=1), Attention(heads=2, groups=1, head_width=16),
@@ -422,3 +424,11 @@ def test_models_without_a_chat_template_are_told_so(base, tmp_path):
     with pytest.raises(UserError, match="less_effort=0.5 was asked for, but .* no words for less effort"):
         rlvr.main(rlvr.Settings(model=str(tmp_path / "full"), out=tmp_path / "run", less_effort=0.5, **SMALL))
     assert replace(rlvr.Settings(), steps=2).steps == 2
+
+
+@pytest.mark.parametrize("less", [True, False])
+def test_shorter_answers_earn_more_where_less_effort_is_asked_for_and_no_words_are_told(less):
+    how = rlvr.Settings(tasks=("sort",), less_effort=0.5, effort=Effort(weight=1.0, upper=8))
+    asked = replace(group(rollout(answer=2), rollout(answer=6)), less=less)
+    (batch,) = rlvr.rows(how, 0, [asked])
+    assert batch.advantage.any().item() == less
