@@ -133,7 +133,7 @@ def drafted(monkeypatch, turns):
 
     def stream(self, prompt, sampling):
         for at, piece in enumerate(plain(self, prompt, sampling)):
-            yield dataclasses.replace(piece, source=turns[at % len(turns)])
+            yield piece._replace(source=turns[at % len(turns)])
 
     monkeypatch.setattr(Engine, "stream", stream)
 
