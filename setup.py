@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -69,10 +70,12 @@ class Build(build_ext):
             shutil.copy(built, FOLDER)
 
     def compile(self, where: Path, sources: list[Path], flags: list[str]) -> list[str]:
-        names = [str(source) for source in sources]
-        return self.compiler.compile(
-            names, output_dir=str(where), extra_postargs=[*COMMON, *flags, *EXTRA], depends=ext_depends()
+        flags = [*COMMON, *flags, *EXTRA]
+        one = lambda source: self.compiler.compile(
+            [str(source)], output_dir=str(where), extra_postargs=flags, depends=ext_depends()
         )
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return [path for made in pool.map(one, sources) for path in made]
 
 
 def seal(library: Path) -> None:

@@ -10,7 +10,7 @@ import codecs
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -38,6 +38,7 @@ CONTROL = (
 PAD = "<unk>"  # id 0, as in the released files; never produced by byte-level text
 MOST_WORDS = 1 << 24  # fifty times the largest vocabularies
 SMALLEST = len(CONTROL) + 256  # control tokens and one token per byte
+SHORT = 4096  # characters, which are encoded before a batch of them would be in other threads
 
 # Words with one mark or blank before them; single digits, so that numbers have one spelling; runs of marks with the
 # line ends after them; line ends with the blanks before them; blanks, all but the last, which belongs to the next word.
@@ -120,12 +121,19 @@ class Tokenizer:
         Use `control` only for text that no user has touched.
         """
         checked = utf8(text)
-        return self.core.encode(checked, add_special_tokens=False).ids if control else self.encode_batch([checked])[0]
+        if control:
+            return self.core.encode(checked, add_special_tokens=False).ids
+        if len(checked) > SHORT:
+            return self.encode_batch([checked])[0]
+        return self.in_words([checked], lambda: [self.plain.encode(checked, add_special_tokens=False)])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Plain text only, on all cores. UserError for text that cannot be split into words."""
+        return self.in_words(texts, lambda: self.plain.encode_batch_fast(list(texts), add_special_tokens=False))
+
+    def in_words(self, texts: Sequence[str], encode: Callable[[], list[tokenizers.Encoding]]) -> list[list[int]]:
         try:
-            rows = [found.ids for found in self.plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+            rows = [found.ids for found in encode()]
         except (KeyboardInterrupt, SystemExit, MemoryError):
             raise
         except (

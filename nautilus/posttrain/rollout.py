@@ -179,19 +179,20 @@ class Player:
         told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
         episode, tokens = self.begun(task, problem, told_how)
         messages = [*problem.messages]
-        logprobs, versions, turns = [0.0] * len(tokens), [-1] * len(tokens), list[Turn]()
+        logprobs, versions = [0.0] * len(tokens), [-1] * len(tokens)
+        turns, verdicts = list[Turn](), list[Verdict]()
         for number in range(task.turns):
             if (room := self.playing.tokens - len(tokens)) < 1:
                 break
             sampling = self.playing.sampling(number_of(seed, number), room)
             how = {"shared": not (alone or number), "kept": number + 1 < task.turns}
             answer, changes = await drawn(self.answers, tokens, sampling, **how)
-            turn = self.turn(tokens, answer, problem)
+            turn = self.turn(tokens, answer, problem, sampling)
             tokens, logprobs = [*tokens, *answer.tokens], [*logprobs, *answer.logprobs]
             versions += map(self.version, changes)
             turns.append(turn)
-            told = await self.in_time(episode, episode.hear, turn.reply)
-            if not told or not turn.reply.ended:
+            told, verdicts = await self.in_time(episode, heard, episode, turn.reply, number + 1 == task.turns)
+            if verdicts:
                 break
             turns[-1] = dataclasses.replace(turn, told=tuple(told))
             more = self.following(messages, told, told_how, task.name)
@@ -200,7 +201,8 @@ class Player:
             versions += [-1] * len(more)
         if not turns:
             raise Dropped("no room", f"the prompt has {len(tokens)} tokens, and a conversation {self.playing.tokens}")
-        verdict = await self.judged(episode, turns, thinks=told_how["settings"].enable_thinking)
+        (found,) = verdicts or [await self.in_time(episode, episode.verdict)]
+        verdict = checked_verdict(found, episode, turns, thinks=told_how["settings"].enable_thinking)
         drew = {"logprobs": tuple(logprobs), "versions": tuple(versions)}
         return Rollout(problem=problem, tokens=tuple(tokens), turns=tuple(turns), verdict=verdict, **drew)
 
@@ -224,10 +226,10 @@ class Player:
             self.opened = problem, settings, chat_tokens(self.tokenizer, [*problem.messages], **told_how)
         return self.opened[2]
 
-    def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem) -> Turn:
+    def turn(self, tokens: Sequence[int], answer: Completion, problem: Problem, sampling: Sampling) -> Turn:
         inside = opens_thinking(tokens, self.tokenizer)
         begin = len(tokens)
-        rules = thinking_rules(self.playing.sampling(0, 1), self.tokenizer, inside=bool(inside))
+        rules = thinking_rules(sampling, self.tokenizer, inside=bool(inside))
         forced = set()
         for at, token in enumerate(answer.tokens, begin):
             if any(rule.forced() is not None for rule in rules):
@@ -242,19 +244,6 @@ class Player:
             thought=thought if inside else 0,
         )  # fmt: skip
 
-    async def judged(self, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
-        """What is wrong with the form of the last turn leaves nothing of the reward."""
-        found = await self.in_time(episode, episode.verdict)
-        try:
-            found = dataclasses.replace(found, reward=float(found.reward))
-        except (TypeError, ValueError) as bad:
-            raise Dropped("grader", f"{episode.problem.task} gave the verdict {found!r}"[:200]) from bad
-        if not math.isfinite(found.reward):
-            raise Dropped("grader", f"{episode.problem.task} gave the reward {found.reward}, which is no number")
-        last = form_fault(turns[-1].reply, thinks=thinks)
-        fault = next((turn.reply.stray for turn in turns if turn.reply.stray), last)
-        return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
-
     async def in_time(self, episode: Episode, do: Callable[..., T], *given: Any) -> T:
         """In a thread, of which some work at a time: one that hangs is left behind, and keeps nobody waiting."""
         name = episode.problem.task
@@ -267,6 +256,25 @@ class Player:
             raise Dropped("grader", str(bad)) from bad
         except Exception as bad:
             raise Dropped("task", f"{name} failed with {type(bad).__name__}: {bad}") from bad
+
+
+def heard(episode: Episode, reply: Reply, last: bool) -> tuple[Sequence[Message], list[Verdict]]:
+    """What the model is told next, and the verdict where it can say nothing more."""
+    told = episode.hear(reply)
+    return told, [episode.verdict()] if last or not told or not reply.ended else []
+
+
+def checked_verdict(found: Verdict, episode: Episode, turns: Sequence[Turn], *, thinks: bool) -> Verdict:
+    """What is wrong with the form of the last turn leaves nothing of the reward. Dropped for what is no verdict."""
+    try:
+        found = dataclasses.replace(found, reward=float(found.reward))
+    except (TypeError, ValueError) as bad:
+        raise Dropped("grader", f"{episode.problem.task} gave the verdict {found!r}"[:200]) from bad
+    if not math.isfinite(found.reward):
+        raise Dropped("grader", f"{episode.problem.task} gave the reward {found.reward}, which is no number")
+    last = form_fault(turns[-1].reply, thinks=thinks)
+    fault = next((turn.reply.stray for turn in turns if turn.reply.stray), last)
+    return dataclasses.replace(found, reward=0.0, why=fault) if fault and found.reward > 0 else found
 
 
 async def drawn(

@@ -1,14 +1,36 @@
-"""Work in a thread that may be left behind."""
+"""Work in threads that may be left behind."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class Worker:
+    """A thread that does one thing after another; to start one for each takes longer than most things do. One that
+    hangs is never idle again."""
+
+    idle: deque[Worker] = deque()
+
+    def __init__(self):
+        self.orders: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self.run, daemon=True, name="worker").start()
+
+    def run(self) -> None:
+        while True:
+            self.orders.get()()
+            self.idle.append(self)
+
+
+os.register_at_fork(after_in_child=Worker.idle.clear)  # a child has none of its parent's threads
 
 
 async def in_a_thread(do: Callable[..., T], *given: Any) -> T:
@@ -26,7 +48,11 @@ async def in_a_thread(do: Callable[..., T], *given: Any) -> T:
         with contextlib.suppress(RuntimeError):  # of a loop that has ended meanwhile
             loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result((found, bad)))
 
-    threading.Thread(target=work, daemon=True, name=getattr(do, "__name__", "work")).start()
+    try:
+        worker = Worker.idle.pop()
+    except IndexError:
+        worker = Worker()
+    worker.orders.put(work)
     found, bad = await done
     if bad is not None:
         raise bad

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nautilus.config import Layer
 from nautilus.config.keys import short
-from nautilus.model.lanes import Lanes, MambaSlots, RestingSlots, bytes_per_token, new_memory, plain
+from nautilus.model.lanes import Lanes, MambaSlots, Memory, RestingSlots, bytes_per_token, new_memory, plain
 from nautilus.model.language import Language
 from nautilus.ops.cpu.library import native
 from nautilus.ops.pages import PAGE, Pool, Rows
@@ -72,6 +72,9 @@ class Berths:
         self.pool = Pages(self.pools(), count)
         self.spare = Berth(slot=rows, pages=[count])  # for tokens of nobody
         self.roomy = device.type == "cpu" and state.lossless and native().functions is not None  # calls may have them
+        # A state that is put back is gone on from by the next call for all, without one that reads for it alone; but a
+        # drafter sees a prompt where it is read.
+        self.straight = state.lossless and not window
 
     def take(self, tokens: int, shared: Sequence[int] = ()) -> Berth | None:
         """Room for so many tokens, the first of them in `shared` pages, or None until others have left. The states are
@@ -140,15 +143,19 @@ class Berths:
 
     def state(self, berth: Berth) -> list[Tensor]:
         """Copies of its recurrent states, as they are after its last token."""
-        lanes = berth.awake or replace(self.lanes(1), slot_B=torch.tensor([berth.slot], dtype=torch.int32))
-        lanes.fold()
-        return [part.clone() for part in states(lanes)]
+        (berth.awake or replace(self.lanes(1), slot_B=torch.tensor([berth.slot], dtype=torch.int32))).fold()
+        return [part.clone() for part in states(*self.place(berth))]
 
     def put_state(self, berth: Berth, tensors: Sequence[Tensor]) -> None:
         """The berth goes on from there."""
-        berth.awake = berth.awake or self.waking(berth)
-        for mine, part in zip(states(berth.awake), tensors, strict=True):
+        if not self.straight:
+            berth.awake = berth.awake or self.waking(berth)
+        for mine, part in zip(states(*self.place(berth)), tensors, strict=True):
             mine.copy_(part)
+
+    def place(self, berth: Berth) -> tuple[Memory, int]:
+        """The layers, and the slot of them, where its states lie."""
+        return (berth.awake.layers, int(berth.awake.slot_B[0])) if berth.awake else (self.layers, berth.slot)
 
 
 class Pages:
@@ -195,10 +202,9 @@ class Pages:
             part[target] = part[source]
 
 
-def states(lanes: Lanes) -> list[Tensor]:
-    """Views of the one row's recurrent states, where they lie."""
-    slot = int(lanes.slot_B[0])
-    mambas = [layer for layer in lanes.layers if isinstance(layer, MambaSlots)]
+def states(layers: Memory, slot: int) -> list[Tensor]:
+    """Views of recurrent states, where they lie."""
+    mambas = [layer for layer in layers if isinstance(layer, MambaSlots)]
     return [part[slot] for layer in mambas for part in (layer.tail_SRC[:, : layer.taps - 1], layer.ssm_SHNP)]
 
 

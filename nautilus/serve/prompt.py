@@ -30,6 +30,8 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
         if isinstance(prompt, Mapping | bytes):
             raise TypeError(f"it is one {type(prompt).__name__}")
         parts = [*prompt]
+        if {*map(type, parts)} == {int}:
+            return parts
         if not any(isinstance(part, Mapping) for part in parts):
             return [operator.index(token) for token in cast(list[int], parts)]
         if strange := [part for part in parts if not isinstance(part, Mapping)]:

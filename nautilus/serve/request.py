@@ -115,8 +115,8 @@ class Request:
 
     @property
     def reading(self) -> bool:
-        """More than one token is unread, or the last one of a prompt is."""
-        return self.unread > 1 or (self.berth is not None and self.berth.awake is not None)
+        """More than one token is unread, or the last one of a prompt is, which is read in calls of its own."""
+        return self.unread > 1 or not self.answered or (self.berth is not None and self.berth.awake is not None)
 
     def take(self, drawn: Drawn, *, source: str, version: int) -> Piece:
         """Add a token; what it means for the text and for the end of the request."""

@@ -53,7 +53,7 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """A tenant that comes back after a while has no claim to what it did not ask for meanwhile."""
-        present = {payer(other.tenant) for other in (*self.waiting, *self.active)}
+        present = {payer(tenant) for tenant in {other.tenant for other in (*self.waiting, *self.active)}}
         if len(self.served) >= TENANTS:
             self.served = Served({tenant: self.served[tenant] for tenant in present})
         if payer(request.tenant) not in present and present:
@@ -97,9 +97,7 @@ class Scheduler:
 
     def running(self) -> list[Request]:
         """Those that grow by a token now, in the order of their slots: the same ones stay in the same rows."""
-        found = [
-            request for request in self.active if request.unread == 1 and request.berth and not request.berth.awake
-        ]
+        found = [request for request in self.active if not request.reading]
         return sorted(found, key=lambda request: request.berth.slot if request.berth else 0)
 
     def readings(self) -> Iterator[list[tuple[Request, int]]]:
@@ -107,9 +105,7 @@ class Scheduler:
         caller reads. What is left of several is read together where that is little, but not of requests that are to be
         apart, nor where states are rounded when prompts end."""
         begin = time.monotonic()
-        while reading := [
-            request for request in self.active if request.unread > 1 or (request.berth and request.berth.awake)
-        ]:
+        while reading := [request for request in self.active if request.reading]:
             first, *others = sorted(reading, key=self.order)
             room = self.room(self.step_seconds - (time.monotonic() - begin))
             batch = [(first, self.size(first, room))]

@@ -288,8 +288,9 @@ class Service:
     def begin(self, request: Request) -> None:
         scheduler, prefixes = self.engine.scheduler, self.engine.prefixes
         # What is being read for this one, or for one that waits, goes on: they begin where it ends.
-        asking = [request, *(one for one in scheduler.waiting if not one.warm)]
-        for other in [one for one in (*scheduler.active, *scheduler.waiting) if one.warm]:
+        if warm := [one for one in (*scheduler.active, *scheduler.waiting) if one.warm]:
+            asking = [request, *(one for one in scheduler.waiting if not one.warm)]
+        for other in warm:
             coming = {*prefixes.ahead(other)}
             if not any(prefixes.comes(one, coming) for one in asking):
                 self.engine.cancel(other)
