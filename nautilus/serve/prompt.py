@@ -31,7 +31,7 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
             raise TypeError(f"it is one {type(prompt).__name__}")
         parts = [*prompt]
         if {*map(type, parts)} == {int}:
-            return parts
+            return cast(list[int], parts)
         if not any(isinstance(part, Mapping) for part in parts):
             return [operator.index(token) for token in cast(list[int], parts)]
         if strange := [part for part in parts if not isinstance(part, Mapping)]:
