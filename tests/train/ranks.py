@@ -1,12 +1,15 @@
 """Processes for the tests of `train/parallel`: gloo on loopback, one torch thread each, ended after a while.
 
 python ranks.py FOLDER SETTINGS      one process's work; its curve goes to FOLDER/rank_<rank>.json
+python ranks.py                      a process that has imported all of it, and is told of work: see `Nursery`
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +19,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,25 +57,92 @@ def together(folder: Path, ranks: int, **settings) -> list[dict]:
     folder.mkdir(parents=True, exist_ok=True)
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} | ALIKE
     logs = [folder / f"log_{rank}.txt" for rank in range(ranks)]
-    command = [sys.executable, __file__, str(folder), json.dumps(settings)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            environment = os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with log.open("w") as file:
-                processes.append(subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT))
-        status = [process.wait(PATIENCE) for process in processes]
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-    assert not any(status), "\n".join(log.read_text()[-2500:] for log in logs)
+    each = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
+    status = nursery().raised(folder, settings, each, logs)
+    assert not any(status), f"{status}\n" + "\n".join(log.read_text()[-2500:] for log in logs)
     curves = [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(ranks)]
     clock = {"tokens_per_s", "memory_gb"}
     plain = [[{k: v for k, v in line.items() if k not in clock} for line in curve] for curve in curves]
     assert all(curve == plain[0] for curve in plain), "ranks report different numbers"
     return plain[0]
+
+
+class Nursery:
+    """A process of which others are forked: what these import takes several times as long as what they do."""
+
+    def __init__(self):
+        command = [sys.executable, __file__]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, env=os.environ | ALIKE, start_new_session=True, **pipes)
+        atexit.register(self.end)
+
+    def raised(self, folder: Path, settings: dict, environments: list[dict], logs: list[Path]) -> list[int]:
+        """How each ended; one that takes very long is ended."""
+        order = {"folder": str(folder), "settings": settings, "environments": environments, "logs": [*map(str, logs)]}
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(order), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+nursery = functools.cache(Nursery)
+
+
+def forks() -> None:
+    """The work of a nursery."""
+    import torch._dynamo
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
+
+    import nautilus.model.lower
+    import nautilus.train.checkpoint
+    import nautilus.train.parallel.many  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        children = [
+            forked(order["folder"], order["settings"], *each)
+            for each in zip(order["environments"], order["logs"], strict=True)
+        ]
+        print(json.dumps(ends(children)), flush=True)
+
+
+def forked(folder: str, settings: dict, environment: dict, log: str) -> int:
+    if child := os.fork():
+        return child
+    status = 1
+    try:
+        with open(log, "w") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        os.environ |= environment
+        work(Path(folder), **settings)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def ends(children: list[int]) -> list[int]:
+    """The exit status of each, minus the signal of one that was killed."""
+    found, until = dict[int, int](), time.monotonic() + PATIENCE
+    while len(found) < len(children):
+        for child in children:
+            if child not in found and (done := os.waitpid(child, os.WNOHANG))[0]:
+                found[child] = os.waitstatus_to_exitcode(done[1])
+        if time.monotonic() > until:
+            for child in {*children} - {*found}:
+                os.kill(child, signal.SIGKILL)
+        time.sleep(0.01)
+    return [found[child] for child in children]
 
 
 def work(
@@ -245,4 +316,4 @@ def some_rows(vocab: int, documents: bool):
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]), **json.loads(sys.argv[2]))
+    work(Path(sys.argv[1]), **json.loads(sys.argv[2])) if sys.argv[1:] else forks()
