@@ -178,9 +178,8 @@ class Player:
         """Dropped where nothing can be said of it. alone: there are no other answers to the same problem."""
         told_how = {"tools": [*problem.tools] or None, "settings": self.playing.chatting(task)}
         episode, tokens = self.begun(task, problem, told_how)
-        messages = [*problem.messages]
+        messages, turns, verdicts = [*problem.messages], list[Turn](), list[Verdict]()
         logprobs, versions = [0.0] * len(tokens), [-1] * len(tokens)
-        turns, verdicts = list[Turn](), list[Verdict]()
         for number in range(task.turns):
             if (room := self.playing.tokens - len(tokens)) < 1:
                 break
