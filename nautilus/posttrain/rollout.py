@@ -59,10 +59,10 @@ class Answers(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Playing:
     """How episodes are played. tokens: most of a conversation; turn_tokens: of one turn; thinking: whether a model is
-    asked to think first, None: as the task's worked answers do; seconds: that a task may take to answer a turn or to
-    judge; routes: experts are kept for replay; drafts: most tokens that the engine tries at once, which changes no
-    answer; chat: what else the template is told; budgeted: share of the groups in training whose thinking budget is one
-    of `budgets`, all of a group the same; less_effort: share of those that are asked for the least effort."""
+    asked to think first, None: as the task's worked answers do; seconds: that a task may take for a turn, for the last
+    one with its verdict; routes: experts are kept for replay; drafts: most tokens that the engine tries at once, which
+    changes no answer; chat: what else the template is told; budgeted: share of the groups in training whose thinking
+    budget is one of `budgets`, all of a group the same; less_effort: share of those that are asked for the least."""
 
     tokens: int = 1024
     turn_tokens: int = 256
@@ -267,7 +267,7 @@ def checked_verdict(found: Verdict, episode: Episode, turns: Sequence[Turn], *, 
     """What is wrong with the form of the last turn leaves nothing of the reward. Dropped for what is no verdict."""
     try:
         found = dataclasses.replace(found, reward=float(found.reward))
-    except (TypeError, ValueError) as bad:
+    except (AttributeError, TypeError, ValueError) as bad:
         raise Dropped("grader", f"{episode.problem.task} gave the verdict {found!r}"[:200]) from bad
     if not math.isfinite(found.reward):
         raise Dropped("grader", f"{episode.problem.task} gave the reward {found.reward}, which is no number")

@@ -264,6 +264,15 @@ def test_what_breaks_costs_its_own_rollout_and_says_why(tokenizer, where, bad, k
     assert time.monotonic() - begin < 2, "nobody waits for what hangs"
 
 
+@pytest.mark.parametrize("verdict", [None, Verdict(reward=float("nan")), Verdict(reward="good")])
+def test_what_is_no_verdict_costs_its_own_rollout(tokenizer, monkeypatch, verdict):
+    problem = Problem(task="odd", level=1, messages=({"role": "user", "content": "?"},))
+    monkeypatch.setattr(OddEpisode, "judged", lambda self, last: verdict)
+    with pytest.raises(Dropped, match="odd gave the") as lost:
+        asyncio.run(one_with_a_short_time(tokenizer, Odd("nowhere", None), problem))
+    assert lost.value.kind == "grader"
+
+
 async def one_with_a_short_time(tokenizer, task, problem):
     return await Player(Script(tokenizer, "x\n</think>\ny"), tokenizer, Playing(chat=KEEP, seconds=0.3)).play(
         task, problem, 0
