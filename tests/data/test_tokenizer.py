@@ -6,7 +6,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nautilus.data.tokenizer import CONTROL, load_tokenizer, train_tokenizer
+from nautilus.data.tokenizer import CONTROL, SHORT, load_tokenizer, train_tokenizer
 from nautilus.runtime import UserError
 
 # Text that is likely to hold control words, code, digits and characters of several bytes.
@@ -119,7 +119,9 @@ def test_half_a_surrogate_pair_is_refused_with_its_place(tokenizer):
 
 
 def test_batches_encode_like_single_texts(tokenizer, texts):
-    assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
+    long = "".join(texts) * (1 + 2 * SHORT // len("".join(texts)))
+    for some in (texts, [long, *texts]):
+        assert tokenizer.encode_batch(some) == [tokenizer.encode(text) for text in some]
 
 
 # ----- files -----

@@ -95,6 +95,27 @@ def test_a_warm_request_reads_and_says_nothing_and_the_next_one_finds_it_read():
     audit(engine)
 
 
+def test_what_is_known_but_for_its_last_token_goes_on_with_all_others(monkeypatch):
+    draw, engine, reads = random.Random(5), engine_of(), []
+    prompt = words(draw, 50)
+    run(engine, engine.request(prompt, SHORT, marks=(49,)))
+    plain = engine.forward.read
+    monkeypatch.setattr(engine.forward, "read", lambda parts: reads.append(parts) or plain(parts))
+    found = run(engine, engine.request(prompt, SHORT), engine.request(prompt, SHORT))
+    assert [one.cached for one in found] == [49, 49] and not reads
+    assert [facts(one) for one in found] == 2 * [facts(alone(prompt, SHORT))]
+    audit(engine)
+
+
+@pytest.mark.parametrize("size", [1, 2, 20])
+def test_a_prompt_that_is_not_to_be_answered_gets_no_token(size):
+    engine = engine_of()
+    asked = engine.request(words(random.Random(size), size), SHORT, answer=False), engine.request([1, 2], SHORT)
+    silent, other = run(engine, *asked)
+    assert (silent.tokens, silent.finish_reason) == ((), "length") and len(other.tokens) == 8
+    audit(engine)
+
+
 def test_who_begins_like_one_that_is_being_read_waits_for_its_mark():
     draw, engine = random.Random(3), engine_of(chunk=16, step_seconds=0.0)
     begun = words(draw, 80)
