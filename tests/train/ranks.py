@@ -123,6 +123,11 @@ def forked(folder: str, settings: dict, environment: dict, log: str) -> int:
         os.environ |= environment
         work(Path(folder), **settings)
         status = 0
+    except SystemExit as end:  # of a rank that others go on without
+        if end.code:
+            traceback.print_exc()
+        else:
+            status = 0
     except BaseException:
         traceback.print_exc()
     finally:
