@@ -367,12 +367,12 @@ struct Block {
 
   template <class Go>
   void each_row_tile(Go go) {
-    for (int64_t m = 0; m < rows; m += TILE_ROWS) with_count<TILE_ROWS>(rows - m, [&](auto some) { go(m, some); });
+    for (int64_t m = 0; m < rows; m += S::ROWS) with_count<S::ROWS>(rows - m, [&](auto some) { go(m, some); });
   }
 
   // Pages lie anywhere, so no hardware guesses the next one. The tiles of rows take turns, step by step, in asking for
   // the place of the next tile that they are at in this one: all at once would be more than a core can have under way.
-  int64_t row_tiles() const { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
+  int64_t row_tiles() const { return (rows + S::ROWS - 1) / S::ROWS; }
   void fetch(const uint8_t* page, int64_t number) const { __builtin_prefetch(page + number * bytes); }
 
   // q . k of M rows with the keys of the tile.
@@ -380,7 +380,7 @@ struct Block {
   void score(int64_t m) {
     for (int v = 0; v < VECTORS; v += TILE_VECTORS) {
       const T *q = w.q + m * width, *keys[TILE_VECTORS];
-      int64_t turn = m / TILE_ROWS * K;
+      int64_t turn = m / S::ROWS * K;
       F sum[M * TILE_VECTORS];
       UNROLL for (F& s : sum) s = set(0.0f);
       for (int j = 0; j < TILE_VECTORS; j++) keys[j] = key_page[(v + j) * W / PAGE] + (v + j) * W % PAGE * K;
@@ -452,7 +452,7 @@ struct Block {
   template <int M, int V>
   void weigh_columns(int64_t m, int64_t c) {
     float* out = w.out + m * wide + c;
-    int64_t turn = m / TILE_ROWS * K;
+    int64_t turn = m / S::ROWS * K;
     F sum[M * V];
     UNROLL for (int i = 0; i < M * V; i++) sum[i] = load(out + i / V * wide + i % V * W) * set(w.keep[m + i / V]);
     for (int i = 0; i < PAGES; i++) {

@@ -21,12 +21,15 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int BLOCK = ATTENTION_BLOCK, TILE = ATTENTION_TILE;
-// Chains held in registers: for scores so many rows by so many vectors of keys; for gradients TILE_ROWS by TILE_VECTORS
+// Chains held in registers: for scores so many rows by so many vectors of keys; for gradients Step::ROWS by TILE_VECTORS
 // of channels, or NARROW_ROWS by one. Rows of a block are left out by UNIT of them.
-constexpr int SCORE_ROWS = W == 16 ? 8 : 4, SCORE_VECTORS = W == 16 ? 3 : 2;
-constexpr int NARROW_ROWS = W == 16 ? 12 : 8, UNIT = W == 16 ? 24 : 8;
-static_assert(BLOCK % UNIT == 0 && UNIT % SCORE_ROWS == 0 && UNIT % TILE_ROWS == 0 && UNIT % NARROW_ROWS == 0, "rows");
-static_assert(TILE % (SCORE_VECTORS * W) == 0 && TILE % TILE_ROWS == 0 && TILE % NARROW_ROWS == 0, "keys");
+template <class T>
+constexpr int SCORE_ROWS = W == 16 ? 8 : Step<T>::ROWS;
+constexpr int SCORE_VECTORS = W == 16 ? 3 : 2, NARROW_ROWS = W == 16 ? 12 : 8, UNIT = 24;
+template <class T>
+constexpr bool FITS = UNIT % SCORE_ROWS<T> == 0 && UNIT % Step<T>::ROWS == 0 && TILE % Step<T>::ROWS == 0;
+static_assert(FITS<float> && FITS<bf16> && BLOCK % UNIT == 0 && UNIT % NARROW_ROWS == 0, "rows");
+static_assert(TILE % (SCORE_VECTORS * W) == 0 && TILE % NARROW_ROWS == 0, "keys");
 
 int64_t padded(int64_t width) { return (width + ATTENTION_PAD - 1) / ATTENTION_PAD * ATTENTION_PAD; }
 int64_t smaller_of(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -88,8 +91,8 @@ struct Work {
     q = K == 1 ? q_steps : pieces.take<T>(BLOCK * wide);
     dout = K == 1 ? dout_steps : pieces.take<T>(BLOCK * wide);
     ds = K == 1 ? ds_steps : pieces.take<T>(BLOCK * TILE);
-    score = pieces.take<float>(SCORE_ROWS * TILE);
-    dweight = pieces.take<float>(SCORE_ROWS * TILE);
+    score = pieces.take<float>(SCORE_ROWS<T> * TILE);
+    dweight = pieces.take<float>(SCORE_ROWS<T> * TILE);
     lse = pieces.take<float>(BLOCK);
     delta = pieces.take<float>(BLOCK);
     low = pieces.take<int64_t>(BLOCK);
@@ -224,7 +227,7 @@ struct Piece {
         to = (m / UNIT + 1) * UNIT;
       }
     if (from >= to) return;
-    for (int64_t m = from; m < to; m += SCORE_ROWS) soften(m, tile);
+    for (int64_t m = from; m < to; m += SCORE_ROWS<T>) soften(m, tile);
     const T *p = w.p_steps + from * TILE, *ds = w.ds_steps + from * TILE;
     const T *q = w.q_steps + from * wide, *dout = w.dout_steps + from * wide;
     int64_t rows = to - from;
@@ -235,7 +238,7 @@ struct Piece {
 
   // c[row][channel] += sum_k a[row][k] b[k][channel]
   void add(int64_t rows, const T* a, int64_t a_row, int64_t a_step, const T* b, int64_t ks, float* c) {
-    constexpr int M = TILE_ROWS, V = TILE_VECTORS, N = NARROW_ROWS;
+    constexpr int M = S::ROWS, V = TILE_VECTORS, N = NARROW_ROWS;
     int64_t n = 0;
     for (; n + V * W <= wide; n += V * W)
       for (int64_t m = 0; m < rows; m += M)
@@ -247,7 +250,7 @@ struct Piece {
 
   // p and ds of some rows.
   void soften(int64_t m, int64_t tile) {
-    constexpr int M = SCORE_ROWS, V = SCORE_VECTORS;
+    constexpr int M = SCORE_ROWS<T>, V = SCORE_VECTORS;
     const T *q = w.q + m * wide, *dout = w.dout + m * wide;
     for (int s = 0; s < TILE; s += V * W) {
       int64_t place = (tile - begin) * wide + s * K;

@@ -9,17 +9,24 @@
 
 namespace {
 
-constexpr int TILE_ROWS = W == 16 ? 6 : 4;     // chains held in registers: so many rows
-constexpr int TILE_VECTORS = W == 16 ? 4 : 2;  // by so many vectors of columns
-constexpr int PANEL = TILE_VECTORS * W;        // columns of B packed together
-constexpr int64_t FAR = 16384;                 // bytes of columns that are on their way from memory for a single row
+// Chains held in registers: at most so many rows by so many vectors of columns.
+#if defined(__AVX512F__) || defined(__AVX2__)
+constexpr int TILE_ROWS = 6;
+#else
+constexpr int TILE_ROWS = 4;
+#endif
+constexpr int TILE_VECTORS = W == 16 ? 4 : 2;
+// Where pairs are two vectors, fewer of AVX2's sixteen registers are left for chains.
+constexpr int PAIR_ROWS = W == 16 ? TILE_ROWS : 4;
+constexpr int PANEL = TILE_VECTORS * W;  // columns of B packed together
+constexpr int64_t FAR = 16384;           // bytes of columns that are on their way from memory for a single row
 
-// What one step along k does; B: of columns.
+// What one step along k does, for how many rows at once; B: of columns.
 template <class T, class B = T>
 struct Step;
 template <>
 struct Step<uint16_t> {
-  static constexpr int K = 2;
+  static constexpr int K = 2, ROWS = PAIR_ROWS;
   using Vector = Pairs;
   static Vector columns(const uint16_t* p) { return load_pairs(p); }
   static Vector row(const uint16_t* p) { return set_pair(p); }
@@ -27,7 +34,7 @@ struct Step<uint16_t> {
 };
 template <>
 struct Step<float> {
-  static constexpr int K = 1;
+  static constexpr int K = 1, ROWS = TILE_ROWS;
   using Vector = F;
   static Vector columns(const float* p) { return load(p); }
   static Vector row(const float* p) { return set(*p); }
@@ -35,7 +42,7 @@ struct Step<float> {
 };
 template <>
 struct Step<float, uint16_t> {
-  static constexpr int K = 2;
+  static constexpr int K = 2, ROWS = PAIR_ROWS;
   using Vector = Split;
   static Vector columns(const uint16_t* p) { return load_split(p); }
   static Vector row(const float* p) { return {set(p[0]), set(p[1])}; }
@@ -163,7 +170,7 @@ void gemm_rows(Rows<T> a, const B* b, int64_t step, int64_t k_steps, int64_t col
   }
 }
 
-// At most TILE_ROWS rows by at most PANEL columns: c[rows][PANEL].
+// At most Step::ROWS rows by at most PANEL columns: c[rows][PANEL].
 template <class T, class B>
 void gemm_block(Rows<T> a, int64_t rows, const B* b, int64_t step, int64_t k_steps, int64_t columns, float* c, bool more) {
   switch (rows) {
@@ -171,23 +178,23 @@ void gemm_block(Rows<T> a, int64_t rows, const B* b, int64_t step, int64_t k_ste
     case 2: return gemm_rows<T, B, 2>(a, b, step, k_steps, columns, c, more);
     case 3: return gemm_rows<T, B, 3>(a, b, step, k_steps, columns, c, more);
     case 4: return gemm_rows<T, B, 4>(a, b, step, k_steps, columns, c, more);
-#if defined(__AVX512F__)
-    case 5: return gemm_rows<T, B, 5>(a, b, step, k_steps, columns, c, more);
-    case 6: return gemm_rows<T, B, 6>(a, b, step, k_steps, columns, c, more);
-#endif
   }
+  if constexpr (Step<T, B>::ROWS == 6)
+    rows == 5 ? gemm_rows<T, B, 5>(a, b, step, k_steps, columns, c, more)
+              : gemm_rows<T, B, 6>(a, b, step, k_steps, columns, c, more);
 }
 
 // For each tile of C done(row, rows, column, columns, c) is called with c[rows][PANEL].
 template <class T, class B, class Done>
 void gemm(Rows<T> a, int64_t m_count, Columns<B> b, int64_t k_count, int64_t n_count, Done done) {
+  constexpr int ROWS = Step<T, B>::ROWS;
   int64_t k_steps = steps<T, B>(k_count);
-  alignas(64) float c[TILE_ROWS * PANEL];
+  alignas(64) float c[ROWS * PANEL];
   for (int64_t n = 0; n < n_count; n += PANEL) {
     const B* panel = b.base + n / PANEL * b.panel;
     int64_t columns = n_count - n < PANEL ? n_count - n : PANEL;
-    for (int64_t m = 0; m < m_count; m += TILE_ROWS) {
-      int64_t rows = m_count - m < TILE_ROWS ? m_count - m : TILE_ROWS;
+    for (int64_t m = 0; m < m_count; m += ROWS) {
+      int64_t rows = m_count - m < ROWS ? m_count - m : ROWS;
       Rows<T> tile{a.row + m, a.step};
       gemm_block<T>(tile, rows, panel, b.step, k_steps, columns, c, false);
       done(m, rows, n, columns, c);

@@ -326,24 +326,24 @@ void lowbit_rows(const LowBitProduct* p, const LowBitSpan* span, int64_t panel, 
              });
 }
 
-int64_t lowbit_scratch(const LowBitProduct* p) { return (p->outputs + TILE_ROWS) * PANEL * 4 + TOKENS * PANEL * 2; }
+int64_t lowbit_scratch(const LowBitProduct* p) { return (p->outputs + PAIR_ROWS) * PANEL * 4 + TOKENS * PANEL * 2; }
 
 // A panel of columns of one weight's gradient: sum over the group's rows of a[row][output] b[row][input], one chain.
 void lowbit_outer(const LowBitProduct* p, int64_t group, int64_t panel, void* scratch) {
   int64_t begin = p->first[group], end = p->first[group + 1], column = panel * PANEL;
   int64_t columns = p->inputs - column < PANEL ? p->inputs - column : PANEL;
   auto* sums = static_cast<float*>(scratch);
-  auto* part = reinterpret_cast<bf16*>(sums + (p->outputs + TILE_ROWS) * PANEL);
-  memset(sums, 0, (p->outputs + TILE_ROWS) * PANEL * sizeof(float));
+  auto* part = reinterpret_cast<bf16*>(sums + (p->outputs + PAIR_ROWS) * PANEL);
+  memset(sums, 0, (p->outputs + PAIR_ROWS) * PANEL * sizeof(float));
   for (int64_t z = begin; z < end; z += TOKENS) {
     int64_t tokens = end - z < TOKENS ? end - z : TOKENS;
     for (int64_t r = 0; r < tokens; r += 2) {
       memcpy(part + r * PANEL, p->b + (z + r) * p->inputs + 2 * column, columns * 4);
       memset(part + r * PANEL + 2 * columns, 0, (PANEL - columns) * 4);
     }
-    for (int64_t m = 0; m < p->outputs; m += TILE_ROWS) {
-      int64_t rows = p->outputs - m < TILE_ROWS ? p->outputs - m : TILE_ROWS;
-      const bf16* at[TILE_ROWS];
+    for (int64_t m = 0; m < p->outputs; m += PAIR_ROWS) {
+      int64_t rows = p->outputs - m < PAIR_ROWS ? p->outputs - m : PAIR_ROWS;
+      const bf16* at[PAIR_ROWS];
       for (int64_t r = 0; r < rows; r++) at[r] = p->a + z * p->outputs + 2 * (m + r);
       gemm_block<bf16>({at, 2 * p->outputs}, rows, part, 2 * PANEL, tokens / 2, columns, sums + m * PANEL, true);
     }

@@ -509,8 +509,8 @@ void fp8(const Item& item) {
       }
     for (int64_t n = 0; n < item.columns; n += PANEL) {
       int64_t columns = item.columns - n < PANEL ? item.columns - n : PANEL;
-      for (int64_t m = 0; m < span.rows; m += TILE_ROWS) {
-        int64_t some = span.rows - m < TILE_ROWS ? span.rows - m : TILE_ROWS;
+      for (int64_t m = 0; m < span.rows; m += PAIR_ROWS) {
+        int64_t some = span.rows - m < PAIR_ROWS ? span.rows - m : PAIR_ROWS;
         gemm_block<bf16>({x + m, 2}, some, pair_of(part, 0, n), 2 * PANEL, count, columns,
                          c + n * QUANT_BLOCK + m * PANEL, k > 0);
       }

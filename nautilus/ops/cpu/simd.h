@@ -235,6 +235,18 @@ inline Pairs set_pair(const uint16_t* p) {
   float32x4_t even = even_halves(vdupq_n_u32(pair)), odd = odd_halves(vdupq_n_u32(pair));
   return {{even, even}, {odd, odd}};
 }
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+inline Pairs load_pairs(const uint16_t* p) {
+  __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  __m256i odd = _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))}, {_mm256_castsi256_ps(odd)}};
+}
+inline Pairs set_pair(const uint16_t* p) {
+  int both;
+  memcpy(&both, p, 4);
+  __m256i pair = _mm256_set1_epi32(both), odd = _mm256_and_si256(pair, _mm256_set1_epi32(static_cast<int>(0xFFFF0000)));
+  return {{_mm256_castsi256_ps(_mm256_slli_epi32(pair, 16))}, {_mm256_castsi256_ps(odd)}};
+}
 #else
 inline Pairs load_pairs(const uint16_t* p) {
   float even[W], odd[W];
