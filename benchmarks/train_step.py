@@ -294,9 +294,13 @@ def compare(folder: Path, precision: str, modes, repeats: int, seconds: float, b
 
 
 def machine() -> str:
+    from nautilus.ops.cpu.library import native
+
     model = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                   if line.startswith("model name")), platform.processor())  # fmt: skip
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}, Python {platform.python_version()}"
+    # What native kernels are compiled for: two machines of one model name may differ in it.
+    level = native().level or "no native kernels"
+    return f"{model}, {os.cpu_count()} cores, {level}, {platform.system()}, Python {platform.python_version()}"
 
 
 def main() -> None:

@@ -3,12 +3,17 @@
 `bwrap` (bubblewrap) gives a program namespaces of its own: it sees a plain Python, read-only, an empty /tmp and its own
 files. It has no network, no other process, and no rights that it could use outside. Within, limits hold for its time,
 memory, files and processes. Without bubblewrap nothing is run: limits alone keep nobody in.
+
+The kernel holds root to no number of processes. What root runs becomes a user of its own, which needs the namespaces of
+the machine's users; where root may not do that, it stays root of a namespace, without that one limit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import random
+import re
 import shutil
 import signal
 import subprocess
@@ -23,16 +28,24 @@ from nautilus.tasks.task import GraderBroken
 SHOWN = ("/usr", "/bin", "/lib", "/lib32", "/lib64", "/etc/alternatives")  # of the machine, read-only
 PYTHON = os.path.realpath(sys.executable)
 HOME = "/program"  # where its files are
+USERS = range(61184, 65520)  # that are nobody's: systemd gives them to services for as long as they run
+SETGID, SETUID, SYS_ADMIN = 6, 7, 21  # numbers of capabilities(7)
+ROOM = str(1 << 26)  # bytes
 # Runs inside, before the program does: what it starts inherits the limits and cannot raise them. It says that it is
 # there, which the program itself cannot: by that a sandbox that failed is told from a program that did.
 LIMITED = """
 import os, resource, sys
-said, cpu, memory, file, processes = map(int, sys.argv[1:6])
+said, user, cpu, memory, file, processes = map(int, sys.argv[1:7])
 for name, most in (("CPU", cpu), ("AS", memory), ("FSIZE", file), ("NPROC", processes), ("CORE", 0)):
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
+if user:
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    open(sys.executable, "rb").close()
 os.write(said, b"1")
 os.close(said)
-os.execv(sys.executable, [sys.executable, "-I", *sys.argv[6:]])
+os.execv(sys.executable, [sys.executable, "-I", *sys.argv[7:]])
 """
 
 
@@ -66,14 +79,29 @@ def available() -> str:
     return ""
 
 
-def jail(*more: str) -> list[str]:
+def own_user() -> int:
+    """That a program becomes in its jail; 0: it stays who it is."""
+    if os.geteuid() != 0:
+        return 0
+    mine = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    able = mine is not None and all(int(mine[1], 16) >> right & 1 for right in (SETGID, SETUID, SYS_ADMIN))
+    return random.SystemRandom().choice(USERS) if able else 0
+
+
+def jail(user: int, *more: str) -> list[str]:
     """A command line that what is to be run is added to."""
     prefix = os.path.realpath(sys.base_prefix)
     paths = [path for path in (*SHOWN, prefix) if Path(path).exists()]
     shown = [part for path in paths if path in SHOWN or not path.startswith(SHOWN) for part in bound(path)]
+    apart = ["ipc", "pid", "net", "uts", "cgroup-try"] if user else ["all"]
+    written = ["--size", ROOM, *(["--perms", "1777"] if user else []), "--tmpfs"]
+    # What bubblewrap makes on the way to a folder is closed to others.
+    way = [*reversed(Path(prefix).parents)][1:] if user else []
     return [
-        "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv",
-        "--proc", "/proc", "--dev", "/dev", "--size", str(1 << 26), "--tmpfs", "/tmp", *shown, *more,
+        "bwrap", *(f"--unshare-{name}" for name in apart), "--die-with-parent", "--new-session", "--cap-drop", "ALL",
+        *(["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if user else []), "--clearenv", "--proc", "/proc",
+        "--dev", "/dev", *written, "/dev/shm", *written, "/tmp",
+        *(part for folder in way for part in ("--perms", "0711", "--dir", str(folder))), *shown, *more,
     ]  # fmt: skip
 
 
@@ -91,10 +119,12 @@ def run_python(
     with tempfile.TemporaryDirectory() as place:
         inside = Path(place) / "files"
         inside.mkdir()
+        inside.chmod(0o755)
         for name, text in {"main.py": source, **(files or {})}.items():
             if Path(name).name != name:
                 raise ValueError(f"a file {name!r} was asked for beside the program; give a plain name")
             (inside / name).write_text(text)
+            (inside / name).chmod(0o644)
         (Path(place) / "given").write_text(given)
         return waited(Path(place), inside, bounds)
 
@@ -102,8 +132,9 @@ def run_python(
 def waited(place: Path, inside: Path, bounds: Bounds) -> Ran:
     """What it prints goes to files, whose size is bounded; a pipe would be read into memory."""
     listening, said = os.pipe()
-    limits = [str(most) for most in (said, bounds.cpu, bounds.memory, bounds.file, bounds.processes)]
-    where = jail("--ro-bind", str(inside), HOME, "--chdir", HOME)
+    user = own_user()
+    limits = [str(most) for most in (said, user, bounds.cpu, bounds.memory, bounds.file, bounds.processes)]
+    where = jail(user, "--ro-bind", str(inside), HOME, "--chdir", HOME)
     command = [*where, PYTHON, "-I", "-c", LIMITED, *limits, f"{HOME}/main.py"]
     try:
         with (place / "given").open() as stdin, (place / "out").open("wb") as out, (place / "err").open("wb") as err:
