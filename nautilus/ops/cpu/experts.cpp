@@ -11,7 +11,8 @@
 namespace {
 
 using bf16 = uint16_t;
-constexpr int64_t CHUNK = 32 * TILE_ROWS;  // pairs of an expert worked on at a time; even
+// Pairs of an expert worked on at a time. Even, and no matter of registers: gradients of weights are sums over chunks.
+constexpr int64_t CHUNK = 192;
 
 template <class A>
 struct Work {
