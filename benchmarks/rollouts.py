@@ -176,8 +176,8 @@ def main(words: list[str]) -> None:
 
         folder, rows = Path(temporary) / "model", []
         texts = (path.read_text() for path in Path(argparse.__file__).parent.glob("*.py"))
-        words = train_tokenizer(texts, vocab=VOCAB)
-        Language(config()).initialise(0).save(folder, precision="fp32", tokenizer=words)
+        tokenizer = train_tokenizer(texts, vocab=VOCAB)
+        Language(config()).initialise(0).save(folder, precision="fp32", tokenizer=tokenizer)
         for batch, group in ASKED:
             rows += compared(folder, batch, group, asked.repeats)
     append(asked.record, "rollouts.py", words, rows)

@@ -14,7 +14,7 @@ is done stays as it is: with other settings, or after an earlier one was removed
 | boost | the last student, its prediction block trained on its own answers |
 
 baselines=true has beside them what else could be made of the first specialists or of as many rollouts: the mean of
-their weights, what they write learnt as worked answers, and reinforcement on all tasks at once.
+their weights, what they write learnt once, at the student's rate, and reinforcement on all tasks at once.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def learnt(
     of = base.name, *(place.name for place in teachers.values())
     do.forget_older(of[1:], folder)
     file = written_by(teachers, tasks, replace(settings.specialist, seed=settings.seed), count, folder, nautilus.load)
-    told = replace(settings.supervised, tasks=(), problems=1, steps=steps)
+    told = replace(settings.supervised, tasks=(), problems=1, steps=steps, optim=settings.student.optim)
     return do(name, sft, told, of=of, model=str(base), data=(file,))
 
 
@@ -155,7 +155,7 @@ def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, st
     return {
         "mean of specialists": averaged([*teachers.values()], run.folder / "mean", nautilus.load),
         "their answers learnt": learnt(
-            settings, do, "learnt", base, teachers, tasks, steps=settings.student.steps, folder=run.state / "written",
+            settings, do, "learnt", base, teachers, tasks, steps=0, folder=run.state / "written",
             count=settings.student.prompts * settings.student.steps // len(tasks),  # as many answers as a student gives
         ),
         "all at once": do("all", rlvr, mixed, of=("sft",), model=str(base), tasks=settings.tasks),

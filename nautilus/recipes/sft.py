@@ -35,7 +35,7 @@ from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain
 from nautilus.train.optim import OptimConfig, adamw, schedule, setting
 
-LEAST = {"problems": 1, "steps": 1, "rows": 1, "length": 2, "mtp_depths": 0, "mtp_weight": 0, "aux_weight": 0}
+LEAST = {"problems": 1, "steps": 0, "rows": 1, "length": 2, "mtp_depths": 0, "mtp_weight": 0, "aux_weight": 0}
 LEAST |= {"balance": 0, "save_every": 0, "seed": 0}
 
 
@@ -47,7 +47,7 @@ class Settings:
     problems: int = setting(4096, "worked answers, of all tasks together")
     out: Path = field(default=Path("runs/sft"), metadata={"help": "the run's folder; gone on with if it is there"})
     template: str = setting("", "how chats are written: a file, or nemotron, the family's (as the model says)")
-    steps: int = setting(500, "updates")
+    steps: int = setting(500, "updates; 0: as many as take every sample once")
     rows: int = setting(16, "rows of a step")
     length: int = setting(1024, "tokens of a row, into which samples are packed; longer ones are left out")
     loss: str = setting("token", "what counts alike: every token, or every sample, which protects short answers")
@@ -71,7 +71,8 @@ class Settings:
             raise UserError(f"mtp_depths={self.mtp_depths} must be less than the length={self.length} of a row")
         self.teaching()  # for what these refuse
         compute_dtype(self.compute)
-        schedule(self.optim, self.steps)
+        if self.steps:
+            schedule(self.optim, self.steps)
 
     def teaching(self) -> Teaching:
         return Teaching(
@@ -95,12 +96,13 @@ def main(settings: Settings) -> None:
     say(told(found))
     run = continue_or_create(settings.out, {**to_dict(settings), "weights": fingerprint(model)})
     batch = pack_best_fit(found.samples, length=settings.length, pad=model.config.pad)
+    steps = settings.steps or -(-len(batch) // settings.rows)
     model.float().requires_grad_(True)
     fit(
         model,
         Stream({"conversations": batch}, rows=settings.rows, micro=settings.rows, seed=settings.seed),
         pretrain(mtp_depths=settings.mtp_depths, mtp_weight=settings.mtp_weight, aux_weight=settings.aux_weight),
-        adamw(model, settings.optim), steps=settings.steps, schedule=schedule(settings.optim, settings.steps),
+        adamw(model, settings.optim), steps=steps, schedule=schedule(settings.optim, steps),
         clip=settings.optim.clip, balance=settings.balance,
         checkpoints=Checkpoints(run=run, every=settings.save_every, settings=to_dict(settings.teaching())),
         health_every=10,

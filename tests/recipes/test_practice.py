@@ -15,6 +15,7 @@ import torch
 
 import nautilus
 from nautilus.config import Attention, Config, Experts, Mamba, lay
+from nautilus.data.pack import pack_best_fit
 from nautilus.data.template import template_text
 from nautilus.data.tokenizer import SMALLEST, Tokenizer, train_tokenizer
 from nautilus.model.language import Language
@@ -72,6 +73,22 @@ def test_supervised_training_learns_the_form_of_answers(taught):
     rows = read_metrics(Run(taught).metrics)
     assert rows[-1]["next_token"] < 0.5 * rows[0]["next_token"]
     assert (taught / "report.html").is_file() and nautilus.load(taught)[1].template
+
+
+def test_without_a_number_of_steps_every_sample_is_learnt_once(base, tmp_path, monkeypatch):
+    packed = []
+
+    def pack(*given, **more):
+        packed.append(pack_best_fit(*given, **more))
+        return packed[0]
+
+    monkeypatch.setattr(sft, "pack_best_fit", pack)
+    sft.main(sft.Settings(
+        model=base, tasks=("count:3",), problems=30, out=tmp_path / "run", steps=0, rows=2, length=512,
+        optim=OptimConfig(lr=1e-3, min_lr=1e-4),
+    ))  # fmt: skip
+    steps = len(read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    assert steps == math.ceil(len(packed[0]) / 2) > 1
 
 
 def test_reinforcement_end_to_end_and_what_it_tells(taught, tmp_path):
