@@ -11,9 +11,8 @@ The thinking budgets are those the last student is asked with: `rises` says whet
 smaller one beyond their 95 % intervals, `within` whether no turn thought longer than it might.
 
 A seed `holds` where every first specialist gains 15 points or more on its task, the student has at least 0.9 of each
-gain, its least is more than that of every first specialist, and its budgets rise and are kept. The second specialists
-are told beside: they are made of a student, at a gentle rate, and keep what it can. `fails` says what of that is not
-so. `--record FILE` appends a seed's rows when it is done.
+gain, its least is more than that of every specialist, and its budgets rise and are kept. `fails` says what of that is
+not so. `--record FILE` appends a seed's rows when it is done.
 """
 
 from __future__ import annotations
@@ -80,7 +79,7 @@ def fails(rows: list[dict], least: dict[str, float], thinking: dict) -> list[str
     found = [f"{row['task']}: gain {row['gain']}" for row in rows if row["gain"] < GAIN]
     short = [row for row in rows if row["recovered"] is None or row["recovered"] < RECOVERED]
     found += [f"{row['task']}: recovered {row['recovered']}" for row in short]
-    own = {name: value for name, value in least.items() if name.endswith(" specialist 1")}
+    own = {name: value for name, value in least.items() if " specialist " in name}
     found += [f"least {least[LAST]}: {name} {value}" for name, value in own.items() if value >= least[LAST]]
     for task, told in thinking.items():
         found += [f"{task}: not {name}" for name in ("rises", "within") if not told[name]]
