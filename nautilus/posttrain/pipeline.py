@@ -128,13 +128,6 @@ def refuse_given(name: str, settings: Any, fields: Sequence[str]) -> None:
             raise UserError(f"{name}.{field}={value} was asked for, which the pipeline gives; leave it out")
 
 
-def once_more(first: Any, share: float) -> Any:
-    """Settings of training that goes on where the first ended: for this share of its steps and of its rate, at the
-    whole of which a model that is good already gets worse before it gets better."""
-    rate = replace(first.optim, lr=share * first.optim.lr, min_lr=share * first.optim.min_lr)
-    return replace(first, steps=max(1, round(share * first.steps)), optim=rate)
-
-
 def questions(path: Path, tasks: Sequence[Asked], count: int, seed: int = 0) -> Path:
     """So many problems of the tasks in turn, as JSON lines with the last message of each as `prompt`."""
     share = -(-count // len(tasks))

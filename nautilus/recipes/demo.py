@@ -34,9 +34,9 @@ LINES = 7  # of a completion that are printed; the report has all of them
 RATE = {"lr": 4e-4, "min_lr": 1e-5, "decay": 0.5}
 SHORT = {**posttrain.SHORT, "problems": 8192, "budgeted": 0.25, "train_budgets": (4, 8, 12, 16, 20)}
 SCHOOL = posttrain.Settings(
-    tasks=("sort:5-7", "reverse:4-5", "arithmetic:1-2"), again=0.6,
+    tasks=("sort:5-6", "reverse:4-5", "arithmetic:1-2"), again=0.7,
     supervised=sft.Settings(
-        tasks=("sort:3-6", "reverse:3-5", "arithmetic:1-2"), steps=420, length=256, problems=32_000, save_every=0,
+        tasks=("sort:3-6", "reverse:3-5", "arithmetic:1-2"), steps=370, length=256, problems=32_000, save_every=0,
         cut=0.15, mtp_depths=2, optim=replace(sft.Settings().optim, lr=3e-3),
     ),
     specialist=rlvr.Settings(steps=150, prompts=32, group=8, optim=replace(rlvr.Settings().optim, **RATE), **SHORT),

@@ -31,7 +31,7 @@ from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
 from nautilus.posttrain.acceptance import TooShort
-from nautilus.posttrain.pipeline import Exam, Stages, averaged, once_more, questions, refuse_given, written_by
+from nautilus.posttrain.pipeline import Exam, Stages, averaged, questions, refuse_given, written_by
 from nautilus.posttrain.practice import budgeted, wanted
 from nautilus.recipes import boost, mopd, rlvr, sft
 from nautilus.runtime import UserError, continue_or_create, keep_memory
@@ -50,7 +50,7 @@ class Settings:
     tasks: tuple[str, ...] = setting(("sort:3", "reverse:4", "arithmetic:2"), "what is taught; see `nautilus rlvr`")
     out: Path = setting(Path("runs/posttrain"), "folder of all stages; gone on with if it is there")
     iterations: int = setting(2, "times that specialists are trained, and distilled into a student")
-    again: float = setting(1.0, "steps and learning rate of the later specialists, as a share of the first ones'")
+    again: float = setting(1.0, "steps of the later specialists, as a share of the first ones'")
     warm: int = setting(0, "updates on what the teachers answer, with which a student begins; 0: none")
     supervised: sft.Settings = sft.Settings(steps=240, length=256, problems=12_000, save_every=0, cut=0.15)
     specialist: rlvr.Settings = rlvr.Settings(**SHORT)
@@ -118,7 +118,7 @@ def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[st
         of = student.name, *(place.name for place in teachers.values())
         student = do(f"{number}-student", mopd, settings.student, of=of, **given)
         models[f"student {number}"] = student
-        specialist = once_more(settings.specialist, settings.again)
+        specialist = replace(specialist, steps=max(1, round(settings.again * settings.specialist.steps)))
     return models
 
 
