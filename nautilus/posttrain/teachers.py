@@ -24,7 +24,7 @@ from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
 from nautilus.train.objective import Objective, Pairs, Terms
-from nautilus.train.policy import Mtp, Surrogate, distill, drawn_logprob, read
+from nautilus.train.policy import Mtp, Surrogate, distill, drawn_logprob, read, surrogate
 
 TRIES = 3  # of scores whose process died
 
@@ -77,17 +77,19 @@ class Teachers:
         each = zip(asked, found, strict=True)
         return [replace(batch, teacher_logprob=scores, teacher=name) for (name, batch), scores in each]
 
-    def distill(self, how: Surrogate, mtp: Mtp) -> Objective:
+    def distill(self, how: Surrogate, mtp: Mtp, reward: float = 0.0) -> Objective:
         """`train.policy.distill`, with the lead of each teacher told apart."""
-        return self.told_apart(distill(how, mtp))
+        return self.told_apart(distill(how, mtp, reward=reward))
 
-    def distill_whole(self, how: Surrogate, mtp: Mtp) -> Objective:
+    def distill_whole(self, how: Surrogate, mtp: Mtp, reward: float = 0.0) -> Objective:
         """Distillation by all words of the vocabulary: at every token that the student drew, its reverse KL from the
         teacher, in place of the drawn word's share in that, which is as right in the mean and noisier.
 
-            L = (1/N) sum_t w_t KL(student(. | tokens < t) || teacher(. | tokens < t))
+            L = (1/N) sum_t w_t KL(student(. | tokens < t) || teacher(. | tokens < t))  +  reward * L_policy
+
+        L_policy is `train.policy`'s, of the batch's advantages.
         """
-        whole = Objective(partial(self.whole_terms, how=how, mtp=mtp), mtp.coefficients, mtp.weigh)
+        whole = Objective(partial(self.whole_terms, how=how, mtp=mtp, reward=reward), mtp.coefficients, mtp.weigh)
         return self.told_apart(whole)
 
     def told_apart(self, objective: Objective) -> Objective:
@@ -98,12 +100,12 @@ class Teachers:
         return terms, watched | {f"teacher_gap_{self.short[batch.teacher]}": watched["teacher_gap"]}
 
     def whole_terms(
-        self, model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp
+        self, model: Language, batch: Batch, *, how: Surrogate, mtp: Mtp, reward: float
     ) -> tuple[Pairs, Pairs]:  # fmt: skip
         assert batch.sampled_logprob is not None
         teacher, mask_BT = self.models[batch.teacher], batch.weights["policy"]
-        lp_BT, hidden_BTD = read(model, batch, "policy")
-        lp_BT = lp_BT.detach()
+        drawn_BT, hidden_BTD = read(model, batch, "policy")
+        lp_BT = drawn_BT.detach()
         weight_BT = mask_BT * how.correction.of((lp_BT - batch.sampled_logprob).where(mask_BT > 0, 0), mask_BT)
         with torch.no_grad():
             told_BT, other_BTE = read(teacher, replace(batch, routes=None), "policy")
@@ -111,6 +113,9 @@ class Teachers:
             hidden_BTD[:, :-1].flatten(0, 1)[None], model.head_weight, other_BTE[:, :-1].flatten(0, 1),
             teacher.head_weight, weight_BT[:, 1:].flatten()[None], reverse=True,
         )  # fmt: skip
+        if reward and batch.advantage is not None:
+            pushed, _ = surrogate(drawn_BT, batch, mask_BT, reward * batch.advantage, how)
+            loss = loss + pushed["policy"][0]
         count = mask_BT.sum()
         seen = {"mismatch": (lp_BT - batch.sampled_logprob).abs(), "surprise": -lp_BT}
         seen |= {"teacher_gap": told_BT - lp_BT, "left_out": (weight_BT == 0).to(mask_BT.dtype)}

@@ -7,11 +7,13 @@ run stopped.
 
 runs/sft tasks=sort,reverse teachers=sort=runs/sort,reverse=runs/reverse
 
-A second iteration begins from the first student, with teachers that were trained on from it.
+A second iteration begins from the first student, with teachers that were trained on from it. With reward=0.1
+answers are compared by what they earn as well, and the student may become better than its teachers.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -23,11 +25,13 @@ from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.credit import leave_one_out
 from nautilus.posttrain.gaps import gap_table, gaps
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
 from nautilus.posttrain.profile import examined
 from nautilus.posttrain.remote import connected
-from nautilus.posttrain.stream import Group
+from nautilus.posttrain.rollout import Rollout
+from nautilus.posttrain.stream import Group, Rows
 from nautilus.posttrain.teachers import TeacherActors, Teachers, same_words
 from nautilus.runtime import UserError, keep_memory
 from nautilus.train.optim import setting
@@ -44,6 +48,7 @@ class Settings(Practice):
     )
     prompts: int = setting(256, "problems of a step")
     group: int = setting(1, "answers to each problem")
+    reward: float = setting(0.0, "weight, beside its teacher, of what an answer earned more than others")
     advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
     least: float = setting(0.5, "tokens of other weights are left out whose probability has changed by less than this")
     most: float = setting(5.0, "or by more than this")
@@ -55,6 +60,8 @@ class Settings(Practice):
         if not self.advantage > 0:
             raise UserError(f"advantage={self.advantage} was asked for, the most of one; give more than 0")
         self.surrogate()  # for what it refuses
+        if not 0 <= self.reward < math.inf:
+            raise UserError(f"reward={self.reward} was asked for, a weight; give 0 or more")
         if self.measured < 1 or self.teacher_actors < 0:
             raise UserError(
                 f"measured={self.measured} and teacher_actors={self.teacher_actors} were asked for; a mean needs at"
@@ -90,7 +97,8 @@ def main(settings: Settings) -> None:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
     learnt = partial(rows, settings, teachers, model.config.pad)
-    objective = (teachers.distill_whole if settings.whole else teachers.distill)(settings.surrogate(), settings.mtp)
+    distill = teachers.distill_whole if settings.whole else teachers.distill
+    objective = distill(settings.surrogate(), settings.mtp, settings.reward)
     practise(run, settings, model, tokenizer, blend, learnt, objective)
     scores["after"], lead["after"] = exam("after", model), gaps(run, "after", model, teachers, **how)
     model.save(run.model, tokenizer=tokenizer, facts={"distilled": f"from teachers of {', '.join(teachers.routes)}"})
@@ -110,5 +118,17 @@ def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:
 
 
 def rows(settings: Settings, teachers: Teachers, pad: int, groups: Sequence[Group]) -> list[Batch]:
-    answers = [(one, 0.0) for group in groups for one in group.rollouts]
-    return teachers.batches(answers, tokens=settings.micro, pad=pad, whole=settings.whole)
+    return teachers.batches(compared(settings, groups), tokens=settings.micro, pad=pad, whole=settings.whole)
+
+
+def compared(settings: Settings, groups: Sequence[Group]) -> Rows:
+    """All answers, each with its advantage over the others to its problem, or to its task where problems have one."""
+    beside: dict[object, list[Rollout]] = {}
+    for number, group in enumerate(groups):
+        beside.setdefault(number if settings.group > 1 else group.problem.task, []).extend(group.rollouts)
+    found = Rows()
+    for some in beside.values():
+        told = settings.reward and len(some) > 1
+        rewards = [one.verdict.reward for one in some]
+        found += zip(some, leave_one_out(rewards, settings.advantage) if told else [0.0] * len(some), strict=True)
+    return found

@@ -10,7 +10,8 @@ from nautilus.config import Attention, Config, Experts, Mamba, lay
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
 from nautilus.posttrain.teachers import Teachers
-from nautilus.train.policy import Correction, Mtp, Surrogate, drawn_logprob
+from nautilus.train.objective import Objective
+from nautilus.train.policy import Correction, Mtp, Surrogate, drawn_logprob, policy
 
 LAYERS = lay(
     "M*E", Mamba(heads=2, head_width=8, state=8, groups=1), Attention(heads=2, groups=1, head_width=8),
@@ -56,6 +57,24 @@ def test_the_loss_and_its_gradient_are_those_of_the_reverse_divergence():
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_reward_pushes_beside_the_teacher_as_in_reinforcement():
+    student, given = tiny(1), batch()
+    given = dataclasses.replace(given, advantage=torch.randn(4, 9, generator=torch.Generator().manual_seed(1)))
+    teachers = Teachers(routes={"count": "one"}, models={"one": tiny(2).requires_grad_(False)})
+    weights = [*student.parameters()]
+
+    def gradient(objective: Objective) -> list[torch.Tensor | None]:
+        return [*torch.autograd.grad(objective(student, given)[0]["policy"][0], weights, allow_unused=True)]
+
+    alone, pushed = gradient(policy(FREE)), gradient(teachers.distill_whole(FREE, Mtp(), reward=0.25))
+    taught = gradient(teachers.distill_whole(FREE, Mtp()))
+    for both, one, other in zip(pushed, taught, alone, strict=True):
+        assert (both is None) == (one is None)
+        if both is not None and one is not None:
+            torch.testing.assert_close(both, one + 0.25 * other if other is not None else one, rtol=1e-3, atol=1e-4)
+    assert any(one is not None and one.abs().max() > 0.01 for one in alone)
 
 
 def test_drawn_tokens_push_in_the_mean_as_all_words_do():

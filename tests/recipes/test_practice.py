@@ -23,6 +23,7 @@ from nautilus.posttrain import crew
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.crew import routed
+from nautilus.posttrain.stream import Group
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
 from nautilus.tasks import distinct
@@ -31,7 +32,7 @@ from nautilus.tasks.letters import Count
 from nautilus.tasks.named import TASKS
 from nautilus.tasks.pivot import OneTurn
 from nautilus.tasks.rows import row_of
-from nautilus.tasks.task import Asked, told
+from nautilus.tasks.task import Asked, Problem, Verdict, told
 from nautilus.train.optim import OptimConfig
 from nautilus.train.policy import Mtp
 from tests.posttrain.test_stream import group, rollout
@@ -317,6 +318,40 @@ def test_distillation_by_all_words(taught, tmp_path):
     mopd.main(mopd.Settings(model=str(taught), out=tmp_path / "run", teachers=(f"count={taught}",), whole=True, **how))
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[0]["policy"] == pytest.approx(0, abs=1e-5) and rows[0]["grad_norm"] < 1e-3 and rows[0]["mismatch"] == 0
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_student_may_learn_from_rewards_beside_its_teacher(taught, tmp_path, whole):
+    """From a teacher that is itself there is nothing to learn, from rewards there is."""
+    how = {**SMALL, "compute": "fp32", "reward": 0.5, "whole": whole, "teachers": (f"count={taught}",)}
+    mopd.main(mopd.Settings(model=str(taught), out=tmp_path / "run", **how))
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[0]["teacher_gap"] == pytest.approx(0, abs=1e-5) and rows[0]["grad_norm"] > 1e-3
+    for bad in (-1, float("nan"), float("inf")):
+        with pytest.raises(UserError, match="reward="):
+            mopd.Settings(reward=bad)
+
+
+def test_answers_of_a_student_are_compared_by_problem_or_where_there_is_one_of_each_by_task():
+    class One:
+        def __init__(self, reward: float):
+            self.verdict = Verdict(reward=reward)
+
+    def group(task: str, *rewards: float) -> Group:
+        problem = Problem(task=task, level=1, messages=(), truth="", worked=())
+        return Group(problem=problem, rollouts=[One(reward) for reward in rewards])
+
+    def advantages(settings: mopd.Settings, *groups: Group) -> list[tuple[float, float]]:
+        return [(one.verdict.reward, advantage) for one, advantage in mopd.compared(settings, groups)]
+
+    lone = group("a", 1), group("b", 0), group("a", 0), group("b", 0), group("a", 0), group("c", 1), group("a")
+    once = mopd.Settings(reward=0.1)
+    assert advantages(once, *lone) == [
+        (1, 1.0), *[(0, pytest.approx(-0.7071, abs=1e-3))] * 2, (0, 0.0), (0, 0.0), (1, 0.0),
+    ]  # fmt: skip
+    several = mopd.Settings(reward=0.1, group=2)
+    assert advantages(several, group("a", 1, 0), group("a", 1, 1)) == [(1, 1.0), (0, -1.0), (1, 0.0), (1, 0.0)]
+    assert {advantage for _, advantage in advantages(mopd.Settings(group=2), group("a", 1, 0))} == {0.0}
 
 
 def test_the_distance_from_the_model_as_it_was_grows_from_nothing(taught, tmp_path):
