@@ -49,7 +49,7 @@ TRIED = {
     "rlvr": f"{{model}} tasks=count {PRACTICE} group=2 out={{out}}",
     "dpo": f"{{model}} tasks=count {PRACTICE} group=8 out={{out}}",
     "mopd": f"{{model}} tasks=count teachers=count={{model}} {PRACTICE} out={{out}}",
-    "posttrain": f"{{model}} out={{out}} baselines=true iterations=2 {PIPELINE}",
+    "posttrain": f"{{model}} out={{out}} baselines=true iterations=2 caught_up=0 {PIPELINE}",
     "chat": "{model} prompt=Hello sampling.max_tokens=4",
     "serve": "{model} port=0 max_tokens=64",
     "environments": "tasks=count port=0",

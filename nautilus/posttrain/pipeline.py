@@ -110,6 +110,15 @@ class Exam:
         model, how = self.opened(place)
         return examined(self.run, name.replace(" ", "_"), model, **how)
 
+    def caught_up(self, task: str, models: Mapping[str, Path], share: float) -> bool:
+        """The last of the students among `models` has so much of what its teacher of the task, the last specialist,
+        had gained over the model that it was trained from."""
+        teacher = [name for name in models if name.startswith(f"{task} specialist ")][-1]
+        number, student = int(teacher.split()[-1]), [name for name in models if name.startswith("student ")][-1]
+        asked = f"student {number - 1}" if number > 1 else "sft", teacher, student
+        before, best, now = (self(name, models[name])[task].mean for name in asked)
+        return not share or now - before >= share * (best - before)
+
     def by_budget(self, place: Path, budgets: Sequence[int]) -> dict[int, dict[str, Score]]:
         model, how = self.opened(place)
         return curve(self.run, model, budgets, **how)

@@ -41,7 +41,7 @@ SCHOOL = posttrain.Settings(
     ),
     specialist=rlvr.Settings(steps=150, prompts=32, group=8, optim=replace(rlvr.Settings().optim, **RATE), **SHORT),
     student=mopd.Settings(
-        steps=100, whole=True, optim=replace(mopd.Settings().optim, **{**RATE, "lr": 1e-3}), **SHORT,
+        steps=100, whole=True, reward=1.0, optim=replace(mopd.Settings().optim, **{**RATE, "lr": 1e-3}), **SHORT,
     ),
     drafts=boost.Settings(chat=True, prompt_tokens=64, answers=256, tokens=48, steps=60, save_every=0),
 )  # fmt: skip

@@ -10,7 +10,7 @@ is done stays as it is: with other settings, or after an earlier one was removed
 | 1-TASK | a specialist for each task: reinforcement from there |
 | 1-warm | with warm=40: where the student begins, supervised, on 40 steps of what the specialists answer |
 | 1-student | distilled from the specialists, on its own answers |
-| 2-TASK, 2-warm, 2-student | the same from the first student |
+| 2-TASK, 2-warm, 2-student | the same from the first student; a teacher that this has not caught up with stays |
 | boost | the last student, its prediction block trained on its own answers |
 
 baselines=true has beside them what else could be made of the first specialists or of as many rollouts: the mean of
@@ -19,6 +19,7 @@ their weights, what they write learnt once, at the student's rate, and reinforce
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -41,7 +42,7 @@ from nautilus.train.optim import setting
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 
 GIVEN = {"supervised": (), "specialist": ("tasks",), "student": ("tasks", "teachers"), "drafts": ("prompts",)}
-FREE = {*GIVEN, "again", "warm", "measured", "budgets", "baselines"}  # each stage holds on to its own
+FREE = {*GIVEN, "again", "caught_up", "warm", "measured", "budgets", "baselines"}  # each stage holds on to its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +52,7 @@ class Settings:
     out: Path = setting(Path("runs/posttrain"), "folder of all stages; gone on with if it is there")
     iterations: int = setting(2, "times that specialists are trained, and distilled into a student")
     again: float = setting(1.0, "steps of the later specialists, as a share of the first ones'")
+    caught_up: float = setting(1.0, "part of its teacher's gain that a student needs for a new one; 0: none")
     warm: int = setting(0, "updates on what the teachers answer, with which a student begins; 0: none")
     supervised: sft.Settings = sft.Settings(steps=240, length=256, problems=12_000, save_every=0, cut=0.15)
     specialist: rlvr.Settings = rlvr.Settings(**SHORT)
@@ -64,9 +66,9 @@ class Settings:
     seed: int = setting(0, "of all stages")
 
     def __post_init__(self):
-        if self.iterations < 1 or self.measured < 1 or self.warm < 0:
-            told = f"iterations={self.iterations} and measured={self.measured} must be at least 1, warm={self.warm} 0"
-            raise UserError(told)
+        if self.iterations < 1 or self.measured < 1 or self.warm < 0 or not 0 <= self.caught_up < math.inf:
+            told = f"iterations={self.iterations} and measured={self.measured} must be at least 1"
+            raise UserError(f"{told}, warm={self.warm} and caught_up={self.caught_up} at least 0")
         if not 0 < self.again <= 1:
             raise UserError(f"again={self.again} must be more than 0 and at most 1")
         budgeted(self.budgets, (), self.specialist)
@@ -78,36 +80,34 @@ def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to train; write nautilus posttrain MODEL, a run, a checkpoint folder or a hub id")
     how = wanted(replace(settings.student, tasks=settings.tasks))
-    if settings.baselines:
-        wanted(replace(settings.specialist, tasks=settings.tasks))
+    given = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
+    wanted(given)  # for what it refuses
     tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings), free=FREE)
     do = Stages(run=run, seed=settings.seed)
-    models = trained(settings, do, tasks)
+    exam = Exam(run=run, tasks=how, count=settings.measured, settings=given, load=nautilus.load)
+    models = trained(settings, do, tasks, exam)
     student = models[f"student {settings.iterations}"]
     models |= baselines(settings, do, models["sft"], tasks) if settings.baselines else {}
     drafts = boosted(settings, do, student, how)
-    given = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
-    exam = Exam(run=run, tasks=how, count=settings.measured, settings=given, load=nautilus.load)
     scores = {name: exam(name, place) for name, place in models.items()}
-    by_budget = exam.by_budget(student, settings.budgets)
     more = told_of(scores, [*tasks], settings.iterations, minutes=do.minutes, drafts=drafts)
     told = {"title": f"{Path(settings.model).name}: one student of {len(tasks)} teachers", "more": more}
-    report.show(run, scores, facts={"model": settings.model, "seed": str(settings.seed)}, curve=by_budget, **told)
+    facts, curve = {"model": settings.model, "seed": str(settings.seed)}, exam.by_budget(student, settings.budgets)
+    report.show(run, scores, facts=facts, curve=curve, **told)
 
 
-def trained(settings: Settings, do: Stages, tasks: Mapping[str, str]) -> dict[str, Path]:
+def trained(settings: Settings, do: Stages, tasks: Mapping[str, str], exam: Exam) -> dict[str, Path]:
     """The runs of all specialists and students by name, and of what they begin from."""
-    taught = settings.supervised.tasks or settings.tasks
-    student = do("sft", sft, settings.supervised, model=settings.model, tasks=taught)
-    models, specialist = {"sft": student}, settings.specialist
+    first, specialist, teachers = settings.supervised, settings.specialist, dict[str, Path]()
+    models = {"sft": (student := do("sft", sft, first, model=settings.model, tasks=first.tasks or settings.tasks))}
     for number in range(1, settings.iterations + 1):
-        teachers = {
-            name: do(f"{number}-{name}", rlvr, specialist, of=(student.name,), model=str(student), tasks=(words,))
-            for name, words in tasks.items()
-        }
-        models |= {f"{name} specialist {number}": place for name, place in teachers.items()}
+        for name, words in tasks.items():
+            if number == 1 or exam.caught_up(name, models, settings.caught_up):
+                teachers[name] = models[f"{name} specialist {number}"] = do(
+                    f"{number}-{name}", rlvr, specialist, of=(student.name,), model=str(student), tasks=(words,)
+                )
         if settings.warm:
             student = models[f"warm {number}"] = learnt(
                 settings, do, f"{number}-warm", student, teachers, tasks, folder=do.run.state / f"{number}-written",

@@ -11,10 +11,18 @@ import torch
 
 import nautilus
 from nautilus.config import to_dict
-from nautilus.posttrain.pipeline import Stages, averaged
+from nautilus.posttrain.pipeline import Exam, Stages, averaged
+from nautilus.posttrain.profile import Score
 from nautilus.recipes import mopd, posttrain, rlvr, sft
 from nautilus.runtime import Run, UserError
 from tests.posttrain.test_crew import tiny, words
+
+
+class Told:
+    """An exam in which every student has caught up."""
+
+    def caught_up(self, task, models, share):
+        return True
 
 
 def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
@@ -28,7 +36,7 @@ def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
         model="base", tasks=("sort:3", "count:3"), again=0.5, specialist=rlvr.Settings(steps=9),
         student=mopd.Settings(steps=4),
     )  # fmt: skip
-    models = posttrain.trained(settings, do, {"sort": "sort:3", "count": "count:3"})
+    models = posttrain.trained(settings, do, {"sort": "sort:3", "count": "count:3"}, Told())
     first, second = str(tmp_path / "sft"), str(tmp_path / "1-student")
     assert asked["sft"][1] == "base"
     assert {asked[name] for name in ("1-sort", "1-count")} == {(9, first)} and asked["1-student"] == (4, first)
@@ -37,6 +45,36 @@ def test_later_specialists_begin_from_the_student_and_may_be_shorter(tmp_path):
     for again in (0, 1.5):
         with pytest.raises(UserError, match="again="):
             posttrain.Settings(again=again)
+
+
+def test_a_teacher_stays_until_the_student_has_caught_up_with_it(tmp_path):
+    """Of three times the sort specialist is new the first and the third, the other one every time."""
+    asked = {}
+
+    def do(name, recipe, settings, *, of=(), **given):
+        asked[name] = given
+        return tmp_path / name
+
+    class Points(Exam):
+        def __call__(self, name, place):
+            sort = {"sft": 0.2, "sort specialist 1": 0.7, "student 1": 0.65, "student 2": 0.69}
+            count = {"sft": 0.2, "count specialist 1": 0.7, "student 1": 0.7, "count specialist 2": 0.9, "student 2": 1}
+            return {"sort": Score(rewards=[sort.get(name, 0)]), "count": Score(rewards=[count.get(name, 0)])}
+
+    exam = Points(run=Run(tmp_path), tasks=(), count=1, settings=rlvr.Settings(), load=nautilus.load)
+    named = {"sort": "sort:3", "count": "count:3"}
+    settings = posttrain.Settings(model="base", tasks=(*named.values(),), iterations=3, caught_up=0.95)
+    models = posttrain.trained(settings, do, named, exam)
+    assert [*models] == [
+        "sft", "sort specialist 1", "count specialist 1", "student 1", "count specialist 2", "student 2",
+        "sort specialist 3", "count specialist 3", "student 3",
+    ]  # fmt: skip
+    assert asked["2-student"]["teachers"] == (f"sort={tmp_path / '1-sort'}", f"count={tmp_path / '2-count'}")
+    assert asked["3-sort"]["model"] == str(tmp_path / "2-student")
+    again = posttrain.trained(replace(settings, iterations=2, caught_up=0), do, named, exam)
+    assert "sort specialist 2" in again
+    with pytest.raises(UserError, match="caught_up=-1"):
+        posttrain.Settings(caught_up=-1)
 
 
 def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypatch):
@@ -61,7 +99,7 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
     named = {"sort": "sort:3", "count": "count:3"}
     taught = sft.Settings(steps=9, rows=3, problems=50, length=128)
     settings = posttrain.Settings(model="base", tasks=(*named.values(),), warm=5, supervised=taught, seed=4)
-    models = posttrain.trained(settings, Do(), named)
+    models = posttrain.trained(settings, Do(), named, Told())
     for number, base in (("1", "sft"), ("2", "1-student")):
         specialists = tuple(f"{number}-{name}" for name in named)
         recipe, told, of, given = asked[f"{number}-warm"]
