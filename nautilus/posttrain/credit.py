@@ -34,8 +34,9 @@ def leave_one_out(rewards: Sequence[float], most: float = math.inf) -> list[floa
     found = []
     for number, reward in enumerate(rewards):
         others = [*rewards[:number], *rewards[number + 1 :]]
-        mean = math.fsum(others) / (count - 1)
-        spread = math.fsum((other - mean) ** 2 for other in others) / (count - 2) if count > 2 else 0.0
+        alike = min(others) == max(others)  # then exactly so, whatever rounding says
+        mean = others[0] if alike else math.fsum(others) / (count - 1)
+        spread = 0.0 if alike else math.fsum((other - mean) ** 2 for other in others) / (count - 2)
         advantage = (reward - mean) / (math.sqrt(spread) + TINY if spread > 0 else 1.0)
         found.append(min(most, max(-most, advantage)))
     return found

@@ -19,8 +19,8 @@ from nautilus.config import to_dict
 from nautilus.data.mix import number_of
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import domain
-from nautilus.posttrain.compared import Load
-from nautilus.posttrain.practice import Practice
+from nautilus.posttrain.compared import Judged, Load
+from nautilus.posttrain.practice import Practice, routes, wanted
 from nautilus.posttrain.profile import Score, curve, examined
 from nautilus.posttrain.written import written
 from nautilus.runtime import Run, UserError, read_json, refuse_others, write_atomic
@@ -42,20 +42,21 @@ class Stages:
         self.run.state.mkdir(exist_ok=True)
 
     def __call__(
-        self, name: str, recipe: ModuleType, settings: Any, *, of: Sequence[str] = (), **given: Any
+        self, name: str, recipe: ModuleType, settings: Any, *, of: Sequence[Path] = (), **given: Any
     ) -> Path:  # fmt: skip
         """The run of a recipe, which is not done again where it is done. of: stages that it is made of; given: settings
         that the pipeline gives. UserError where it was told otherwise then, or was made of others."""
-        out = self.run.folder / name
+        out = self.run.folder / filed(name)
+        name = out.name
         told = replace(settings, out=out, seed=self.seed, **given)
         if self.done(name):
-            self.refuse_older(name, of)
+            self.refuse_older(name, [one.name for one in of])
             refuse_others(Run(out), to_dict(told), but={*UNSEEN, *(given.keys() & PLACES)})
             return out
         Console(highlight=False).rule(name)
         begin = time.monotonic()
         recipe.main(told)
-        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time(), "of": [*of]}
+        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time(), "of": [one.name for one in of]}
         write_atomic(self.file, json.dumps({**self.known, name: known}, indent=1) + "\n")
         return out
 
@@ -76,12 +77,10 @@ class Stages:
                 " made of it, to have it made again too"
             )
 
-    def forget_older(self, of: Sequence[str], *places: Path) -> None:
+    def forget_older(self, of: Sequence[Path], place: Path) -> None:
         """What was made of stages without a recipe is made again where these were."""
-        newest = max(self.known[one]["done"] for one in of)
-        for place in places:
-            if place.exists() and place.stat().st_mtime < newest:
-                shutil.rmtree(place)
+        if place.exists() and place.stat().st_mtime < max(self.known[one.name]["done"] for one in of):
+            shutil.rmtree(place)
 
     @property
     def file(self) -> Path:
@@ -105,19 +104,22 @@ class Exam:
     count: int
     settings: Practice
     load: Load
+    split: str = "test"
 
     def __call__(self, name: str, place: Path) -> dict[str, Score]:
         model, how = self.opened(place)
-        return examined(self.run, name.replace(" ", "_"), model, **how)
+        return examined(self.run, filed(name), model, split=self.split, **how)
 
-    def caught_up(self, task: str, models: Mapping[str, Path], share: float) -> bool:
-        """The last of the students among `models` has so much of what its teacher of the task, the last specialist,
-        had gained over the model that it was trained from."""
-        teacher = [name for name in models if name.startswith(f"{task} specialist ")][-1]
-        number, student = int(teacher.split()[-1]), [name for name in models if name.startswith("student ")][-1]
-        asked = f"student {number - 1}" if number > 1 else "sft", teacher, student
-        before, best, now = (self(name, models[name])[task].mean for name in asked)
-        return not share or now - before >= share * (best - before)
+    def caught_up(
+        self, task: str, models: Mapping[str, Path], base: str, teacher: str, student: str, *, share: float
+    ) -> bool:
+        """A student has so much of what its teacher of a task had gained over the base that it grew from; with 0 it
+        need not be asked. All three are names of `models`. They are asked what no model is reported on."""
+        if not share:
+            return True
+        alone = replace(self, tasks=[one for one in self.tasks if one.task.name == task], split="valid")
+        before, best, now = (alone(f"{name} on {task}", models[name])[task].mean for name in (base, teacher, student))
+        return now - before >= share * (best - before)
 
     def by_budget(self, place: Path, budgets: Sequence[int]) -> dict[int, dict[str, Score]]:
         model, how = self.opened(place)
@@ -128,6 +130,25 @@ class Exam:
         model, tokenizer = self.load(str(place))
         how = {"tasks": self.tasks, "count": self.count, "settings": self.settings, "tokenizer": tokenizer}
         return self.settings.computing(model).requires_grad_(False).eval(), how
+
+
+def filed(name: str) -> str:
+    """A name as that of a file or a folder."""
+    return name.replace(" ", "_").replace("/", "_")
+
+
+def alone(settings: Judged, task: str = "", words: str = "", *, share: float) -> Any:
+    """Of a specialist in one of the tasks, which has its own judge, with a share of the steps."""
+    judges = tuple(one for one in settings.judges if one.startswith(f"{task}="))
+    return replace(settings, tasks=(words,), judges=judges, steps=max(1, round(share * settings.steps)))
+
+
+def unsuited(settings: Judged, tasks: Sequence[str], *, together: bool) -> None:
+    """UserError for specialists that judge a task nobody is trained on; together: or that cannot be trained on all."""
+    if strange := routes(settings.judges, "judge").keys() - {*tasks}:
+        raise UserError(f"a judge of {', '.join(sorted(strange))} was named; what is taught is {', '.join(tasks)}")
+    if together:
+        wanted(settings)
 
 
 def refuse_given(name: str, settings: Any, fields: Sequence[str]) -> None:
@@ -164,15 +185,14 @@ def written_by(
 ) -> Path:
     """What each teacher answers to so many problems of its task, right or wrong, as conversations in one file."""
     whole, parts = folder / "conversations.jsonl", list[str]()
-    if whole.is_file():
-        return whole
     for name, place in teachers.items():
         model, tokenizer = load(str(place))
         one = asked(tasks[name])
         problems = domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 7)).problems
         pairs = [(one.task, problem) for problem in problems]
         how = replace(settings, tasks=(tasks[name],))
-        file = written(folder / name, settings.computing(model).requires_grad_(False).eval(), tokenizer, pairs, how)
+        teacher = settings.computing(model).requires_grad_(False).eval()
+        file = written(folder / filed(name), teacher, tokenizer, pairs, how)
         parts.append(file.read_text())
     write_atomic(whole, "".join(parts))
     return whole

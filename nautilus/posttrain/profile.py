@@ -64,17 +64,18 @@ class Score:
         return (sum((one - self.mean) ** 2 for one in self.rewards) / (count - 1) / count) ** 0.5
 
 
-def exam(task: Task, count: int, *, levels: Sequence[int] = ()) -> list[Problem]:
+def exam(task: Task, count: int, *, levels: Sequence[int] = (), split: str = "test") -> list[Problem]:
     """So many different problems that nobody trains on, or as many as there are."""
-    return distinct(task, "test", count, levels=levels)
+    return distinct(task, split, count, levels=levels)
 
 
 def examined(
     run: Run, name: str, model: Language, *, tasks: Sequence[Asked], count: int, settings: Practice,
-    tokenizer: Tokenizer, playing: Playing | None = None,
+    tokenizer: Tokenizer, playing: Playing | None = None, split: str = "test",
 ) -> dict[str, Score]:  # fmt: skip
-    """By task, on problems of its own split. UserError where all answers to a task are lost."""
-    questions = [(one.task, problem) for one in tasks for problem in exam(one.task, count, levels=one.levels)]
+    """By task, on problems that nobody trains on. UserError where all answers to a task are lost."""
+    how = {"count": count, "split": split}
+    questions = [(one.task, problem) for one in tasks for problem in exam(one.task, levels=one.levels, **how)]
     path = run.state / f"{name}.jsonl"
     found = solved(path, model, tokenizer, questions, playing or settings.playing, together=settings.together)
     by_task: dict[str, list[Solved]] = {}

@@ -27,7 +27,7 @@ from nautilus.presets import starter
 from nautilus.recipes import boost, mopd, posttrain, rlvr, sft
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
-from nautilus.runtime import Run, is_run
+from nautilus.runtime import Run
 from nautilus.train.optim import OptimConfig, setting
 
 LINES = 7  # of a completion that are printed; the report has all of them
@@ -82,8 +82,8 @@ def main(settings: Settings) -> None:
         posttrain.main(replace(settings.then, model=str(run.folder), out=school.folder, seed=settings.seed))
         minutes = (time.monotonic() - begin) / 60
         console.print(f"{minutes:.1f} minutes in all\nreport      {school.report}")
-        last = next(one for one in ("boost", f"{settings.then.iterations}-student") if is_run(school.folder / one))
-        console.print(f"talk to it  {talk(Run(school.folder / last))}")
+        last = [Run(school.folder / one) for one in ("boost", f"{settings.then.iterations}-student")]
+        console.print(f"talk to it  {talk(next(one for one in last if one.model.is_dir()))}")
 
 
 def beginning(completion: str) -> str:

@@ -43,6 +43,11 @@ class Settings(Judged):
         super().__post_init__()
         if self.group < 2 or self.measured < 1:
             raise UserError(f"group={self.group} and measured={self.measured} were asked for; give 2 and 1, or more")
+        if self.replay or self.mtp.depths:
+            raise UserError(
+                f"replay={str(self.replay).lower()} and mtp.depths={self.mtp.depths} were asked for; preferences are"
+                " learnt without: leave both out"
+            )
         preference(beta=self.beta, sft=self.sft)  # for what it refuses
 
 

@@ -34,6 +34,7 @@ from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import Group, Rows
 from nautilus.posttrain.teachers import TeacherActors, Teachers, same_words
 from nautilus.runtime import UserError, keep_memory
+from nautilus.tasks.asked import Asked
 from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate
 
@@ -49,7 +50,7 @@ class Settings(Practice):
     prompts: int = setting(256, "problems of a step")
     group: int = setting(1, "answers to each problem")
     reward: float = setting(0.0, "weight, beside its teacher, of what an answer earned more than others")
-    advantage: float = setting(20.0, "most by which teacher and student may differ on a token, either way")
+    advantage: float = setting(20.0, "most by which teacher and student may differ on a token, or rewards, either way")
     least: float = setting(0.5, "tokens of other weights are left out whose probability has changed by less than this")
     most: float = setting(5.0, "or by more than this")
     apart: float = setting(2.0, "answers are left out whose probabilities are off by more than this factor in the mean")
@@ -92,7 +93,7 @@ def main(settings: Settings) -> None:
     scores = {"before": exam("before", model)}
     scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
     lead = {"before": gaps(run, "before", model, teachers, **how)}
-    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
+    blend = blend_of(settings, tasks)
     if settings.teacher_actors:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
@@ -105,6 +106,16 @@ def main(settings: Settings) -> None:
     title = f"{Path(settings.model).name}: distilled from {len(teachers.models)} teachers"
     facts = {"model": settings.model, "seed": str(settings.seed)}
     report.show(run, scores, title=title, facts=facts, more=[gap_table(lead, teachers)])
+
+
+def blend_of(settings: Settings, tasks: Sequence[Asked]) -> Blend:
+    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
+    if settings.reward and settings.group == 1 and min(blend.counts()) < 2:
+        raise UserError(
+            f"reward={settings.reward} was asked for, but with group=1 and prompts={settings.prompts} a task has one"
+            " answer in a step, and no other to compare it with; raise group or prompts"
+        )
+    return blend
 
 
 def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:

@@ -32,16 +32,16 @@ from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
 from nautilus.posttrain.acceptance import TooShort
-from nautilus.posttrain.pipeline import Exam, Stages, averaged, questions, refuse_given, written_by
+from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, questions, refuse_given, unsuited, written_by
 from nautilus.posttrain.practice import budgeted, wanted
 from nautilus.recipes import boost, mopd, rlvr, sft
 from nautilus.runtime import UserError, continue_or_create, keep_memory
 from nautilus.tasks.asked import Asked
-from nautilus.train.optim import setting
+from nautilus.train.optim import schedule, setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 
-GIVEN = {"supervised": (), "specialist": ("tasks",), "student": ("tasks", "teachers"), "drafts": ("prompts",)}
+GIVEN = {"supervised": (), "specialist": ("tasks", "budgets"), "student": ("tasks", "teachers"), "drafts": ("prompts",)}
 FREE = {*GIVEN, "again", "caught_up", "warm", "measured", "budgets", "baselines"}  # each stage holds on to its own
 
 
@@ -71,6 +71,8 @@ class Settings:
             raise UserError(f"{told}, warm={self.warm} and caught_up={self.caught_up} at least 0")
         if not 0 < self.again <= 1:
             raise UserError(f"again={self.again} must be more than 0 and at most 1")
+        alone(self.specialist, share=self.again)  # for what it refuses
+        schedule(self.student.optim, self.warm or self.student.steps)  # for what it refuses
         budgeted(self.budgets, (), self.specialist)
         for name, fields in GIVEN.items():
             refuse_given(name, getattr(self, name), fields)
@@ -81,15 +83,15 @@ def main(settings: Settings) -> None:
         raise UserError("no model to train; write nautilus posttrain MODEL, a run, a checkpoint folder or a hub id")
     how = wanted(replace(settings.student, tasks=settings.tasks))
     given = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
-    wanted(given)  # for what it refuses
     tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
+    unsuited(given, [*tasks], together=settings.baselines)
     keep_memory()
     run = continue_or_create(settings.out, to_dict(settings), free=FREE)
     do = Stages(run=run, seed=settings.seed)
     exam = Exam(run=run, tasks=how, count=settings.measured, settings=given, load=nautilus.load)
     models = trained(settings, do, tasks, exam)
     student = models[f"student {settings.iterations}"]
-    models |= baselines(settings, do, models["sft"], tasks) if settings.baselines else {}
+    models |= baselines(settings, do, models, tasks) if settings.baselines else {}
     drafts = boosted(settings, do, student, how)
     scores = {name: exam(name, place) for name, place in models.items()}
     more = told_of(scores, [*tasks], settings.iterations, minutes=do.minutes, drafts=drafts)
@@ -100,25 +102,25 @@ def main(settings: Settings) -> None:
 
 def trained(settings: Settings, do: Stages, tasks: Mapping[str, str], exam: Exam) -> dict[str, Path]:
     """The runs of all specialists and students by name, and of what they begin from."""
-    first, specialist, teachers = settings.supervised, settings.specialist, dict[str, Path]()
-    models = {"sft": (student := do("sft", sft, first, model=settings.model, tasks=first.tasks or settings.tasks))}
+    first, last = settings.supervised, "sft"
+    models = {last: (student := do(last, sft, first, model=settings.model, tasks=first.tasks or settings.tasks))}
+    grown = dict[str, tuple[str, str]]()  # by task: what its teacher grew from, and that teacher
     for number in range(1, settings.iterations + 1):
         for name, words in tasks.items():
-            if number == 1 or exam.caught_up(name, models, settings.caught_up):
-                teachers[name] = models[f"{name} specialist {number}"] = do(
-                    f"{number}-{name}", rlvr, specialist, of=(student.name,), model=str(student), tasks=(words,)
-                )
+            if name not in grown or exam.caught_up(name, models, *grown[name], last, share=settings.caught_up):
+                grown[name] = last, f"{name} specialist {number}"
+                told = alone(settings.specialist, name, words, share=1 if number == 1 else settings.again)
+                models[grown[name][1]] = do(f"{number}-{name}", rlvr, told, of=(student,), model=str(student))
+        teachers = {name: models[teacher] for name, (_, teacher) in grown.items()}
         if settings.warm:
             student = models[f"warm {number}"] = learnt(
                 settings, do, f"{number}-warm", student, teachers, tasks, folder=do.run.state / f"{number}-written",
                 count=-(-settings.warm * settings.supervised.rows // len(tasks)), steps=settings.warm,  # one for a row
             )  # fmt: skip
-        routes = tuple(f"{name}={place}" for name, place in teachers.items())
-        given = {"model": str(student), "tasks": settings.tasks, "teachers": routes}
-        of = student.name, *(place.name for place in teachers.values())
-        student = do(f"{number}-student", mopd, settings.student, of=of, **given)
-        models[f"student {number}"] = student
-        specialist = replace(specialist, steps=max(1, round(settings.again * settings.specialist.steps)))
+        student = models[last := f"student {number}"] = do(
+            f"{number}-student", mopd, settings.student, of=(student, *teachers.values()), model=str(student),
+            tasks=settings.tasks, teachers=tuple(f"{name}={place}" for name, place in teachers.items()),
+        )  # fmt: skip
     return models
 
 
@@ -129,7 +131,7 @@ def boosted(settings: Settings, do: Stages, student: Path, tasks: Sequence[Asked
         return None
     file = questions(do.run.state / "questions.jsonl", tasks, settings.drafts.answers + settings.drafts.measured)
     try:
-        return do("boost", boost, settings.drafts, of=(student.name,), model=str(student), prompts=(f"{file}#prompt",))
+        return do("boost", boost, settings.drafts, of=(student,), model=str(student), prompts=(f"{file}#prompt",))
     except TooShort as bad:
         Console(soft_wrap=True, highlight=False).print(f"boost is left out: {bad}")
         return None
@@ -140,17 +142,15 @@ def learnt(
     count: int, steps: int, folder: Path,
 ) -> Path:  # fmt: skip
     """The run in which a model learns what teachers answer to so many problems of each task, which lies in a folder."""
-    of = base.name, *(place.name for place in teachers.values())
-    do.forget_older(of[1:], folder)
     file = written_by(teachers, tasks, replace(settings.specialist, seed=settings.seed), count, folder, nautilus.load)
     told = replace(settings.supervised, tasks=(), problems=1, steps=steps, optim=settings.student.optim)
-    return do(name, sft, told, of=of, model=str(base), data=(file,))
+    return do(name, sft, told, of=(base, *teachers.values()), model=str(base), data=(file,))
 
 
-def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, str]) -> dict[str, Path]:
+def baselines(settings: Settings, do: Stages, models: dict[str, Path], tasks: Mapping[str, str]) -> dict[str, Path]:
     """Made of the first specialists, or with as many rollouts as they had."""
-    run, teachers = do.run, {name: do.run.folder / f"1-{name}" for name in tasks}
-    do.forget_older([place.name for place in teachers.values()], run.folder / "mean")
+    run, base, teachers = do.run, models["sft"], {name: models[f"{name} specialist 1"] for name in tasks}
+    do.forget_older([*teachers.values()], run.folder / "mean")
     mixed = replace(settings.specialist, steps=settings.specialist.steps * len(tasks))
     return {
         "mean of specialists": averaged([*teachers.values()], run.folder / "mean", nautilus.load),
@@ -158,5 +158,5 @@ def baselines(settings: Settings, do: Stages, base: Path, tasks: Mapping[str, st
             settings, do, "learnt", base, teachers, tasks, steps=0, folder=run.state / "written",
             count=settings.student.prompts * settings.student.steps // len(tasks),  # as many answers as a student gives
         ),
-        "all at once": do("all", rlvr, mixed, of=("sft",), model=str(base), tasks=settings.tasks),
+        "all at once": do("all", rlvr, mixed, of=(base,), model=str(base), tasks=settings.tasks),
     }  # fmt: skip

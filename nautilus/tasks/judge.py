@@ -72,7 +72,7 @@ def judgement_of(text: str) -> Judgement:
         try:
             told = json.loads(found)
             first, second, ranking = (float(told[key]) for key in ("score_1", "score_2", "ranking"))
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, OverflowError):
             continue
         one = Judgement(score_1=first, score_2=second, ranking=ranking)
         if 1 <= one.score_1 <= 5 and 1 <= one.score_2 <= 5 and 1 <= one.ranking <= 6:

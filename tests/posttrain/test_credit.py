@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from nautilus.posttrain.credit import Effort, form_fault, leave_one_out, tag_fault
 from nautilus.tasks import Call, Reply
 
-REWARDS = st.lists(st.integers(0, 8).map(lambda eighths: eighths / 8), min_size=3, max_size=16)
+REWARDS = st.lists(st.integers(0, 10).map(lambda tenths: tenths / 10), min_size=3, max_size=16)
 
 
 def test_one_success_among_failures():
@@ -29,6 +29,13 @@ def test_by_the_published_formula(rewards):
             assert found == pytest.approx((rewards[number] - mean) / (math.sqrt(spread) + 1e-6), rel=1e-6)
         else:
             assert found == pytest.approx(rewards[number] - mean)
+
+
+def test_rounding_makes_no_spread():
+    """The sum of 84 times 0.9, through 84, is not 0.9 in floats."""
+    for same, count in ((0.2, 3), (0.9, 84), (1.1, 15)):
+        assert leave_one_out([1, *[same] * count], most=20)[0] == 1 - same
+        assert leave_one_out([same] * count) == [0] * count
 
 
 @given(REWARDS, st.integers(1, 8), st.integers(-8, 8))

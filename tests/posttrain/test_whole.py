@@ -77,6 +77,23 @@ def test_a_reward_pushes_beside_the_teacher_as_in_reinforcement():
     assert any(one is not None and one.abs().max() > 0.01 for one in alone)
 
 
+def test_a_step_is_the_same_however_it_is_cut():
+    """With two teachers, of unequal parts: both terms are sums, divided by the tokens of the whole step."""
+    student, models = tiny(1), {name: tiny(seed).requires_grad_(False) for name, seed in (("one", 2), ("two", 3))}
+    given = dataclasses.replace(batch(), advantage=torch.randn(4, 9, generator=torch.Generator().manual_seed(1)))
+    objective = Teachers(routes={}, models=models).distill_whole(FREE, Mtp(), reward=0.25)
+
+    def gradient(*parts: tuple[str, list[int]]) -> torch.Tensor:
+        cut = [dataclasses.replace(given.take(rows), teacher=name) for name, rows in parts]
+        pairs = [objective(student, part)[0]["policy"] for part in cut]
+        loss = sum(total for total, _ in pairs) / sum(count for _, count in pairs)
+        return torch.autograd.grad(loss, [student.lm_head.weight])[0]
+
+    want = gradient(("one", [0, 1, 2]), ("two", [3]))
+    torch.testing.assert_close(gradient(("two", [3]), ("one", [2]), ("one", [0, 1])), want, rtol=1e-4, atol=1e-6)
+    assert want.abs().max() > 1e-3
+
+
 def test_drawn_tokens_push_in_the_mean_as_all_words_do():
     """The sampled estimate at one place, over all words in proportion to their probability, has the same gradient."""
     student, teacher = tiny(3), tiny(4).requires_grad_(False)

@@ -11,17 +11,21 @@ import torch
 
 import nautilus
 from nautilus.config import to_dict
-from nautilus.posttrain.pipeline import Exam, Stages, averaged
+from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, unsuited, written_by
 from nautilus.posttrain.profile import Score
 from nautilus.recipes import mopd, posttrain, rlvr, sft
 from nautilus.runtime import Run, UserError
+from nautilus.tasks.asked import asked as asked_of
+from nautilus.train.optim import OptimConfig
 from tests.posttrain.test_crew import tiny, words
+
+SLOW = OptimConfig(warmup=10, decay=0.5)
 
 
 class Told:
     """An exam in which every student has caught up."""
 
-    def caught_up(self, task, models, share):
+    def caught_up(self, task, models, *names, share):
         return True
 
 
@@ -58,11 +62,14 @@ def test_a_teacher_stays_until_the_student_has_caught_up_with_it(tmp_path):
     class Points(Exam):
         def __call__(self, name, place):
             sort = {"sft": 0.2, "sort specialist 1": 0.7, "student 1": 0.65, "student 2": 0.69}
-            count = {"sft": 0.2, "count specialist 1": 0.7, "student 1": 0.7, "count specialist 2": 0.9, "student 2": 1}
-            return {"sort": Score(rewards=[sort.get(name, 0)]), "count": Score(rewards=[count.get(name, 0)])}
+            count = {"sft": 0.2, "count specialist 1": 0.7, "student 1": 0.7, "count specialist 2": 0.9}
+            of, task = name.split(" on ")
+            assert self.split == "valid" and [one.task.name for one in self.tasks] == [task]
+            return {task: Score(rewards=[{"sort": sort, "count": count | {"student 2": second}}[task].get(of, 0)])}
 
-    exam = Points(run=Run(tmp_path), tasks=(), count=1, settings=rlvr.Settings(), load=nautilus.load)
-    named = {"sort": "sort:3", "count": "count:3"}
+    named, second = {"sort": "sort:3", "count": "count:3"}, 0.9
+    of = [asked_of(words) for words in named.values()]
+    exam = Points(run=Run(tmp_path), tasks=of, count=1, settings=rlvr.Settings(), load=nautilus.load)
     settings = posttrain.Settings(model="base", tasks=(*named.values(),), iterations=3, caught_up=0.95)
     models = posttrain.trained(settings, do, named, exam)
     assert [*models] == [
@@ -71,6 +78,8 @@ def test_a_teacher_stays_until_the_student_has_caught_up_with_it(tmp_path):
     ]  # fmt: skip
     assert asked["2-student"]["teachers"] == (f"sort={tmp_path / '1-sort'}", f"count={tmp_path / '2-count'}")
     assert asked["3-sort"]["model"] == str(tmp_path / "2-student")
+    second = 0.88  # most of what was gained since sft, and too little of the 0.2 of the second specialist
+    assert "count specialist 3" not in posttrain.trained(settings, do, named, exam)
     again = posttrain.trained(replace(settings, iterations=2, caught_up=0), do, named, exam)
     assert "sort specialist 2" in again
     with pytest.raises(UserError, match="caught_up=-1"):
@@ -79,7 +88,7 @@ def test_a_teacher_stays_until_the_student_has_caught_up_with_it(tmp_path):
 
 def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypatch):
     """Between the specialists and each student; the next specialists begin from the student as ever."""
-    asked, written, forgotten = {}, [], []
+    asked, written = {}, []
 
     class Do:
         run = Run(tmp_path)
@@ -87,9 +96,6 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
         def __call__(self, name, recipe, settings, *, of=(), **given):
             asked[name] = recipe, settings, of, given
             return tmp_path / name
-
-        def forget_older(self, of, *places):
-            forgotten.append((of, *places))
 
     def written_by(teachers, tasks, settings, count, folder, load):
         written.append(([*teachers.values()], tasks, settings.seed, count, folder))
@@ -101,17 +107,19 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
     settings = posttrain.Settings(model="base", tasks=(*named.values(),), warm=5, supervised=taught, seed=4)
     models = posttrain.trained(settings, Do(), named, Told())
     for number, base in (("1", "sft"), ("2", "1-student")):
-        specialists = tuple(f"{number}-{name}" for name in named)
+        specialists = tuple(tmp_path / f"{number}-{name}" for name in named)
         recipe, told, of, given = asked[f"{number}-warm"]
-        assert (recipe, told.steps, told.tasks, told.length) == (sft, 5, (), 128) and of == (base, *specialists)
+        assert (recipe, told.steps, told.tasks, told.length) == (sft, 5, (), 128) and of == (
+            tmp_path / base,
+            *specialists,
+        )
         folder = tmp_path / "state" / f"{number}-written"
         assert given == {"model": str(tmp_path / base), "data": (folder / "conversations.jsonl",)}
         recipe, _, of, given = asked[f"{number}-student"]
         assert recipe is mopd and given["model"] == str(tmp_path / f"{number}-warm")
-        assert of == (f"{number}-warm", *specialists)
-        assert {asked[name][3]["model"] for name in specialists} == {str(tmp_path / base)}
-        assert written.pop(0) == ([tmp_path / name for name in specialists], named, 4, 8, folder)
-        assert forgotten.pop(0) == (specialists, folder)
+        assert of == (tmp_path / f"{number}-warm", *specialists)
+        assert {asked[one.name][3]["model"] for one in specialists} == {str(tmp_path / base)}
+        assert written.pop(0) == ([*specialists], named, 4, 8, folder)
     assert [*models][-2:] == ["warm 2", "student 2"]
     with pytest.raises(UserError, match="warm=-1"):
         posttrain.Settings(warm=-1)
@@ -121,14 +129,66 @@ def test_a_student_made_another_way_is_not_taken_for_the_one_that_is_asked_for(t
     run = Run.create(tmp_path / "run", {})
     recipe = SimpleNamespace(main=lambda told: Run.create(told.out, to_dict(told)).report.write_text("done"))
     do, settings = Stages(run=run, seed=0), rlvr.Settings()
-    for name, of in (("sft", ()), ("1-warm", ("sft",)), ("1-student", ("1-warm",))):
-        do(name, recipe, settings, of=of)
+    base = do("sft", recipe, settings)
+    do("1-student", recipe, settings, of=(do("1-warm", recipe, settings, of=(base,)),))
     with pytest.raises(UserError, match="1-student was made of 1-warm, and is now to be made of sft; remove it"):
-        do("1-student", recipe, settings, of=("sft",))
+        do("1-student", recipe, settings, of=(base,))
     known = do.known
     del known["1-student"]["of"]  # as in a run of before
     do.file.write_text(json.dumps(known))
-    do("1-student", recipe, settings, of=("sft",))
+    do("1-student", recipe, settings, of=(base,))
+
+
+def test_a_specialist_has_its_own_judge_and_a_share_of_the_steps():
+    given = rlvr.Settings(judges=("style=oracle", "styled=runs/judge"), steps=9)
+    told = alone(given, "style", "style:1", share=0.5)
+    assert (told.tasks, told.judges, told.steps) == (("style:1",), ("style=oracle",), 4)
+    assert alone(given, "sort", "sort", share=1) == replace(given, tasks=("sort",), judges=())
+    with pytest.raises(UserError, match="a judge of styled was named; what is taught is style, sort"):
+        unsuited(given, ["style", "sort"], together=False)
+    few = rlvr.Settings(tasks=("sort", "count"), prompts=1)  # which is enough for either alone
+    unsuited(few, ["sort", "count"], together=False)
+    with pytest.raises(UserError, match="prompts=1"):
+        unsuited(few, ["sort", "count"], together=True)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"specialist": rlvr.Settings(steps=100, optim=SLOW), "again": 0.1},
+        {"student": mopd.Settings(optim=SLOW), "warm": 5},
+    ],
+)  # fmt: skip
+def test_what_would_not_fit_later_is_refused_at_once(given):
+    with pytest.raises(ValueError, match="do not fit"):
+        posttrain.Settings(**given)
+
+
+def test_names_with_slashes_are_stages_and_exams_like_others(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    recipe = SimpleNamespace(main=lambda told: Run.create(told.out, to_dict(told)).report.write_text("done"))
+    do, settings = Stages(run=run, seed=0), rlvr.Settings()
+    teacher = do("1-pivot/store", recipe, settings)
+    assert teacher == run.folder / "1-pivot_store"
+    for _ in range(2):  # the second time with what is known of it
+        do("1-student", recipe, settings, of=(teacher,))
+    do.forget_older([teacher], tmp_path / "mean")
+
+
+def test_answers_of_other_teachers_are_written_once_more(tmp_path):
+    tokenizer, places = words(), [tmp_path / "one", tmp_path / "two"]
+    for seed, place in enumerate(places):
+        model = tiny(tokenizer, seed)
+        model.lm_head.weight.data *= 1e-3  # any word is as likely, an end too
+        model.save(place, tokenizer=tokenizer)
+    settings = rlvr.Settings(tokens=400, turn_tokens=300, together=16)
+
+    def of(place, count=8):
+        written_by({"sort": place}, {"sort": "sort:3"}, settings, count, tmp_path / "written", nautilus.load)
+        return (tmp_path / "written" / "sort" / "answers.jsonl").read_text()
+
+    first = of(places[0])
+    assert of(places[0]) == first and of(places[1]) != first and of(places[0], 9).count("\n") == 9
 
 
 def test_the_mean_of_specialists_has_the_mean_of_their_weights(tmp_path):
@@ -175,16 +235,17 @@ def test_a_stage_is_done_once_and_must_be_told_the_same_then(tmp_path):
         do("one", recipe, replace(settings, steps=4), model="base")
     with pytest.raises(UserError, match="tasks.0"):
         do("one", recipe, settings, model="base", tasks=("sort",))
-    do("two", recipe, replace(settings, steps=4), of=("one",), model="base")
-    assert [one.steps for one in told] == [3, 4]
+    one = run.folder / "one"
+    do("two", recipe, replace(settings, steps=4), of=(one,), model="base")
+    assert [each.steps for each in told] == [3, 4]
     mean = tmp_path / "mean"
     mean.mkdir()
-    do.forget_older(["one"], mean)
+    do.forget_older([one], mean)
     assert mean.is_dir()
-    shutil.rmtree(run.folder / "one")
+    shutil.rmtree(one)
     do("one", recipe, settings, model="base")
     with pytest.raises(UserError, match="two was made before one was made again; remove it"):
-        do("two", recipe, replace(settings, steps=4), of=("one",), model="base")
+        do("two", recipe, replace(settings, steps=4), of=(one,), model="base")
     os.utime(mean, (1, 1))
-    do.forget_older(["one"], mean)
+    do.forget_older([one], mean)
     assert not mean.exists()

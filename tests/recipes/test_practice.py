@@ -23,6 +23,7 @@ from nautilus.posttrain import crew
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.crew import routed
+from nautilus.posttrain.practice import wanted
 from nautilus.posttrain.stream import Group
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
@@ -169,7 +170,9 @@ def test_answers_drawn_ahead_are_of_weights_that_are_new_enough(taught, tmp_path
     assert len(lines) == 6 * 16
     assert all(0 <= line["step"] - line["version"] <= age for line in lines)
     assert any(line["step"] - line["version"] == age for line in lines)
-    assert all(row["mismatch"] < 1 for row in read_metrics(tmp_path / "run" / "metrics.jsonl"))
+    stale = {line["step"] for line in lines if line["version"] < line["step"]}
+    for row in read_metrics(tmp_path / "run" / "metrics.jsonl"):
+        assert row["mismatch"] < 1 and (row["step"] not in stale or row["mismatch"] > 0), "log-probs are of who drew it"
 
 
 def test_the_order_is_from_easy_to_hard_where_rates_are_measured(taught, tmp_path, monkeypatch):
@@ -349,6 +352,8 @@ def test_answers_of_a_student_are_compared_by_problem_or_where_there_is_one_of_e
     assert advantages(once, *lone) == [
         (1, 1.0), *[(0, pytest.approx(-0.7071, abs=1e-3))] * 2, (0, 0.0), (0, 0.0), (1, 0.0),
     ]  # fmt: skip
+    with pytest.raises(UserError, match="prompts=3 a task has one answer in a step"):
+        mopd.blend_of(replace(once, prompts=3), wanted(rlvr.Settings(tasks=("sort", "count"))))
     several = mopd.Settings(reward=0.1, group=2)
     assert advantages(several, group("a", 1, 0), group("a", 1, 1)) == [(1, 1.0), (0, -1.0), (1, 0.0), (1, 0.0)]
     assert {advantage for _, advantage in advantages(mopd.Settings(group=2), group("a", 1, 0))} == {0.0}
@@ -364,6 +369,9 @@ def test_the_distance_from_the_model_as_it_was_grows_from_nothing(taught, tmp_pa
 def test_preferences_end_to_end(taught, tmp_path):
     settings = dpo.Settings(model=str(taught), out=tmp_path / "run", **{**SMALL, "group": 8, "prompts": 8})
     dpo.main(settings)
+    for bad in ({"replay": True}, {"mtp": Mtp(depths=1)}):
+        with pytest.raises(UserError, match="preferences are learnt without"):
+            replace(settings, **bad)
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert len(rows) == 3 and rows[0]["preference"] == pytest.approx(math.log(2), rel=0.05)
     assert set(json.loads((tmp_path / "run" / "results.json").read_text())["scores"]) == {"before", "after"}

@@ -86,8 +86,11 @@ def test_what_a_judge_writes_is_read(one):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", '{"score_1": 9, "score_2": 1, "ranking": 1}', '{"score_1": "a", "score_2": 1, "ranking": 1}', "{" * 9],
-)
+    [
+        "", "{}", '{"score_1": 9, "score_2": 1, "ranking": 1}', '{"score_1": "a", "score_2": 1, "ranking": 1}', "{" * 9,
+        '{"score_1": 1' + "0" * 320 + ', "score_2": 1, "ranking": 1}',
+    ],
+)  # fmt: skip
 def test_what_cannot_be_read_is_the_middle(text):
     one = judgement_of(text)
     assert (one.score_1, one.score_2, one.ranking, one.readable) == (3, 3, 3.5, False)
