@@ -56,6 +56,8 @@ def checkpoint_of(source: str | Path) -> str | Path:
     if not is_run(source):
         return source
     run = Run.open(source)
+    if not run.model.is_dir() and (run.state / "stages.json").is_file():
+        raise UserError(f"{source} holds stages of a pipeline; name one of them, such as {run.folder / '1-student'}")
     if not run.model.is_dir():
         saved = f"{run.saved_step} of {run.settings.get('steps', '?')} steps are saved"
         raise UserError(

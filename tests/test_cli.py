@@ -227,6 +227,12 @@ def test_a_bug_of_ours_is_one_line_too_and_says_how_to_see_more(play, capsys):
         main(["play", "--traceback"])
 
 
+def test_words_that_are_no_utf_8_are_refused_at_once(play, capsys):
+    play.does(lambda settings: pytest.fail("began"))
+    assert main(["play", "out=o\udcff"]) == 2
+    assert "no UTF-8" in capsys.readouterr().err
+
+
 def test_a_failing_command_gives_its_status(play):
     play.does(lambda settings: 3)
     assert main(["play"]) == 3

@@ -80,6 +80,8 @@ PANIC = "PanicException"  # of libraries in Rust: no Exception, and of a class t
 def main(words: Sequence[str] | None = None) -> int:
     """The exit status: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
     given = list(sys.argv[1:] if words is None else words)
+    if odd := next((word for word in given if any("\ud800" <= sign <= "\udfff" for sign in word)), None):
+        return complain(f"{odd!r} is no UTF-8, in which everything is kept; take another name", 2)
     if "--traceback" in given:
         return run([word for word in given if word != "--traceback"])
     try:

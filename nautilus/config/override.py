@@ -72,7 +72,14 @@ def changed(settings, changes: Sequence[Change]):
     for change in changes:
         require_name(settings, change)
         by_name.setdefault(change.path[0], []).append(change._replace(path=change.path[1:]))
-    return dataclasses.replace(settings, **{name: new_value(settings, name, inner) for name, inner in by_name.items()})
+    values = {name: new_value(settings, name, inner) for name, inner in by_name.items()}
+    where = ".".join(changes[0].full.split(".")[: -len(changes[0].path)]) if changes else ""
+    try:
+        return dataclasses.replace(settings, **values)
+    except ValueError as bad:
+        if not where or str(bad).startswith(where):
+            raise
+        raise type(bad)(f"{where}: {bad}") from bad
 
 
 def require_name(settings, change: Change) -> None:

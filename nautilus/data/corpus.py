@@ -73,7 +73,7 @@ def sources(
     found = []
     for text in places:
         weight, star, rest = text.rpartition("*")
-        place, _, field = rest.partition("#")
+        place, field = parted(rest)
         for kind, name, where, split in locate(place):
             source = Source(
                 name=name,
@@ -91,6 +91,12 @@ def sources(
     if len(set(names)) < len(names):
         raise UserError(f"two sources share a name: {', '.join(names)}; rename one file or folder")
     return tuple(found)
+
+
+def parted(place: str) -> tuple[str, str]:
+    """A place and a field of it, "" where none is named; a folder may have a # in its name."""
+    before, mark, field = place.rpartition("#")
+    return (before, field) if mark and "/" not in field else (place, "")
 
 
 def parse_weight(text: str, whole: str) -> float:

@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nautilus.posttrain.drafter import Drafter
+from nautilus.posttrain.drafter import Drafter, NoDrafts
 from nautilus.posttrain.own_text import Answer
-from nautilus.runtime import UserError
 
 RESAMPLES = 2000
 
@@ -85,15 +84,11 @@ def gain(before: Acceptance, after: Acceptance) -> tuple[float, tuple[float, flo
     return after.length - before.length, middle_95(resampled(after.walks) - resampled(before.walks))
 
 
-class TooShort(UserError):
-    """Answers on which drafts cannot be measured."""
-
-
 def accepted(drafter: Drafter, answers: Sequence[Answer], drafts: int) -> Acceptance:
-    """Over greedy answers of the drafter's model. TooShort where all are shorter than a draft."""
+    """Over greedy answers of the drafter's model. NoDrafts where all are shorter than a draft."""
     walks = tuple(Walk(accepted=walk(right(drafter, answer, drafts), len(answer.prompt))) for answer in answers)
     if not any(found.accepted for found in walks):
-        raise TooShort(
+        raise NoDrafts(
             f"{len(answers)} answers were given to measure drafts of {drafts} tokens on, none of them longer than "
             f"{drafts + 1}; give longer ones, or fewer drafts"
         )

@@ -80,24 +80,12 @@ class Blend:
         if min(one.share for one in self.domains) <= 0:
             raise UserError("a task with a share that is not more than 0 was asked for; leave it out")
 
-    def counts(self) -> list[int]:
-        """Of each domain in a step: by shares, those with the largest remainders rounded up; none gets nothing."""
-        total = math.fsum(one.share for one in self.domains)
-        exact = [self.prompts * one.share / total for one in self.domains]
-        counts = [max(1, int(value)) for value in exact]
-        order = sorted(range(len(exact)), key=lambda at: (counts[at] - exact[at], at))
-        for at in islice(iter_cycle(order), max(0, self.prompts - sum(counts))):
-            counts[at] += 1
-        while sum(counts) > self.prompts:
-            counts[max(range(len(counts)), key=lambda at: counts[at])] -= 1
-        return counts
-
     def step(self, number: int) -> list[tuple[Domain, Problem]]:
         """The problems of a step; the same however often it is asked for."""
-        rng = random.Random(f"{self.seed} {number}")
+        rng, shares = random.Random(f"{self.seed} {number}"), [one.share for one in self.domains]
         return [
             (one, problem)
-            for one, count in zip(self.domains, self.counts(), strict=True)
+            for one, count in zip(self.domains, counts(self.prompts, shares), strict=True)
             for problem in self.drawn(one, count, number, rng)
         ]
 
@@ -113,6 +101,18 @@ class Blend:
                 " levels"
             )
         return rng.choices(one.problems, weights, k=count)
+
+
+def counts(prompts: int, shares: Sequence[float]) -> list[int]:
+    """Of each domain in a step: by shares, those with the largest remainders rounded up; none gets nothing."""
+    exact = [prompts * share / math.fsum(shares) for share in shares]
+    found = [max(1, int(value)) for value in exact]
+    order = sorted(range(len(exact)), key=lambda at: (found[at] - exact[at], at))
+    for at in islice(iter_cycle(order), max(0, prompts - sum(found))):
+        found[at] += 1
+    while sum(found) > prompts:
+        found[max(range(len(found)), key=lambda at: found[at])] -= 1
+    return found
 
 
 def iter_cycle(order: Sequence[int]) -> Iterator[int]:

@@ -82,9 +82,13 @@ class Drafter(nn.Module):
         return torch.cat([self.model.head(chunk).argmax(-1) for chunk in chunks])[:, 0]
 
 
+class NoDrafts(UserError):
+    """A model, or prompts and answers of it, with which drafts can be neither learnt nor measured."""
+
+
 def mtp_drafter(model: Language) -> Drafter:
     if not model.config.mtp:
-        raise UserError(
+        raise NoDrafts(
             "the model has no multi-token-prediction block to draft with; train one with model.mtp=*E, or give it a "
             "head of its own with nautilus eagle"
         )

@@ -52,7 +52,7 @@ def gaps(
     """By teacher, on the answers that the student is measured by. What the run has of these models is not asked
     again."""
     file, by = run.state / f"gaps_{name}.json", [fingerprint(one)[:16] for one in (student, *teachers.models.values())]
-    known = read_json(file) if file.is_file() else {}
+    known = read_json(file, "remove it, to have it measured again") if file.is_file() else {}
     if known.get("models") != by:
         questions = [(one.task, problem, 0) for one in tasks for problem in exam(one.task, count, levels=one.levels)]
         answers = list[tuple[Rollout, float]]()

@@ -19,15 +19,17 @@ from nautilus.config import to_dict
 from nautilus.data.mix import number_of
 from nautilus.model.language import Language
 from nautilus.posttrain.blend import domain
-from nautilus.posttrain.compared import Judged, Load
-from nautilus.posttrain.practice import Practice, routes, wanted
-from nautilus.posttrain.profile import Score, curve, examined
+from nautilus.posttrain.compared import Judged, Load, judges_of
+from nautilus.posttrain.practice import Practice, wanted
+from nautilus.posttrain.profile import Score, curve, examined, filed
 from nautilus.posttrain.written import written
-from nautilus.runtime import Run, UserError, read_json, refuse_others, write_atomic
+from nautilus.runtime import Run, UserError, is_run, read_json, refuse_others, write_atomic
 from nautilus.tasks.asked import Asked, asked
+from nautilus.train.optim import OptimConfig
 
 PLACES = {"model", "teachers", "prompts", "data"}  # settings that say where something lies
-UNSEEN = {"out", "weights", "together", "actors", "teacher_actors", "seconds", "save_every"}  # which change no result
+# Which change no result, or are watched by the stages themselves.
+UNSEEN = {"out", "weights", "teaching", "together", "actors", "teacher_actors", "seconds", "save_every"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,14 +56,33 @@ class Stages:
             refuse_others(Run(out), to_dict(told), but={*UNSEEN, *(given.keys() & PLACES)})
             return out
         Console(highlight=False).rule(name)
-        begin = time.monotonic()
+        begin, before = time.monotonic(), self.known.get(name) if is_run(out) else None
         recipe.main(told)
-        known = {"minutes": (time.monotonic() - begin) / 60, "done": time.time(), "of": [one.name for one in of]}
+        done = before["done"] if before else time.time()  # what lacked a part of it is still what it was
+        known = {"minutes": (time.monotonic() - begin) / 60, "done": done, "of": [one.name for one in of]}
         write_atomic(self.file, json.dumps({**self.known, name: known}, indent=1) + "\n")
         return out
 
+    def lesson(
+        self, name: str, teachers: Mapping[str, Path], tasks: Mapping[str, str], settings: Practice, count: int,
+        folder: Path, load: Load,
+    ) -> Path:  # fmt: skip
+        """What each teacher answers to so many problems of its task, right or wrong, as conversations in one file, for
+        the stage of this name; the file as it is where that is done."""
+        whole, parts = folder / "conversations.jsonl", list[str]()
+        for task, place in () if self.done(name) else teachers.items():
+            model, tokenizer = load(str(place))
+            one, how = asked(tasks[task]), replace(settings, tasks=(tasks[task],), seed=self.seed)
+            problems = domain(one.task, count, levels=one.levels, seed=number_of(self.seed, 7)).problems
+            teacher, pairs = how.computing(model).requires_grad_(False).eval(), [(one.task, each) for each in problems]
+            parts.append(written(folder / filed(task), teacher, tokenizer, pairs, how).read_text())
+        if parts:
+            write_atomic(whole, "".join(parts))
+        return whole
+
     def done(self, name: str) -> bool:
-        return name in self.known and (self.run.folder / name / "report.html").is_file()
+        run = Run(self.run.folder / name)
+        return name in self.known and run.report.is_file() and run.model.is_dir()
 
     def refuse_older(self, name: str, of: Sequence[str]) -> None:
         """UserError where a stage is older than those that it is made of, or was made of others."""
@@ -88,7 +109,13 @@ class Stages:
 
     @property
     def known(self) -> dict[str, dict[str, Any]]:
-        return read_json(self.file) if self.file.is_file() else {}
+        cure = "remove it; stages that are whole are found so once more"
+        found = read_json(self.file, cure) if self.file.is_file() else {}
+        for name, one in found.items():
+            told = isinstance(one, dict) and [one.get("minutes"), one.get("done")]
+            if not told or not all(isinstance(value, int | float) for value in told):
+                raise UserError(f"{self.file} does not say how long {name} took and when it was done; {cure}")
+        return found
 
     @property
     def minutes(self) -> dict[str, float]:
@@ -108,7 +135,7 @@ class Exam:
 
     def __call__(self, name: str, place: Path) -> dict[str, Score]:
         model, how = self.opened(place)
-        return examined(self.run, filed(name), model, split=self.split, **how)
+        return examined(self.run, name, model, split=self.split, **how)
 
     def caught_up(
         self, task: str, models: Mapping[str, Path], base: str, teacher: str, student: str, *, share: float
@@ -132,29 +159,31 @@ class Exam:
         return self.settings.computing(model).requires_grad_(False).eval(), how
 
 
-def filed(name: str) -> str:
-    """A name as that of a file or a folder."""
-    return name.replace(" ", "_").replace("/", "_")
-
-
 def alone(settings: Judged, task: str = "", words: str = "", *, share: float) -> Any:
     """Of a specialist in one of the tasks, which has its own judge, with a share of the steps."""
+    if not 0 < share <= 1:
+        raise UserError(f"again={share} must be more than 0 and at most 1")
     judges = tuple(one for one in settings.judges if one.startswith(f"{task}="))
     return replace(settings, tasks=(words,), judges=judges, steps=max(1, round(share * settings.steps)))
 
 
-def unsuited(settings: Judged, tasks: Sequence[str], *, together: bool) -> None:
-    """UserError for specialists that judge a task nobody is trained on; together: or that cannot be trained on all."""
-    if strange := routes(settings.judges, "judge").keys() - {*tasks}:
-        raise UserError(f"a judge of {', '.join(sorted(strange))} was named; what is taught is {', '.join(tasks)}")
+def passed_on(supervised: Any, optim: OptimConfig, steps: int) -> Any:
+    """How answers of others are learnt: with the student's rates, in so many steps or, with 0, once."""
+    return replace(supervised, tasks=(), problems=1, steps=steps, optim=replace(optim, warmup=-1))
+
+
+def unsuited(settings: Judged, tasks: Sequence[Asked], load: Load, *, together: bool) -> None:
+    """UserError for specialists with judges that are none; together: or that cannot be trained on all tasks."""
+    judges_of(settings, [one.task for one in tasks], load)
     if together:
         wanted(settings)
 
 
-def refuse_given(name: str, settings: Any, fields: Sequence[str]) -> None:
+def refuse_given(settings: Any, given: Mapping[str, Sequence[str]]) -> None:
     """UserError where a stage is told what the pipeline tells it: these fields, its model, folder and seed."""
-    for field in ("model", "out", "seed", *fields):
-        if (value := getattr(settings, field)) != getattr(type(settings)(), field):
+    for name, field in ((name, field) for name, fields in given.items() for field in ("model", "out", "seed", *fields)):
+        stage = getattr(settings, name)
+        if (value := getattr(stage, field)) != getattr(type(stage)(), field):
             raise UserError(f"{name}.{field}={value} was asked for, which the pipeline gives; leave it out")
 
 
@@ -178,21 +207,3 @@ def averaged(runs: Sequence[Path], folder: Path, load: Load) -> Path:
             mine.copy_(torch.stack([one.double() for one in same]).mean(0))
         model.save(folder, tokenizer=tokenizer, facts={"mean of": ", ".join(place.name for place in runs)})
     return folder
-
-
-def written_by(
-    teachers: Mapping[str, Path], tasks: Mapping[str, str], settings: Practice, count: int, folder: Path, load: Load
-) -> Path:
-    """What each teacher answers to so many problems of its task, right or wrong, as conversations in one file."""
-    whole, parts = folder / "conversations.jsonl", list[str]()
-    for name, place in teachers.items():
-        model, tokenizer = load(str(place))
-        one = asked(tasks[name])
-        problems = domain(one.task, count, levels=one.levels, seed=number_of(settings.seed, 7)).problems
-        pairs = [(one.task, problem) for problem in problems]
-        how = replace(settings, tasks=(tasks[name],))
-        teacher = settings.computing(model).requires_grad_(False).eval()
-        file = written(folder / filed(name), teacher, tokenizer, pairs, how)
-        parts.append(file.read_text())
-    write_atomic(whole, "".join(parts))
-    return whole

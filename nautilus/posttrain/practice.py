@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from nautilus.config import to_dict
 from nautilus.data.batch import Batch
@@ -114,7 +115,10 @@ def wanted(settings: Practice) -> list[Asked]:
     found = [asked(words) for words in settings.tasks]
     names = Counter(one.task.name for one in found)
     if twice := [name for name, count in names.items() if count > 1]:
-        raise UserError(f"the task {twice[0]} was named twice; give its levels together, such as {twice[0]}:1-2")
+        raise UserError(
+            f"the task {twice[0]} was named twice; give its levels together, such as {twice[0]}:1-2, or all its rows in"
+            " one file"
+        )
     if settings.prompts < len(found):
         raise UserError(f"prompts={settings.prompts} of a step for {len(found)} tasks; each needs one")
     return found
@@ -141,7 +145,8 @@ def routes(words: Sequence[str], who: str) -> dict[str, str]:
     return found
 
 
-def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> Run:
+def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer, **others: Any) -> Run:
+    """The run, begun or gone on with; others: what it must have been begun with beside settings and weights."""
     if tokenizer.template is None:
         raise UserError("this model has no chat template, in which tasks are asked; train it on conversations first")
     if settings.less_effort and least_effort(tokenizer) is None:
@@ -157,7 +162,7 @@ def open_practice(settings: Practice, model: Language, tokenizer: Tokenizer) -> 
             f" positions={model.config.positions}; lower tokens"
         )
     settings.computing(model)
-    return continue_or_create(settings.out, {**to_dict(settings), "weights": fingerprint(model)})
+    return continue_or_create(settings.out, {**to_dict(settings), "weights": fingerprint(model), **others})
 
 
 def domains(settings: Practice, tasks: Sequence[Asked]) -> list[Domain]:

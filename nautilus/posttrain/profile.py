@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any, NamedTuple
 
 from nautilus.data.mix import number_of
@@ -64,6 +65,11 @@ class Score:
         return (sum((one - self.mean) ** 2 for one in self.rewards) / (count - 1) / count) ** 0.5
 
 
+def filed(name: str) -> str:
+    """A name as that of a file or a folder."""
+    return name.replace(" ", "_").replace("/", "_")
+
+
 def exam(task: Task, count: int, *, levels: Sequence[int] = (), split: str = "test") -> list[Problem]:
     """So many different problems that nobody trains on, or as many as there are."""
     return distinct(task, split, count, levels=levels)
@@ -76,7 +82,7 @@ def examined(
     """By task, on problems that nobody trains on. UserError where all answers to a task are lost."""
     how = {"count": count, "split": split}
     questions = [(one.task, problem) for one in tasks for problem in exam(one.task, levels=one.levels, **how)]
-    path = run.state / f"{name}.jsonl"
+    path = run.state / f"{filed(name)}.jsonl"
     found = solved(path, model, tokenizer, questions, playing or settings.playing, together=settings.together)
     by_task: dict[str, list[Solved]] = {}
     for (task, _), answers in zip(questions, found, strict=True):
@@ -161,7 +167,7 @@ def solved(
     """`times` answers to each problem; what the file has of this model is not asked again, less what was lost, which
     stays so with `once`."""
     by = fingerprint(model)[:16]
-    rows = kept(path, by, lost=once)
+    rows = kept(path, by, "thought", lost=once)
     known = {key: solved_of(row) for key, row in rows.items()}
     asked = [(task, problem, time) for task, problem in questions for time in range(times)]
     left = [one for one in asked if (one[1].id, one[2]) not in known]
@@ -182,11 +188,14 @@ def solved(
     return [[known[problem.id, time] for time in range(times)] for _, problem in questions]
 
 
-def kept(path: Path, by: str, *, lost: bool = False) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows of the model in the file, which are all that stays in it; lost: also those of lost answers."""
+def kept(path: Path, by: str, *needs: str, lost: bool = False) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of the model in the file, which are all that stays in it; lost: also those of lost answers. needs: what
+    a row has beside the reward."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = read_metrics(path)
-    good = [row for row in rows if row.get("model") == by and (lost or row.get("reward") is not None)]
+    whole = [row for row in rows if row.get("model") == by and {"problem", "time", "reward", *needs} <= row.keys()]
+    kinds = (int, float, NoneType) if lost else (int, float)
+    good = [row for row in whole if isinstance(row["reward"], kinds)]
     if len(good) < len(rows):
         write_atomic(path, "".join(json.dumps({**row, "step": at}) + "\n" for at, row in enumerate(good)))
     return {(row["problem"], row["time"]): row for row in good}

@@ -14,8 +14,9 @@ from nautilus.data.chat import chat_tokens
 from nautilus.data.corpus import read, sources
 from nautilus.data.shard import Shard, open_shards
 from nautilus.data.tokenizer import Tokenizer
+from nautilus.posttrain.drafter import NoDrafts
 from nautilus.posttrain.own_text import Manner, answers
-from nautilus.runtime import Run, UserError, is_run
+from nautilus.runtime import Run, is_run
 from nautilus.serve import Engine
 
 Tokens = tuple[int, ...]
@@ -51,9 +52,11 @@ def prompts(run: Run, engine: Engine, model: str | Path, wanted: Wanted) -> tupl
     found = [*dict.fromkeys(found)]
     measured, learnt = found[: wanted.measured], found[wanted.measured :]
     if not learnt:
-        raise UserError(
-            f"{len(found)} prompts were found, where measured={wanted.measured} of them are only measured on and at "
-            "least one more is to be learnt from; give more text, or measure on fewer"
+        long = f", messages of more than prompt_tokens={wanted.tokens} left out" if wanted.chat else ""
+        raise NoDrafts(
+            f"{len(found)} prompts were found{long}, where measured={wanted.measured} of them are only measured on and"
+            f" at least one more is to be learnt from; give more text{' or longer prompts' if long else ''}, or measure"
+            " on fewer"
         )
     return [learnt[index % len(learnt)] for index in range(wanted.learnt)], measured
 

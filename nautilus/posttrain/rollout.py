@@ -199,7 +199,7 @@ class Player:
             tokens, logprobs = [*tokens, *more], [*logprobs, *[0.0] * len(more)]
             versions += [-1] * len(more)
         if not turns:
-            raise Dropped("no room", f"the prompt has {len(tokens)} tokens, and a conversation {self.playing.tokens}")
+            raise Dropped("no room", f"tokens={self.playing.tokens} are too few for a prompt of {len(tokens)}")
         (found,) = verdicts or [await self.in_time(episode, episode.verdict)]
         verdict = checked_verdict(found, episode, turns, thinks=told_how["settings"].enable_thinking)
         drew = {"logprobs": tuple(logprobs), "versions": tuple(versions)}

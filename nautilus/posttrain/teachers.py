@@ -23,6 +23,7 @@ from nautilus.posttrain.remote import model_of, parts_of
 from nautilus.posttrain.rollout import Rollout
 from nautilus.posttrain.stream import batches_of
 from nautilus.runtime import UserError
+from nautilus.serve.prefixes import fingerprint
 from nautilus.train.objective import Objective, Pairs, Terms
 from nautilus.train.policy import Mtp, Surrogate, distill, drawn_logprob, read, surrogate
 
@@ -43,6 +44,10 @@ class Teachers:
         """Their names without the folders that lie above, where these are still different."""
         last = {name: Path(name).name for name in self.models}
         return {name: word if [*last.values()].count(word) == 1 else name for name, word in last.items()}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        return {name: fingerprint(model) for name, model in self.models.items()}
 
     def check(self, tasks: Sequence[str], student: Language) -> None:
         """UserError for a task without a teacher, a teacher without a model, and one of another vocabulary."""
@@ -175,5 +180,6 @@ def same_words(student: Tokenizer, others: Mapping[str, Tokenizer]) -> None:
     for name, one in others.items():
         if one.fingerprint != student.fingerprint:
             raise UserError(
-                f"the teacher {name} has another tokenizer than the student; its log-probs mean nothing here"
+                f"the teacher {name} has another tokenizer than the student, so that its log-probs mean nothing here;"
+                " take one of the student's own lineage"
             )

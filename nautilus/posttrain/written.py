@@ -40,7 +40,7 @@ def recorded(
     """A row for each (task, problem, time), with its conversation, or with the reward null where it was lost. They are
     kept in the file as they come, and what that has is not asked again."""
     by = fingerprint(model)[:16]
-    known = kept(path, by)
+    known = kept(path, by, "ended", "messages")
     left = {(one[1].id, one[2]): one for one in asked if (one[1].id, one[2]) not in known}
     with Progress(path, len(known) + len(left), len(known), shown=("reward",), unit="answer") as progress:
 

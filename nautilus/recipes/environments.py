@@ -79,5 +79,8 @@ def write_rows(path: Path, tasks: Sequence[Asked], settings: Settings) -> None:
         for one in tasks
         for problem in domain(one.task, settings.problems, levels=one.levels, seed=settings.seed).problems
     )
+    text = "".join(json.dumps(row_of(one), ensure_ascii=False) + "\n" for one in problems)
+    if path.exists() and (not path.is_file() or path.read_bytes() != text.encode()):
+        raise UserError(f"rows={path} is there and holds something else; remove it, or take another name")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, "".join(json.dumps(row_of(one), ensure_ascii=False) + "\n" for one in problems))
+    write_atomic(path, text)

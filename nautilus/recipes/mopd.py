@@ -24,7 +24,7 @@ from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
-from nautilus.posttrain.blend import Blend
+from nautilus.posttrain.blend import Blend, counts
 from nautilus.posttrain.credit import leave_one_out
 from nautilus.posttrain.gaps import gap_table, gaps
 from nautilus.posttrain.practice import Practice, domains, open_practice, practise, routes, wanted
@@ -82,18 +82,19 @@ class Settings(Practice):
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no student to train; write nautilus mopd MODEL tasks=… teachers=task=RUN,…")
-    tasks = wanted(settings)
+    tasks = students(settings)
     keep_memory()
     model, tokenizer = nautilus.load(settings.model)
     teachers = teachers_of(settings, tokenizer)
     teachers.check([one.task.name for one in tasks], model)
-    run = open_practice(settings, model, tokenizer)
+    run = open_practice(settings, model, tokenizer, teaching=teachers.fingerprints)
     how = {"tasks": tasks, "count": settings.measured, "settings": settings, "tokenizer": tokenizer}
     exam = partial(examined, run, **how)
     scores = {"before": exam("before", model)}
-    scores |= {f"teacher {name}": exam(f"teacher_{name}", one) for name, one in teachers.models.items()}
+    short = teachers.short
+    scores |= {f"teacher {name}": exam(f"teacher {short[name]}", one) for name, one in teachers.models.items()}
     lead = {"before": gaps(run, "before", model, teachers, **how)}
-    blend = blend_of(settings, tasks)
+    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
     if settings.teacher_actors:
         ray = connected(settings.teacher_actors)
         teachers = replace(teachers, actors=TeacherActors(ray, settings.teacher_actors, teachers.models))
@@ -108,14 +109,15 @@ def main(settings: Settings) -> None:
     report.show(run, scores, title=title, facts=facts, more=[gap_table(lead, teachers)])
 
 
-def blend_of(settings: Settings, tasks: Sequence[Asked]) -> Blend:
-    blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
-    if settings.reward and settings.group == 1 and min(blend.counts()) < 2:
+def students(settings: Settings) -> list[Asked]:
+    """The tasks that a student can be taught so."""
+    tasks = wanted(settings)
+    if settings.reward and settings.group == 1 and min(counts(settings.prompts, [one.share for one in tasks])) < 2:
         raise UserError(
             f"reward={settings.reward} was asked for, but with group=1 and prompts={settings.prompts} a task has one"
             " answer in a step, and no other to compare it with; raise group or prompts"
         )
-    return blend
+    return tasks
 
 
 def teachers_of(settings: Settings, tokenizer: Tokenizer) -> Teachers:

@@ -19,7 +19,6 @@ their weights, what they write learnt once, at the student's rate, and reinforce
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,13 +30,14 @@ import nautilus
 from nautilus.config import to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
-from nautilus.posttrain.acceptance import TooShort
-from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, questions, refuse_given, unsuited, written_by
-from nautilus.posttrain.practice import budgeted, wanted
+from nautilus.posttrain.drafter import NoDrafts
+from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, passed_on, questions, refuse_given, unsuited
+from nautilus.posttrain.practice import budgeted
 from nautilus.recipes import boost, mopd, rlvr, sft
 from nautilus.runtime import UserError, continue_or_create, keep_memory
+from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks.asked import Asked
-from nautilus.train.optim import schedule, setting
+from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 
@@ -66,27 +66,25 @@ class Settings:
     seed: int = setting(0, "of all stages")
 
     def __post_init__(self):
-        if self.iterations < 1 or self.measured < 1 or self.warm < 0 or not 0 <= self.caught_up < math.inf:
+        if self.iterations < 1 or self.measured < 1 or self.warm < 0 or not self.caught_up >= 0:
             told = f"iterations={self.iterations} and measured={self.measured} must be at least 1"
             raise UserError(f"{told}, warm={self.warm} and caught_up={self.caught_up} at least 0")
-        if not 0 < self.again <= 1:
-            raise UserError(f"again={self.again} must be more than 0 and at most 1")
         alone(self.specialist, share=self.again)  # for what it refuses
-        schedule(self.student.optim, self.warm or self.student.steps)  # for what it refuses
+        passed_on(self.supervised, self.student.optim, self.warm or self.student.steps)  # likewise
         budgeted(self.budgets, (), self.specialist)
-        for name, fields in GIVEN.items():
-            refuse_given(name, getattr(self, name), fields)
+        refuse_given(self, GIVEN)
 
 
 def main(settings: Settings) -> None:
     if not settings.model:
         raise UserError("no model to train; write nautilus posttrain MODEL, a run, a checkpoint folder or a hub id")
-    how = wanted(replace(settings.student, tasks=settings.tasks))
+    how = mopd.students(replace(settings.student, tasks=settings.tasks))
     given = replace(settings.specialist, tasks=settings.tasks, seed=settings.seed)
     tasks = {one.task.name: words for one, words in zip(how, settings.tasks, strict=True)}
-    unsuited(given, [*tasks], together=settings.baselines)
     keep_memory()
-    run = continue_or_create(settings.out, to_dict(settings), free=FREE)
+    unsuited(given, how, nautilus.load, together=settings.baselines)
+    begun = {**to_dict(settings), "weights": fingerprint(nautilus.load(settings.model)[0])}
+    run = continue_or_create(settings.out, begun, free=FREE)
     do = Stages(run=run, seed=settings.seed)
     exam = Exam(run=run, tasks=how, count=settings.measured, settings=given, load=nautilus.load)
     models = trained(settings, do, tasks, exam)
@@ -98,6 +96,7 @@ def main(settings: Settings) -> None:
     told = {"title": f"{Path(settings.model).name}: one student of {len(tasks)} teachers", "more": more}
     facts, curve = {"model": settings.model, "seed": str(settings.seed)}, exam.by_budget(student, settings.budgets)
     report.show(run, scores, facts=facts, curve=curve, **told)
+    run.write_settings(begun)
 
 
 def trained(settings: Settings, do: Stages, tasks: Mapping[str, str], exam: Exam) -> dict[str, Path]:
@@ -127,12 +126,10 @@ def trained(settings: Settings, do: Stages, tasks: Mapping[str, str], exam: Exam
 def boosted(settings: Settings, do: Stages, student: Path, tasks: Sequence[Asked]) -> Path | None:
     """The run of the last stage; None where the student has no block that predicts ahead, or says too little to measure
     drafts on."""
-    if not nautilus.load(student)[0].config.mtp:
-        return None
     file = questions(do.run.state / "questions.jsonl", tasks, settings.drafts.answers + settings.drafts.measured)
     try:
         return do("boost", boost, settings.drafts, of=(student,), model=str(student), prompts=(f"{file}#prompt",))
-    except TooShort as bad:
+    except NoDrafts as bad:
         Console(soft_wrap=True, highlight=False).print(f"boost is left out: {bad}")
         return None
 
@@ -142,8 +139,8 @@ def learnt(
     count: int, steps: int, folder: Path,
 ) -> Path:  # fmt: skip
     """The run in which a model learns what teachers answer to so many problems of each task, which lies in a folder."""
-    file = written_by(teachers, tasks, replace(settings.specialist, seed=settings.seed), count, folder, nautilus.load)
-    told = replace(settings.supervised, tasks=(), problems=1, steps=steps, optim=settings.student.optim)
+    file = do.lesson(name, teachers, tasks, settings.specialist, count, folder, nautilus.load)
+    told = passed_on(settings.supervised, settings.student.optim, steps)
     return do(name, sft, told, of=(base, *teachers.values()), model=str(base), data=(file,))
 
 

@@ -129,5 +129,5 @@ def told(found: Taught) -> str:
     left = found.left_out.most_common()
     why = "".join(f"; {count:,} left out: {name}{example.get(name, '')}" for name, count in left)
     if not found.samples:
-        raise UserError(f"there is nothing to learn from{why or ': give data=FILE or tasks=NAME'}")
+        raise UserError(f"there is nothing to learn from{why}: give data=FILE with conversations, or tasks=NAME")
     return f"{len(found.samples):,} samples{why}"

@@ -120,8 +120,8 @@ def program() -> str:
 
 def continue_or_create(folder: str | Path, settings: dict, *, free: Collection[str] = ()) -> Run:
     """The run that is in the folder, to be resumed, or a new one. A resumed run must have been begun with the same
-    settings, `out` and those that are `free` aside; otherwise a UserError names those that differ. One that never saved
-    a state begins anew."""
+    settings, `out` and those that are `free` aside; otherwise a UserError names those that differ. Free ones stay as
+    they were, until `write_settings`. One that never saved a state begins anew."""
     if not is_run(folder):
         run = Run.vacant(folder).claim()
         if not is_run(folder):  # else another process was here between the two lines
@@ -131,8 +131,6 @@ def continue_or_create(folder: str | Path, settings: dict, *, free: Collection[s
     if not run.state.is_dir() and not run.model.is_dir():
         run.write_settings(settings)
     refuse_others(run, settings, but={"out", *free})
-    if free:
-        run.write_settings(settings)
     return run
 
 

@@ -125,6 +125,8 @@ def read_rows(
         what = "is no file" if path.is_dir() else "is not there"
         raise UserError(f"the rows of {kind} were to come from {path}, which {what}; write {kind}@FILE")
     try:
-        return make([*rows_in(path, check)])
+        if not (rows := [*rows_in(path, check)]):
+            raise UserError(f"{path} has no rows; write one JSON object a line, or name another file")
+        return make(rows)
     except (ValueError, OSError) as bad:
         raise UserError(str(bad)) from bad

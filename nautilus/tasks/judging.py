@@ -27,7 +27,11 @@ from nautilus.tasks.task import GraderBroken, Message, Problem, Question, Reply,
 
 UNREAD = 10.0  # what it costs not to be read
 ROW = {"messages": list, "response_1": str, "response_2": str}
-SAYS = ("score_1", "score_2", "ranking")
+SAYS = {"score_1": 5, "score_2": 5, "ranking": 6}  # with the most of each; the least is 1
+
+
+def within(value: object, most: int) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value <= most
 
 
 class Judge(Question):
@@ -49,7 +53,7 @@ class Judge(Question):
 
     def of_row(self, rng: random.Random) -> Problem:
         row = rng.choice(self.rows)
-        said = {key: row[key] for key in SAYS if isinstance(row.get(key), int | float)}
+        said = {key: row[key] for key, most in SAYS.items() if within(row.get(key), most)}
         # A row without them costs its own problem: what is said of it cannot be judged.
         right = Judgement(**said) if len(said) == len(SAYS) else None
         answers = (row["response_1"], row["response_2"])

@@ -121,7 +121,8 @@ def rows_in(path: Path, check: Check = lambda row: None) -> Iterator[dict[str, A
         try:
             check(row)
         except (ValueError, TypeError, LookupError, AttributeError) as bad:
-            why = str(bad) if isinstance(bad, ValueError) else repr(bad)
+            why = f"there is no {bad.args[0]!r}" if isinstance(bad, KeyError) else repr(bad)
+            why = str(bad) if isinstance(bad, ValueError) else why
             raise ValueError(f"{path}, line {number}: {why}") from bad
         yield row
 

@@ -229,7 +229,10 @@ def open_run(settings) -> Run:
     out, source = settings.out, settings.from_
     extend(out, settings)
     if source is None:
-        return continue_or_create(out, kept(settings), free=getattr(settings, "apart", ()))
+        run = continue_or_create(out, kept(settings), free=(apart := getattr(settings, "apart", ())))
+        if apart:
+            run.write_settings(kept(settings))
+        return run
     if source.resolve() == out.resolve():
         raise UserError(
             f"from={source} and out={out} are one folder; choose another out=, or raise steps= without from"

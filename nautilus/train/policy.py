@@ -63,7 +63,7 @@ class Correction:
                 f"weights within [{least}, {most}] were asked for; 1, that of an engine that agrees, must be among them"
             )
         if not self.apart >= 1:
-            raise ValueError(f"apart={self.apart} was asked for; an engine that agrees is at 1: give more, inf for any")
+            raise ValueError(f"apart={self.apart} was asked for; an engine that agrees is at 1: give more, 1e9 for any")
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -142,3 +142,25 @@ def test_settings_that_depend_on_one_another_may_come_in_any_order():
 
 def test_the_later_of_two_values_counts():
     assert apply_overrides(CONFIG, ["width=64", "width=128"]).width == 128
+
+
+@dataclass(frozen=True)
+class Few:
+    rows: int = 1
+
+    def __post_init__(self):
+        if self.rows < 1:
+            raise ValueError(f"rows={self.rows} must be at least 1")
+
+
+@dataclass(frozen=True)
+class Whole:
+    first: Few = Few()
+    second: Few = Few()
+
+
+def test_a_mistake_in_settings_inside_says_where():
+    with pytest.raises(ValueError, match="^second: rows=0 must be at least 1"):
+        apply_overrides(Whole(), ["first.rows=2", "second.rows=0"])
+    with pytest.raises(ValueError, match="^rows=0"):
+        apply_overrides(Few(), ["rows=0"])

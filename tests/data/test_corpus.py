@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nautilus.data import embedded
-from nautilus.data.corpus import EMBEDDED, Source, choose_held_out, read, sources, survey, within
+from nautilus.data.corpus import EMBEDDED, Source, choose_held_out, parted, read, sources, survey, within
 
 
 def put(folder, files: dict[str, str | bytes]):
@@ -181,6 +181,11 @@ def test_settings_that_make_no_sense_are_refused(tmp_path):
         Source(name="x", kind="web")
     with pytest.raises(ValueError, match="share a name"):
         sources(["python", "embedded"])
+
+
+def test_a_field_stands_behind_the_last_sign_and_folders_may_have_one_too():
+    assert parted("a.jsonl#prompt") == ("a.jsonl", "prompt") and parted("a.jsonl") == ("a.jsonl", "")
+    assert parted("p#1/a.jsonl#prompt") == ("p#1/a.jsonl", "prompt") and parted("p#1/a.txt") == ("p#1/a.txt", "")
 
 
 def test_sources_are_written_as_weight_place_and_field(tmp_path):

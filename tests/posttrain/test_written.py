@@ -11,7 +11,7 @@ from nautilus.eval.pipeline import gains, stages
 from nautilus.posttrain import profile
 from nautilus.posttrain.blend import Domain, domain
 from nautilus.posttrain.practice import Practice
-from nautilus.posttrain.profile import Answered, Score, kept, of_known, score_of
+from nautilus.posttrain.profile import Answered, Score, filed, kept, of_known, score_of
 from nautilus.posttrain.rollout import Playing, Rollout, Turn
 from nautilus.posttrain.written import conversation
 from nautilus.runtime import UserError, read_metrics
@@ -65,6 +65,20 @@ def test_thinking_is_measured_by_turns_and_parts_are_kept(tmp_path, monkeypatch)
     for _ in range(2):
         (old,), (new,) = profile.solved(path, None, None, [(task, problem) for problem in problems], Playing())
         assert new == Answered(1.0, 12, 7, {"calls": 2.0}) and old == Answered(0.0, 9, 9)
+
+
+def test_rows_that_say_too_little_are_asked_for_again(tmp_path):
+    whole = {"step": 0, "model": "a", "problem": "p", "time": 0, "reward": 1.0, "thought": 2}
+    rows = [whole, {**whole, "problem": "q", "model": "b"}, {**whole, "problem": "r", "reward": "good"}]
+    rows += [{key: value for key, value in whole.items() if key != one} for one in ("problem", "time", "thought")]
+    rows += [{**whole, "problem": "s", "reward": None}]
+    (path := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {*kept(path, "a", "thought", lost=True)} == {("p", 0), ("s", 0)}
+    assert kept(path, "a", "thought") == {("p", 0): whole} and len(read_metrics(path)) == 1
+
+
+def test_no_name_leads_out_of_the_run():
+    assert filed("teacher ../../a/b") == "teacher_.._.._a_b"
 
 
 def test_a_turn_may_think_for_a_budget_and_its_grace(monkeypatch):

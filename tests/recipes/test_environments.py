@@ -9,6 +9,8 @@ import sys
 import pytest
 
 from nautilus.cli import main
+from nautilus.recipes import environments
+from nautilus.runtime import UserError
 from nautilus.tasks import Reply
 from nautilus.tasks.asked import asked
 from nautilus.tasks.pivot import reply_of
@@ -37,6 +39,17 @@ def test_without_the_libraries_it_says_how_to_get_them(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["environments", "tasks=store"]) == 2
     assert "a server needs the library 'fastapi'" in capsys.readouterr().err
+
+
+def test_rows_replace_no_file_that_holds_something_else(tmp_path):
+    settings, path = environments.Settings(tasks=("store:1",), problems=3), tmp_path / "rows.jsonl"
+    for _ in range(2):  # the same once more
+        environments.write_rows(path, [asked("store:1")], settings)
+    path.write_text("mine")
+    for place in (path, tmp_path):
+        with pytest.raises(UserError, match="holds something else"):
+            environments.write_rows(place, [asked("store:1")], settings)
+    assert path.read_text() == "mine"
 
 
 @pytest.mark.slow

@@ -11,15 +11,22 @@ import torch
 
 import nautilus
 from nautilus.config import to_dict
-from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, unsuited, written_by
+from nautilus.posttrain.pipeline import Exam, Stages, alone, averaged, unsuited
 from nautilus.posttrain.profile import Score
 from nautilus.recipes import mopd, posttrain, rlvr, sft
-from nautilus.runtime import Run, UserError
+from nautilus.runtime import Run, UserError, continue_or_create
 from nautilus.tasks.asked import asked as asked_of
 from nautilus.train.optim import OptimConfig
 from tests.posttrain.test_crew import tiny, words
 
 SLOW = OptimConfig(warmup=10, decay=0.5)
+
+
+def done(settings):
+    """A recipe."""
+    run = continue_or_create(settings.out, {**to_dict(settings), "weights": "those of the model"})
+    run.report.write_text("done")
+    run.model.mkdir(exist_ok=True)
 
 
 class Told:
@@ -86,7 +93,7 @@ def test_a_teacher_stays_until_the_student_has_caught_up_with_it(tmp_path):
         posttrain.Settings(caught_up=-1)
 
 
-def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypatch):
+def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path):
     """Between the specialists and each student; the next specialists begin from the student as ever."""
     asked, written = {}, []
 
@@ -97,11 +104,10 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
             asked[name] = recipe, settings, of, given
             return tmp_path / name
 
-    def written_by(teachers, tasks, settings, count, folder, load):
-        written.append(([*teachers.values()], tasks, settings.seed, count, folder))
-        return folder / "conversations.jsonl"
+        def lesson(self, name, teachers, tasks, settings, count, folder, load):
+            written.append((name, [*teachers.values()], tasks, count, folder))
+            return folder / "conversations.jsonl"
 
-    monkeypatch.setattr(posttrain, "written_by", written_by)
     named = {"sort": "sort:3", "count": "count:3"}
     taught = sft.Settings(steps=9, rows=3, problems=50, length=128)
     settings = posttrain.Settings(model="base", tasks=(*named.values(),), warm=5, supervised=taught, seed=4)
@@ -109,17 +115,15 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
     for number, base in (("1", "sft"), ("2", "1-student")):
         specialists = tuple(tmp_path / f"{number}-{name}" for name in named)
         recipe, told, of, given = asked[f"{number}-warm"]
-        assert (recipe, told.steps, told.tasks, told.length) == (sft, 5, (), 128) and of == (
-            tmp_path / base,
-            *specialists,
-        )
+        assert (recipe, told.steps, told.tasks, told.length) == (sft, 5, (), 128)
+        assert of == (tmp_path / base, *specialists)
         folder = tmp_path / "state" / f"{number}-written"
         assert given == {"model": str(tmp_path / base), "data": (folder / "conversations.jsonl",)}
         recipe, _, of, given = asked[f"{number}-student"]
         assert recipe is mopd and given["model"] == str(tmp_path / f"{number}-warm")
         assert of == (tmp_path / f"{number}-warm", *specialists)
         assert {asked[one.name][3]["model"] for one in specialists} == {str(tmp_path / base)}
-        assert written.pop(0) == ([*specialists], named, 4, 8, folder)
+        assert written.pop(0) == (f"{number}-warm", [*specialists], named, 8, folder)
     assert [*models][-2:] == ["warm 2", "student 2"]
     with pytest.raises(UserError, match="warm=-1"):
         posttrain.Settings(warm=-1)
@@ -127,7 +131,7 @@ def test_a_student_may_begin_warm_on_what_its_teachers_answer(tmp_path, monkeypa
 
 def test_a_student_made_another_way_is_not_taken_for_the_one_that_is_asked_for(tmp_path):
     run = Run.create(tmp_path / "run", {})
-    recipe = SimpleNamespace(main=lambda told: Run.create(told.out, to_dict(told)).report.write_text("done"))
+    recipe = SimpleNamespace(main=done)
     do, settings = Stages(run=run, seed=0), rlvr.Settings()
     base = do("sft", recipe, settings)
     do("1-student", recipe, settings, of=(do("1-warm", recipe, settings, of=(base,)),))
@@ -144,19 +148,21 @@ def test_a_specialist_has_its_own_judge_and_a_share_of_the_steps():
     told = alone(given, "style", "style:1", share=0.5)
     assert (told.tasks, told.judges, told.steps) == (("style:1",), ("style=oracle",), 4)
     assert alone(given, "sort", "sort", share=1) == replace(given, tasks=("sort",), judges=())
-    with pytest.raises(UserError, match="a judge of styled was named; what is taught is style, sort"):
-        unsuited(given, ["style", "sort"], together=False)
-    few = rlvr.Settings(tasks=("sort", "count"), prompts=1)  # which is enough for either alone
-    unsuited(few, ["sort", "count"], together=False)
+    of = [asked_of(words) for words in ("style", "sort")]
+    for judges, told in (("styled=runs/judge", "judge of styled"), ("sort=oracle", "sort has no oracle")):
+        with pytest.raises(UserError, match=told):
+            unsuited(replace(given, judges=(judges,)), of, nautilus.load, together=False)
+    few = rlvr.Settings(tasks=("style", "sort"), prompts=1)  # which is enough for either alone
+    unsuited(few, of, nautilus.load, together=False)
     with pytest.raises(UserError, match="prompts=1"):
-        unsuited(few, ["sort", "count"], together=True)
+        unsuited(few, of, nautilus.load, together=True)
 
 
 @pytest.mark.parametrize(
     "given",
     [
         {"specialist": rlvr.Settings(steps=100, optim=SLOW), "again": 0.1},
-        {"student": mopd.Settings(optim=SLOW), "warm": 5},
+        {"student": mopd.Settings(optim=OptimConfig(warmup=0, decay=1.0)), "warm": 40},
     ],
 )  # fmt: skip
 def test_what_would_not_fit_later_is_refused_at_once(given):
@@ -164,9 +170,16 @@ def test_what_would_not_fit_later_is_refused_at_once(given):
         posttrain.Settings(**given)
 
 
+def test_a_pipeline_is_no_model_and_says_where_some_are(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    Stages(run=run, seed=0)("sft", SimpleNamespace(main=done), rlvr.Settings())
+    with pytest.raises(UserError, match="holds stages of a pipeline; name one of them, such as .*1-student"):
+        nautilus.load(run.folder)
+
+
 def test_names_with_slashes_are_stages_and_exams_like_others(tmp_path):
     run = Run.create(tmp_path / "run", {})
-    recipe = SimpleNamespace(main=lambda told: Run.create(told.out, to_dict(told)).report.write_text("done"))
+    recipe = SimpleNamespace(main=done)
     do, settings = Stages(run=run, seed=0), rlvr.Settings()
     teacher = do("1-pivot/store", recipe, settings)
     assert teacher == run.folder / "1-pivot_store"
@@ -181,14 +194,32 @@ def test_answers_of_other_teachers_are_written_once_more(tmp_path):
         model = tiny(tokenizer, seed)
         model.lm_head.weight.data *= 1e-3  # any word is as likely, an end too
         model.save(place, tokenizer=tokenizer)
-    settings = rlvr.Settings(tokens=400, turn_tokens=300, together=16)
+    do = Stages(run=Run.create(tmp_path / "run", {}), seed=0)
+    settings, folder = rlvr.Settings(tokens=400, turn_tokens=300, together=16), tmp_path / "written"
 
     def of(place, count=8):
-        written_by({"sort": place}, {"sort": "sort:3"}, settings, count, tmp_path / "written", nautilus.load)
-        return (tmp_path / "written" / "sort" / "answers.jsonl").read_text()
+        file = do.lesson("warm", {"sort": place}, {"sort": "sort:3"}, settings, count, folder, nautilus.load)
+        assert file == folder / "conversations.jsonl"
+        return (folder / "sort" / "answers.jsonl").read_text()
 
     first = of(places[0])
     assert of(places[0]) == first and of(places[1]) != first and of(places[0], 9).count("\n") == 9
+    do("warm", SimpleNamespace(main=done), settings)
+    assert of(places[1], 3).count("\n") == 9, "what was learnt from stays"
+
+
+def test_what_a_stage_lacks_is_made_again_and_what_came_after_stays(tmp_path):
+    run = Run.create(tmp_path / "run", {})
+    do, recipe, settings = Stages(run=run, seed=0), SimpleNamespace(main=done), rlvr.Settings()
+    student = do("student", recipe, settings, of=(base := do("sft", recipe, settings),))
+    Run(base).report.unlink()
+    Run(student).model.rmdir()
+    assert do("student", recipe, settings, of=(do("sft", recipe, settings),)) == student
+    assert Run(base).report.is_file() and Run(student).model.is_dir()
+    for damaged in ("[]", '{"sft": 3}', '{"sft": {}}', '{"sft": {"minutes": 1, "done": null}}'):
+        do.file.write_text(damaged)
+        with pytest.raises(UserError, match="stages.json .*; remove it"):
+            do("sft", recipe, settings)
 
 
 def test_the_mean_of_specialists_has_the_mean_of_their_weights(tmp_path):
@@ -222,8 +253,7 @@ def test_a_stage_is_done_once_and_must_be_told_the_same_then(tmp_path):
     run, told = Run.create(tmp_path / "run", {}), []
 
     def main(settings):
-        done = Run.create(settings.out, {**to_dict(settings), "weights": "those of the model"})
-        done.report.write_text("done")
+        done(settings)
         told.append(settings)
 
     recipe, settings = SimpleNamespace(main=main), rlvr.Settings(steps=3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,7 +24,6 @@ from nautilus.posttrain import crew
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.crew import routed
-from nautilus.posttrain.practice import wanted
 from nautilus.posttrain.stream import Group
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
@@ -315,6 +315,19 @@ def test_distillation_from_two_teachers(taught, tmp_path):
     assert "Gap to the teachers" in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_a_teacher_that_is_another_by_now_is_refused(taught, tmp_path):
+    shutil.copytree(taught, tmp_path / "teacher")
+    how = {**SMALL, "prompts": 8, "group": 1, "steps": 1, "teachers": (f"count={tmp_path / 'teacher'}",)}
+    settings = mopd.Settings(model=str(taught), out=tmp_path / "run", **how)
+    mopd.main(settings)
+    shutil.rmtree(tmp_path / "teacher")
+    model, tokenizer = nautilus.load(taught)
+    model.lm_head.weight.data *= 2
+    model.save(tmp_path / "teacher", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="these settings differ: teaching"):
+        mopd.main(settings)
+
+
 def test_distillation_by_all_words(taught, tmp_path):
     """A student that is its own teacher has nothing to learn: no gradient, whatever it draws."""
     how = {**SMALL, "prompts": 8, "group": 1, "compute": "fp32"}
@@ -353,7 +366,7 @@ def test_answers_of_a_student_are_compared_by_problem_or_where_there_is_one_of_e
         (1, 1.0), *[(0, pytest.approx(-0.7071, abs=1e-3))] * 2, (0, 0.0), (0, 0.0), (1, 0.0),
     ]  # fmt: skip
     with pytest.raises(UserError, match="prompts=3 a task has one answer in a step"):
-        mopd.blend_of(replace(once, prompts=3), wanted(rlvr.Settings(tasks=("sort", "count"))))
+        mopd.students(replace(once, prompts=3, tasks=("sort", "count")))
     several = mopd.Settings(reward=0.1, group=2)
     assert advantages(several, group("a", 1, 0), group("a", 1, 1)) == [(1, 1.0), (0, -1.0), (1, 0.0), (1, 0.0)]
     assert {advantage for _, advantage in advantages(mopd.Settings(group=2), group("a", 1, 0))} == {0.0}
@@ -444,7 +457,7 @@ def test_where_every_answer_is_lost_the_exam_says_why(taught, tmp_path):
     how = {**SMALL, "tasks": (f"gym@http://127.0.0.1:1#{tmp_path / 'rows.jsonl'}",), "measured": 2}
     with pytest.raises(UserError, match="all 2 answers to gym@.* were lost; the first: .*127.0.0.1:1"):
         rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "run", **how))
-    with pytest.raises(UserError, match="all 16 answers to count .* the prompt has .* tokens, and a conversation 8"):
+    with pytest.raises(UserError, match="all 16 answers to count .* tokens=8 are too few for a prompt of"):
         rlvr.main(rlvr.Settings(model=str(taught), out=tmp_path / "short", **{**SMALL, "tokens": 8}))
 
 

@@ -124,7 +124,7 @@ def test_settings_that_are_free_may_be_others_and_a_run_of_another_kind_is_told_
     run = continue_or_create(tmp_path / "run", old, free=("stage",))
     run.state.mkdir()
     new = {**old, "stage": {"lr": 2.0}}
-    assert continue_or_create(tmp_path / "run", new, free=("stage",)).settings == new, "the last ones are kept"
+    assert continue_or_create(tmp_path / "run", new, free=("stage",)).settings == old, "until it has come to its end"
     with pytest.raises(UserError, match=r"steps \(begun with 3, now 4\)"):
         continue_or_create(tmp_path / "run", {**new, "steps": 4}, free=("stage",))
     with pytest.raises(UserError, match="another command or version began it") as told:

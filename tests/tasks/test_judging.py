@@ -114,6 +114,7 @@ def test_rows_of_people_are_asked_in_both_orders(tmp_path):
 
 def test_a_row_that_says_nothing_costs_its_own_answers(tmp_path):
     rows = [{key: value for key, value in ROW.items() if key != "ranking"}, {**ROW, "score_1": "good"}]
+    rows += [{**ROW, "ranking": 99}, {**ROW, "score_2": 0}, {**ROW, "score_1": float("nan")}, {**ROW, "score_1": True}]
     for row in rows:
         task = Judge([row])
         problem = task.draw(random.Random(0), 1)
@@ -124,7 +125,7 @@ def test_a_row_that_says_nothing_costs_its_own_answers(tmp_path):
     with pytest.raises(UserError, match="row 1 of judge has no response_1"):
         asked(f"judge@{path}")
     path.write_text("")
-    with pytest.raises(UserError, match="the task judge has no rows"):
+    with pytest.raises(UserError, match="rows.jsonl has no rows"):
         asked(f"judge@{path}")
 
 
