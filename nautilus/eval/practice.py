@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nautilus.eval import charts
-from nautilus.eval.charts import LIGHT, LINES, Line
+from nautilus.eval.charts import LIGHT, LINES, Line, shortened
 from nautilus.eval.figures import lines_chart, loss_chart, picture
 from nautilus.eval.material import family, series, smooth, thin
 from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
@@ -24,6 +24,7 @@ from nautilus.posttrain.profile import Score, mean
 from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
+MARKS = "os^Dv"
 HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
 CURVE = "task", "budget", "reward", "95 % interval", "thinking", "longest", "rises", "within"
 PARTS = "task", "part", "model", "mean", "answers"
@@ -166,7 +167,8 @@ def rewards(rows: Sequence[Mapping]) -> list[Line]:
 
 
 def render(found: Practised, rows: Sequence[Mapping]) -> str:
-    scores = chart("Reward by task", ABOUT, picture(draw_scores, found), table(HEAD, found.rows, kind="words"))
+    image = picture(draw_scores, found, height=max(2.7, 1 + 0.2 * max(len(found.scores), len(found.tasks))))
+    scores = chart("Reward by task", ABOUT, image, table(HEAD, found.rows, kind="words"))
     facts = [*map(list, (dict(found.facts) | environment()).items())]
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
@@ -220,20 +222,23 @@ def on_the_way(rows: Sequence[Mapping]) -> list[str]:
 
 
 def draw_scores(figure, found: Practised) -> None:
-    """A point with its interval for each model on each task."""
-    axes = figure.subplots()
-    tasks = found.tasks
-    for place, (name, by_task) in enumerate(found.scores.items()):
-        rows = [tasks.index(task) + 0.6 * ((place + 0.5) / len(found.scores) - 0.5) for task in by_task]
-        means, errors = ([value(one) for one in by_task.values()] for value in (lambda one: one.mean, half))
-        colour = LIGHT[LINES[place % len(LINES)]]
-        axes.errorbar(means, rows, xerr=errors, fmt="o", markersize=5, capsize=3, color=colour, label=name)
-    axes.set_yticks(range(len(tasks)), tasks)
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    """A point with its interval for each model on each task: of models and tasks the more have a line each, the others
+    a colour each, and a mark of another form once these are used up."""
+    axes, models, tasks = figure.subplots(), [*found.scores], found.tasks
+    down, apart = (models, tasks) if len(models) > len(tasks) else (tasks, models)
+    for place, name in enumerate(apart):
+        pairs = [(line, name) if down is models else (name, line) for line in down]
+        known = {at: one for at, (model, task) in enumerate(pairs) if (one := found.scores[model].get(task))}
+        rows = [at + 0.6 * ((place + 0.5) / len(apart) - 0.5) for at in known]
+        means, errors = [one.mean for one in known.values()], [half(one) for one in known.values()]
+        form, colour = MARKS[place // len(LINES) % len(MARKS)], LIGHT[LINES[place % len(LINES)]]
+        axes.errorbar(means, rows, xerr=errors, fmt=form, markersize=4, capsize=2, color=colour, label=shortened(name))
+    axes.set_yticks(range(len(down)), [shortened(name, 24) for name in down])
+    axes.set_ylim(len(down) - 0.5, -0.5)
     axes.set_xlim(0, 1.02)
     axes.set_xlabel("reward")
     axes.grid(False, axis="y")
-    figure.legend(loc="outside lower center", ncols=len(found.scores), handlelength=1)
+    figure.legend(loc="outside lower center", ncols=min(3, len(apart)), handlelength=1)
 
 
 def draw_curve(figure, found: Practised) -> None:

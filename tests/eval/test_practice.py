@@ -5,14 +5,14 @@ import json
 import pytest
 
 from nautilus.eval import practice
-from nautilus.eval.practice import Practised, kept, summary, write
+from nautilus.eval.practice import Practised, draw_scores, kept, summary, write
 from nautilus.posttrain.profile import Score
 from nautilus.runtime import Run
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
-    monkeypatch.setattr(practice, "picture", lambda draw, *data: "<svg></svg>")
+    monkeypatch.setattr(practice, "picture", lambda draw, *data, height=0: "<svg></svg>")
     monkeypatch.setattr(practice.charts, "png", lambda *given: None)
 
 
@@ -79,3 +79,18 @@ def test_the_lead_of_each_teacher_has_a_line_of_its_own(monkeypatch):
     drawn.clear()
     practice.on_the_way([{"step": 0, "teacher_gap": -0.2}])
     assert [line.values for line in drawn["Teacher's lead"]] == [[-0.2]], "of a run that did not tell them apart"
+
+
+@pytest.mark.parametrize("models, down", [(2, "task"), (7, "model")])
+def test_the_longer_of_models_and_tasks_has_the_lines_and_the_other_is_told_apart(models, down):
+    figures = pytest.importorskip("matplotlib.figure")
+    scores = {f"model {m}": {f"task {t}": Score(rewards=[0.0, 1.0]) for t in range(3)} for m in range(models)}
+    del scores["model 1"]["task 2"]  # which was not asked
+    figure = figures.Figure()
+    draw_scores(figure, Practised(title="", command="", scores=scores))
+    (axes,), (legend,) = figure.axes, figure.legends
+    lines, apart = ([f"model {m}" for m in range(models)], [f"task {t}" for t in range(3)])
+    lines, apart = (lines, apart) if down == "model" else (apart, lines)
+    assert [label.get_text() for label in axes.get_yticklabels()] == lines
+    assert [label.get_text() for label in legend.get_texts()] == apart
+    assert sum(len(points.lines[0].get_xdata()) for points in axes.containers) == 3 * models - 1
