@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nautilus.data.chat import DEFAULT, ChatSettings, supervised_tokens
+from nautilus.data.chat import DEFAULT, ROLES, ChatSettings, supervised_tokens
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.runtime import UserError, json_lines
 
@@ -101,6 +101,8 @@ def taught(tokenizer: Tokenizer, conversations: Iterable[Conversation], how: Tea
 def fault(one: Conversation) -> str:
     """Why it cannot be learnt from; "" if it can."""
     roles = [str(message.get("role")) for message in one.messages]
+    if strange := [role for role in roles if role not in ROLES]:
+        return f"the role {strange[0]}, for which there are {', '.join(ROLES)}"
     if "assistant" not in roles:
         return "no answer"
     before = "system"

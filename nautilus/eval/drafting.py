@@ -138,7 +138,8 @@ def draw_lengths(figure, found: Drafting) -> None:
 def draw_by_depth(figure, found: Drafting) -> None:
     axes = figure.subplots()
     charts.fill_lines(axes, depth_lines(found), "share right")
-    axes.set_xlabel("draft")
+    axes.set_xlabel("draft, as far as enough of them came so far")
+    axes.xaxis.set_major_locator(charts.matplotlib().ticker.MaxNLocator(integer=True))
     axes.set_ylim(0, 1.03)
 
 

@@ -99,7 +99,17 @@ def measured(one: Score) -> tuple[str, str]:
 
 
 def interval(one: Score) -> tuple[float, float]:
-    return one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
+    """Of 95 %, nan where nothing is known. Where rewards are 0 or 1 that of Wilson, which also says something of few
+    answers, and of such as are all right; otherwise 1.96 standard errors, where rewards are 0 to 1 within these."""
+    count = len(one.rewards)
+    if count and {*one.rewards} <= {0, 1}:
+        far = 1.96**2 / count
+        middle = (one.mean + far / 2) / (1 + far)
+        more = math.sqrt(far * (one.mean * (1 - one.mean) + far / 4)) / (1 + far)
+        return middle - more, middle + more
+    low, high = one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
+    within = count > 1 and 0 <= min(one.rewards) and max(one.rewards) <= 1
+    return (max(0.0, low), min(1.0, high)) if within else (low, high)
 
 
 def kept(curve: Mapping[int, Mapping[str, Score]], budget: int, task: str) -> dict[str, bool]:
@@ -146,7 +156,7 @@ def write(run: Run, found: Practised) -> None:
         if found.curve:
             parts.append(("Reward by thinking budget", draw_curve, (found,)))
         if lines := rewards(rows):
-            parts.append(("Reward in training", charts.draw_depths, (lines, "reward")))
+            parts.append(("Reward in training", charts.draw_lines, (lines, "reward")))
         charts.png(run.picture, parts)
 
 
@@ -230,7 +240,7 @@ def draw_scores(figure, found: Practised) -> None:
         pairs = [(line, name) if down is models else (name, line) for line in down]
         known = {at: one for at, (model, task) in enumerate(pairs) if (one := found.scores[model].get(task))}
         rows = [at + 0.6 * ((place + 0.5) / len(apart) - 0.5) for at in known]
-        means, errors = [one.mean for one in known.values()], [half(one) for one in known.values()]
+        means, errors = [one.mean for one in known.values()], ends([*known.values()])
         form, colour = MARKS[place // len(LINES) % len(MARKS)], LIGHT[LINES[place % len(LINES)]]
         axes.errorbar(means, rows, xerr=errors, fmt=form, markersize=4, capsize=2, color=colour, label=shortened(name))
     axes.set_yticks(range(len(down)), [shortened(name, 24) for name in down])
@@ -246,7 +256,7 @@ def draw_curve(figure, found: Practised) -> None:
     axes = figure.subplots()
     for place, task in enumerate(dict.fromkeys(task for by_task in found.curve.values() for task in by_task)):
         pairs = [(budget, by_task[task]) for budget, by_task in found.curve.items() if task in by_task]
-        means, errors = [one.mean for _, one in pairs], [half(one) for _, one in pairs]
+        means, errors = [one.mean for _, one in pairs], ends([one for _, one in pairs])
         colour = LIGHT[LINES[place % len(LINES)]]
         axes.errorbar([budget for budget, _ in pairs], means, yerr=errors, marker="o", markersize=4, capsize=3,
                       color=colour, label=task)  # fmt: skip
@@ -256,5 +266,7 @@ def draw_curve(figure, found: Practised) -> None:
     axes.legend(loc="best", handlelength=1)
 
 
-def half(one: Score) -> float:
-    return 0.0 if math.isnan(one.error) else 1.96 * one.error
+def ends(scores: Sequence[Score]) -> list[list[float]]:
+    """How far the ends of their intervals are, below and above."""
+    known = [(one.mean, *(one.mean if math.isnan(end) else end for end in interval(one))) for one in scores]
+    return [[mean - low for mean, low, _ in known], [high - mean for mean, _, high in known]]

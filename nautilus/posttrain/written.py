@@ -75,7 +75,11 @@ def written(
     if not good:
         lost = [row for row in rows if row["reward"] is None]
         why = f"; {len(lost)} were lost, the first: {lost[0]['why']}" if lost else ""
-        raise UserError(f"none of {len(rows)} answers ended and earned {least:g} or more; ask easier problems{why}")
+        enough = f" and earned {least:g} or more" if least > -math.inf else ""
+        raise UserError(
+            f"none of {len(rows)} answers of {folder.name} came to its end{enough}; train the model for longer, raise"
+            f" turn_tokens, or ask easier problems{why}"
+        )
     lines = (json.dumps({key: row[key] for key in ("messages", "tools") if key in row}) + "\n" for row in good)
     write_atomic(kept, "".join(lines))
     return kept

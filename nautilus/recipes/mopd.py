@@ -92,7 +92,7 @@ def main(settings: Settings) -> None:
     exam = partial(examined, run, **how)
     scores = {"before": exam("before", model)}
     short = teachers.short
-    scores |= {f"teacher {name}": exam(f"teacher {short[name]}", one) for name, one in teachers.models.items()}
+    scores |= {(name := f"teacher {short[place]}"): exam(name, one) for place, one in teachers.models.items()}
     lead = {"before": gaps(run, "before", model, teachers, **how)}
     blend = Blend(domains=domains(settings, tasks), prompts=settings.prompts, steps=settings.steps, seed=settings.seed)
     if settings.teacher_actors:

@@ -12,6 +12,7 @@
 | `verifiers@gsm8k` | an environment of verifiers, where both are installed |
 | `gym@http://127.0.0.1:8000#rows.jsonl` | rows of a file, whose environment is asked at a URL, as NeMo Gym has it |
 | `openenv@ws://127.0.0.1:8000` | an environment of OpenEnv |
+| `task@mine.py#Even` | the class of that name in a Python file of your own; without a name the only one there |
 
 What follows `://` is all of the address: such tasks have no levels.
 """
@@ -25,6 +26,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from nautilus.runtime import UserError, installing
@@ -70,6 +72,8 @@ def named(what: str) -> Task:
     name, at, place = what.partition("@")
     if at and name == "verifiers":
         return loaded(place)
+    if at and name == "task":
+        return of_file(place)
     if at:
         return of_url(name, place) if "://" in place else of_rows(name, Path(place))
     if name.startswith("rg/"):
@@ -85,6 +89,30 @@ def named(what: str) -> Task:
         rows = ", ".join([*KINDS, Judge.name])
         raise UserError(f"there is no task {name!r}; there are {', '.join(TASKS)}, and rows as {rows}@FILE")
     return TASKS[name]()
+
+
+def of_file(place: str) -> Task:
+    """An instance of a class that is defined in a Python file. The module is not entered among those that are imported,
+    so that other processes are sent the class itself."""
+    file, _, name = place.partition("#")
+    module = ModuleType(Path(file).stem)
+    try:
+        exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
+    except Exception as bad:  # of a program that somebody wrote
+        raise UserError(f"the tasks in {file} could not be read: {type(bad).__name__}: {bad}") from bad
+    own = {
+        kind.__name__: kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, Task) and kind.__module__ == module.__name__
+    }
+    if (name or len(own) > 1) and name not in own:
+        raise UserError(f"the task {name!r} of {file} was asked for; there is {', '.join(own) or 'none'}: {file}#NAME")
+    if not own:
+        raise UserError(f"{file} has no class that is a Task; see nautilus/tasks/letters.py for some")
+    try:
+        return (own[name] if name else own.popitem()[1])()
+    except Exception as bad:
+        raise UserError(f"the task {name or place} could not be made: {type(bad).__name__}: {bad}") from bad
 
 
 def pivot_of(name: str) -> Task:

@@ -128,7 +128,10 @@ def test_effort_stands_in_the_question(tokenizer):
         ([asked("a"), asked("b"), said("c")], "user after user"),
         ([asked("a"), {"role": "tool", "content": ""}, said("c")], "tool after user"),
         ([asked("a"), said("b", tool_calls=[{"function": {"name": "f"}}])], "calls without tools"),
-        ([asked("a"), said("b"), {"role": "robot", "content": ""}], "robot after assistant"),
+        (
+            [asked("a"), said("b"), {"role": "robot", "content": ""}],
+            "the role robot, for which there are system, user, assistant, tool",
+        ),
         ([asked("a"), said("b")], ""),
     ],
 )  # fmt: skip

@@ -1,11 +1,12 @@
 """The report of training on tasks."""
 
 import json
+import math
 
 import pytest
 
 from nautilus.eval import practice
-from nautilus.eval.practice import Practised, draw_scores, kept, summary, write
+from nautilus.eval.practice import Practised, draw_scores, interval, kept, summary, write
 from nautilus.posttrain.profile import Score
 from nautilus.runtime import Run
 
@@ -94,3 +95,15 @@ def test_the_longer_of_models_and_tasks_has_the_lines_and_the_other_is_told_apar
     assert [label.get_text() for label in axes.get_yticklabels()] == lines
     assert [label.get_text() for label in legend.get_texts()] == apart
     assert sum(len(points.lines[0].get_xdata()) for points in axes.containers) == 3 * models - 1
+
+
+def test_intervals_stay_within_what_can_be_and_few_answers_say_little():
+    low, high = interval(Score(rewards=[1.0] * 4))
+    assert high == pytest.approx(1) and low == pytest.approx(4 / (4 + 1.96**2))
+    low, high = interval(Score(rewards=[1.0] * 800 + [0.0] * 200))
+    assert (low, high) == pytest.approx((0.774, 0.824), abs=1e-3)  # of Wilson
+    low, high = interval(Score(rewards=[0.9, 1.0, 0.5]))
+    assert high == 1 and 0 < low < 0.8
+    assert interval(Score(rewards=[-3.0, 5.0]))[0] < -3
+    assert all(math.isnan(end) for end in interval(Score(rewards=[0.5])))
+    assert practice.ends([Score(rewards=[0.5])]) == [[0], [0]]
