@@ -6,7 +6,8 @@ import subprocess
 import sys
 import time
 import types
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -17,7 +18,7 @@ import nautilus
 from nautilus.cli import bench, command, doctor, info, main
 from nautilus.cli.command import COMMANDS, Command
 from nautilus.cli.settings import assignments, pasteable, resolve
-from nautilus.config import Config, to_dict
+from nautilus.config import Config, settings_of, to_dict
 from nautilus.ops.cpu.library import native
 from nautilus.presets import PRESETS, preset
 from nautilus.runtime import Run, UserError, write_atomic
@@ -170,6 +171,19 @@ def test_version_is_printed(capsys):
 def test_a_misspelt_command_gets_a_suggestion(capsys):
     assert main(["docter"]) == 2
     assert capsys.readouterr().err == "nautilus: no command 'docter'; did you mean 'doctor'?\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_setting_says_what_it_is(name):
+    def dumb(record, path=""):
+        for one in settings_of(record):
+            value, place = getattr(record, one.name), f"{path}{one.name}"
+            if is_dataclass(value):
+                yield from dumb(value, f"{place}.")
+            elif not one.metadata.get("help"):
+                yield place
+
+    assert [*dumb(import_module(COMMANDS[name].module).Settings())] == []
 
 
 def test_help_and_version_load_no_torch():

@@ -14,7 +14,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ import nautilus
 from nautilus.cli import doctor
 from nautilus.cli.doctor import counted
 from nautilus.cli.info import bytes_text, config_of
-from nautilus.config import Config, apply_overrides
+from nautilus.config import Config, apply_overrides, setting
 from nautilus.presets import PRESETS, shrink
 from nautilus.runtime import Progress, UserError
 
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 
 MACHINE = ("cpu", "cores", "torch_threads", "load_average", "largest_cache_mb")  # what speeds depend on
 SHORT = 16  # tokens before those that several sequences decode
-
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,11 +11,12 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import nautilus
+from nautilus.config import setting
 from nautilus.runtime import UserError, installing
 from nautilus.runtime.errors import first_existing
 
@@ -50,12 +51,10 @@ EXTRAS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of tables"})
-    size: int = field(default=1024, metadata={"help": "rows and columns of the matrices that are timed"})
-    seconds: float = field(default=0.5, metadata={"help": "how long each measurement may take"})
-    folder: str = field(
-        default=".", metadata={"help": "where runs would be written, there already or not; its free space is shown"}
-    )
+    json: bool = setting(False, "print one JSON object instead of tables")
+    size: int = setting(1024, "rows and columns of the matrices that are timed")
+    seconds: float = setting(0.5, "how long each measurement may take")
+    folder: str = setting(".", "where runs would be written, there already or not; its free space is shown")
 
     def __post_init__(self):
         if not 1 <= self.size <= LARGEST:

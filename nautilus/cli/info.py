@@ -10,11 +10,11 @@ import dataclasses
 import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import nautilus
-from nautilus.config import Attention, Config, Layer, Mamba, weight_count
+from nautilus.config import Attention, Config, Layer, Mamba, setting, weight_count
 from nautilus.config.model import idle_weights, layer_weights
 from nautilus.config.released import read_config
 from nautilus.presets import PRESETS, preset
@@ -23,8 +23,8 @@ from nautilus.runtime import HUB_ID, UserError, hub_folder, read_json
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    model: str = field(default="toy", metadata={"help": "preset, run, checkpoint folder or hub id"})
-    json: bool = field(default=False, metadata={"help": "print one JSON object instead of tables"})
+    model: str = setting("toy", "preset, run, checkpoint folder or hub id")
+    json: bool = setting(False, "print one JSON object instead of tables")
 
 
 # As the publishers state them: technical reports and model cards; arXiv 2512.20848, 2604.12374, 2606.15007.

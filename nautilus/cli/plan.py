@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nautilus.cli.info import config_of
-from nautilus.config import Based, weight_count
+from nautilus.config import Based, setting, weight_count
 from nautilus.config.override import asked_int
 from nautilus.runtime import UserError
 from nautilus.train.layout import MACHINES, Layout, Machine, Work, refuse
-from nautilus.train.optim import setting
 from nautilus.train.plan import Plan
 from nautilus.train.published import PUBLISHED
 

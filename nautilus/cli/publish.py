@@ -6,12 +6,13 @@ headers of their files. Hidden files are never sent. The token is that of `hf au
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from nautilus import checkpoint_of
+from nautilus.config import setting
 from nautilus.data.tokenizer import load_tokenizer
 from nautilus.model.weights import check_folder
 from nautilus.runtime import HUB_ID, UserError, read_text
@@ -24,11 +25,11 @@ NO_TOKEN = (
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    model: str = field(default="", metadata={"help": "a run or a checkpoint folder"})
-    repo: str = field(default="", metadata={"help": "where to: owner/name; made if it is not there"})
-    private: bool = field(default=True, metadata={"help": "a repository that is made is seen by its owner alone"})
-    message: str = field(default="Upload with Nautilus", metadata={"help": "of the commit"})
-    dry_run: bool = field(default=False, metadata={"help": "check and show what would be sent, and stop"})
+    model: str = setting("", "a run or a checkpoint folder")
+    repo: str = setting("", "where to: owner/name; made if it is not there")
+    private: bool = setting(True, "a repository that is made is seen by its owner alone")
+    message: str = setting("Upload with Nautilus", "of the commit")
+    dry_run: bool = setting(False, "check and show what would be sent, and stop")
 
 
 def main(settings: Settings) -> None:

@@ -15,7 +15,7 @@ from nautilus.config.layer import (
     pattern_of,
 )
 from nautilus.config.model import Config, from_dict, to_dict, weight_count
-from nautilus.config.override import Based, apply_overrides, settings_of
+from nautilus.config.override import Based, apply_overrides, setting, settings_of
 from nautilus.config.precision import PrecisionTable
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "from_dict",
     "lay",
     "pattern_of",
+    "setting",
     "settings_of",
     "to_dict",
     "weight_count",

@@ -23,6 +23,7 @@ from nautilus.config.layer import (
     pattern_of,
     require,
 )
+from nautilus.config.override import setting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,17 +34,17 @@ class Config:
     block several times over. `init_std` = 0 means 0.9 / sqrt(width), which reproduces the published values.
     """
 
-    vocab: int
-    width: int
-    layers: tuple[Layer, ...]
-    mtp: tuple[Layer, ...] = ()
-    tied: bool = False
-    norm_eps: float = 1e-5
-    init_std: float = 0.0
-    positions: int = 262144
-    bos: int = 1
-    eos: tuple[int, ...] = (2,)
-    pad: int = 0
+    vocab: int = dataclasses.field(metadata={"help": "different tokens"})
+    width: int = dataclasses.field(metadata={"help": "of what passes from layer to layer"})
+    layers: tuple[Layer, ...] = dataclasses.field(metadata={"help": "M Mamba-2, * attention, E experts, - MLP: MEM*E"})
+    mtp: tuple[Layer, ...] = setting((), "layers of the block that predicts further ahead")
+    tied: bool = setting(False, "the head is the embedding")
+    norm_eps: float = setting(1e-5, "below the root of every norm")
+    init_std: float = setting(0.0, "spread of new weights, 0: 0.9 / sqrt(width)")
+    positions: int = setting(262144, "most tokens of a text")
+    bos: int = setting(1, "the token that texts begin with")
+    eos: tuple[int, ...] = setting((2,), "tokens that end a text")
+    pad: int = setting(0, "the token that fills rows up")
 
     def __post_init__(self):
         require(self.vocab >= 1 and self.width >= 1, f"vocab={self.vocab} and width={self.width} must be positive")

@@ -17,7 +17,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from nautilus.config.layer import KINDS, Layer, lay, require
 
@@ -53,6 +53,11 @@ def apply_overrides(settings, overrides: Sequence[str]):
         parts = [field_name(part) for part in path.split(".")]
         changes.append(Change(parts, value, path))
     return changed(settings, changes)
+
+
+def setting(default: Any, text: str) -> Any:
+    """A field with its help text."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
 def settings_of(record) -> list[dataclasses.Field]:

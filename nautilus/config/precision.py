@@ -16,19 +16,15 @@ float32 under every table. Nothing is in few bits unless `format` says so.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nautilus.config.layer import require
+from nautilus.config.override import setting
 
 TRAINED_IN = ("bf16", "mxfp8", "nvfp4")
 RECIPES = ("table", "table_backward", "bf16", "mxfp8")
 TAIL = 0.15  # of the layers stay in bf16, rounded up, where the table does not say how many
-
-
-def setting(default, text: str):
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 class Recipe(NamedTuple):

@@ -23,10 +23,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nautilus.config import setting
 from nautilus.data.pieces import Job, Piece, plan
 from nautilus.data.tally import Tally, together
 from nautilus.runtime import Progress, Run, UserError, disk_errors, installing, read_json, write_atomic
@@ -40,25 +41,21 @@ NEEDED = {"datatrove": "data"}
 HELD: dict[str, Any] = {}  # in a worker: the job, which all its tasks share
 
 
-def option(default, text: str):
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What is asked of a curation."""
 
-    data: tuple[str, ...] = option((), "text: folders or files of jsonl, parquet, txt, html: place[#field]")
-    filters: tuple[str, ...] = option(FILTERS, "rules of quality for English prose; empty for code or other languages")
-    languages: tuple[str, ...] = option((), "languages to keep, as en,de; empty: all")
-    html: bool = option(False, "every document is HTML; false: files named so")
-    undecodable: str = option("skip", "text that is not UTF-8: error, skip or replace")
-    against: tuple[str, ...] = option((), "evaluation sets that must not be in the text: place[#field]")
-    words: int = option(13, "a run of so many words shared with an evaluation set drops a document, 0: not looked for")
-    width: int = option(50, "a run of so many bytes shared with an evaluation set does, 0: not looked for")
-    near: bool = option(True, "drop near duplicates (MinHash) besides equal ones")
-    task_bytes: int = option(1 << 24, "of text in one task: what a kill may cost")
-    workers: int = option(max(1, (os.cpu_count() or 2) - 1), "processes")
+    data: tuple[str, ...] = setting((), "text: folders or files of jsonl, parquet, txt, html: place[#field]")
+    filters: tuple[str, ...] = setting(FILTERS, "rules of quality for English prose; empty for code or other languages")
+    languages: tuple[str, ...] = setting((), "languages to keep, as en,de; empty: all")
+    html: bool = setting(False, "every document is HTML; false: files named so")
+    undecodable: str = setting("skip", "text that is not UTF-8: error, skip or replace")
+    against: tuple[str, ...] = setting((), "evaluation sets that must not be in the text: place[#field]")
+    words: int = setting(13, "a run of so many words shared with an evaluation set drops a document, 0: not looked for")
+    width: int = setting(50, "a run of so many bytes shared with an evaluation set does, 0: not looked for")
+    near: bool = setting(True, "drop near duplicates (MinHash) besides equal ones")
+    task_bytes: int = setting(1 << 24, "of text in one task: what a kill may cost")
+    workers: int = setting(max(1, (os.cpu_count() or 2) - 1), "processes")
 
     def __post_init__(self):
         if unknown := sorted(set(self.filters) - set(FILTERS)):

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from nautilus.config import setting
 from nautilus.runtime import UserError
 from nautilus.tasks import Problem, Task, distinct
 
@@ -26,11 +27,11 @@ from nautilus.tasks import Problem, Task, distinct
 class Curriculum:
     """least, most: problems that are solved less often than the one, or as often as the other, are left out."""
 
-    begin: float = 0.75
-    end: float = 0.25
-    spread: float = 0.15
-    least: float = 0.0
-    most: float = 1.0
+    begin: float = setting(0.75, "pass rate of the problems that come most at the beginning")
+    end: float = setting(0.25, "and at the end")
+    spread: float = setting(0.15, "of these rates")
+    least: float = setting(0.0, "problems solved less often are left out")
+    most: float = setting(1.0, "and those solved as often as this or more")
 
     def __post_init__(self):
         if not (0 <= self.begin <= 1 and 0 <= self.end <= 1 and self.spread > 0 and 0 <= self.least < self.most <= 1):

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from nautilus.config import setting
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.data.mix import number_of
 from nautilus.data.tokenizer import Tokenizer
@@ -37,7 +38,6 @@ from nautilus.tasks.judge import (
     rewards,
 )
 from nautilus.tasks.style import Style
-from nautilus.train.optim import setting
 
 
 @dataclass(frozen=True, kw_only=True)

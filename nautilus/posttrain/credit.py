@@ -18,6 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nautilus.config import setting
 from nautilus.tasks import Reply
 
 FAULT = -5.0  # of a token in a turn with a call that cannot be read, or with broken thinking
@@ -51,9 +52,9 @@ class Effort:
     What is gained takes a right answer, what is lost does not.
     """
 
-    weight: float = 0.1
-    upper: int = 15_000
-    penalty: float = 1.0
+    weight: float = setting(0.1, "of shortness, where less effort is asked for")
+    upper: int = setting(15_000, "tokens of an answer that is neither short nor long")
+    penalty: float = setting(1.0, "of longer ones")
 
     def __post_init__(self):
         if self.weight < 0 or self.upper < 1 or self.penalty < 0:

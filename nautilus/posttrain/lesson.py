@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.data.batch import Batch
 from nautilus.data.mix import Stream
 from nautilus.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ from nautilus.serve.prefixes import fingerprint
 from nautilus.train.checkpoint import Checkpoints
 from nautilus.train.loop import fit
 from nautilus.train.objective import Objective
-from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.optim import OptimConfig, adamw, schedule
 
 LEAST = {"answers": 1, "measured": 1, "prompt_tokens": 1, "tokens": 2, "drafts": 1, "steps": 1, "rows": 1}
 LEAST |= {"save_every": 0, "together": 1, "seed": 0}

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.model.language import Language
@@ -31,7 +31,7 @@ from nautilus.tasks.asked import Asked, asked
 from nautilus.train.checkpoint import Checkpoints
 from nautilus.train.loop import fit
 from nautilus.train.objective import Objective
-from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.optim import OptimConfig, adamw, schedule
 from nautilus.train.policy import Mtp
 
 LEAST = {"prompts": 1, "group": 1, "tokens": 2, "turn_tokens": 1, "steps": 1, "problems": 1, "together": 1, "micro": 1}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.data.chat import chat_tokens
 from nautilus.data.corpus import Document, read, sources
 from nautilus.data.tally import Tally
@@ -39,7 +39,6 @@ from nautilus.runtime import Run, UserError, continue_or_create, write_atomic
 from nautilus.runtime.progress import screen
 from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks.rows import Rows, row_of
-from nautilus.train.optim import setting
 
 LEAST = {"each": 1, "documents": 0, "times": 0, "held_out": 1, "words": 1, "tokens": 2, "turn_tokens": 1, "together": 1}
 LEAST |= {"seed": 0}

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from nautilus.config import setting
 from nautilus.data.corpus import Document
 from nautilus.posttrain.contamination import words_of
 from nautilus.runtime import UserError
@@ -62,9 +63,9 @@ class Bounds:
     """What a rephrasing must be. shortest, longest: its characters over those of the text; facts: the share of the
     text's numbers and names that it must have, and of its own that the text must have."""
 
-    shortest: float = 0.5
-    longest: float = 1.5
-    facts: float = 1.0
+    shortest: float = setting(0.5, "characters of a rephrasing, of those of its text, at least")
+    longest: float = setting(1.5, "at most")
+    facts: float = setting(1.0, "share of numbers and names that either must have of the other")
 
     def __post_init__(self):
         if not (0 <= self.shortest <= self.longest and 0 <= self.facts <= 1):

@@ -14,23 +14,23 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.eval import drafting
 from nautilus.posttrain.boost import boosting
 from nautilus.posttrain.drafter import mtp_drafter
 from nautilus.posttrain.lesson import Lesson, open_lesson, teach, texts
 from nautilus.runtime import UserError, keep_memory, program
-from nautilus.train.optim import setting
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Lesson):
-    out: Path = field(default=Path("runs/boost"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/boost"), "the run's folder; gone on with if it is there")
     temperature: float = setting(2.0, "of both distributions that are compared")
 
     def __post_init__(self):

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.chat import ChatSettings, chat_tokens
 from nautilus.data.template import template_of
 from nautilus.runtime import UserError, quiet
@@ -23,10 +24,6 @@ from nautilus.serve.toolcalls import Delta, gather
 
 FEWEST = 8  # tokens of an answer whose speed is told
 HELP = "/reset forgets what was said, /seed N draws other answers, /quit ends, Ctrl-C stops an answer"
-
-
-def setting(default, text: str):
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)

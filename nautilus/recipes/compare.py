@@ -21,6 +21,7 @@ from pathlib import Path
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.eval.comparison import record, summary, write
 from nautilus.eval.needle import retrieval, write_needles
 from nautilus.recipes.pretrain import Settings as PretrainSettings
@@ -30,7 +31,6 @@ from nautilus.studies.gathered import TIMES, gather
 from nautilus.studies.named import NAMED
 from nautilus.studies.study import Study, open_study, refuse_unequal
 from nautilus.studies.trials import Trial, run_trials
-from nautilus.train.optim import setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.data.card import curated_card
 from nautilus.data.curate import Plan, curate
 from nautilus.eval.curation import funnel, write_curation
 from nautilus.runtime import continue_or_create, flat_settings, last_part, write_atomic
-from nautilus.train.optim import setting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ then.iterations=1   less post-training; see `nautilus posttrain` for its setting
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nautilus.config import Config
+from nautilus.config import Config, setting
 from nautilus.eval.examine import talk
 from nautilus.eval.loss import HeldOut
 from nautilus.presets import starter
@@ -28,7 +28,7 @@ from nautilus.recipes import boost, mopd, posttrain, rlvr, sft
 from nautilus.recipes.pretrain import Settings as PretrainSettings
 from nautilus.recipes.pretrain import pretrain
 from nautilus.runtime import Run
-from nautilus.train.optim import OptimConfig, setting
+from nautilus.train.optim import OptimConfig
 
 LINES = 7  # of a completion that are printed; the report has all of them
 RATE = {"lr": 4e-4, "min_lr": 1e-5, "decay": 0.5}
@@ -50,15 +50,15 @@ PROMPTS = ("def read_lines(path):\n", "class Queue:\n    ", "Return the ")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(PretrainSettings):
-    out: Path = field(default=Path("runs/demo"), metadata={"help": "the run's folder; resumed if it is there"})
+    out: Path = setting(Path("runs/demo"), "the run's folder; resumed if it is there")
     model: Config = setting(starter(), "a preset, or sizes: model.width=384, model.layers=MEM*E")
     data: tuple[str, ...] = setting(("embedded", "twice"), "text: [weight*]place[#field]; embedded, twice, paths")
-    steps: int = 640
-    rows: int = 8
-    length: int = 256
-    max_bytes: int = 6_000_000
+    steps: int = setting(640, "updates")
+    rows: int = setting(8, "rows of a step")
+    length: int = setting(256, "tokens of a row")
+    max_bytes: int = setting(6_000_000, "of each source, 0: all")
     optim: OptimConfig = OptimConfig(lr=5e-3, min_lr=5e-5, warmup=-1, decay=0.3)
-    prompts: tuple[str, ...] = PROMPTS
+    prompts: tuple[str, ...] = setting(PROMPTS, "texts that the report shows continued")
     answers: bool = setting(True, "post-training follows, until the model answers")
     then: posttrain.Settings = SCHOOL
 

@@ -12,11 +12,12 @@ runs/sft tasks=style judges=style=runs/judge     of a reward model
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.batch import Batch
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
@@ -27,13 +28,12 @@ from nautilus.posttrain.practice import copy_of, domains, open_practice, practis
 from nautilus.posttrain.profile import examined
 from nautilus.posttrain.stream import Group
 from nautilus.runtime import UserError, keep_memory
-from nautilus.train.optim import setting
 from nautilus.train.policy import preference
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Judged):
-    out: Path = field(default=Path("runs/dpo"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/dpo"), "the run's folder; gone on with if it is there")
     group: int = setting(8, "answers to each problem, of which two are learnt from")
     beta: float = setting(0.05, "how far the model may go from where it began: less is further")
     sft: float = setting(0.2, "weight of the next token of the better answer")

@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.eval import drafting
 from nautilus.model.eagle import Eagle, sizes_for
 from nautilus.posttrain.boost import most_used, unrolled
 from nautilus.posttrain.drafter import Drafter, mtp_drafter
 from nautilus.posttrain.lesson import Lesson, open_lesson, teach, texts
 from nautilus.runtime import UserError, keep_memory, program
-from nautilus.train.optim import OptimConfig, setting
+from nautilus.train.optim import OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Lesson):
-    out: Path = field(default=Path("runs/eagle"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/eagle"), "the run's folder; gone on with if it is there")
     words: int = setting(32768, "that the head can draft, at most the vocabulary")
     hidden: int = setting(0, "of its MLP; 0: 8/3 of the model's width")
     gated: bool = setting(True, "its MLP has a gate; false: squared ReLU")

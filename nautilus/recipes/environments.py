@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nautilus.config import setting
 from nautilus.posttrain.blend import domain
 from nautilus.recipes.serve import api_module
 from nautilus.runtime import UserError, write_atomic
-from nautilus.serve.api.settings import Limits, setting
+from nautilus.serve.api.settings import Limits
 from nautilus.tasks.asked import Asked, asked
 from nautilus.tasks.rows import row_of
 

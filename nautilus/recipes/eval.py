@@ -20,12 +20,12 @@ from pathlib import Path
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.eval import harness, retrieval, ruler, suite
 from nautilus.model.weights import local_folder
 from nautilus.runtime import Run, UserError, continue_or_create, program
 from nautilus.serve import Engine
 from nautilus.serve.prefixes import fingerprint
-from nautilus.train.optim import setting
 
 SUITES = {
     "ruler": "Retrieval in texts of several lengths, by string match.",

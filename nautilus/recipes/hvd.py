@@ -20,6 +20,7 @@ from pathlib import Path
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.eval import payoff as report
 from nautilus.model.eagle import load_eagle
 from nautilus.posttrain import traces as recorded
@@ -37,7 +38,6 @@ from nautilus.serve.draft.features import Spelling
 from nautilus.serve.draft.proposal import DEEPEST
 from nautilus.serve.draft.settings import Drafts
 from nautilus.serve.prefixes import fingerprint
-from nautilus.train.optim import setting
 
 FILE, PAPER = "payoff.safetensors", "paper.safetensors"
 

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.batch import Batch
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import practice as report
@@ -35,13 +36,12 @@ from nautilus.posttrain.stream import Group, Rows
 from nautilus.posttrain.teachers import TeacherActors, Teachers, same_words
 from nautilus.runtime import UserError, keep_memory
 from nautilus.tasks.asked import Asked
-from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Practice):
-    out: Path = field(default=Path("runs/mopd"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/mopd"), "the run's folder; gone on with if it is there")
     teachers: tuple[str, ...] = setting((), "who teaches what: task=RUN for each task")
     teacher_actors: int = setting(0, "processes of Ray that score answers for all teachers; 0: this one does")
     whole: bool = setting(

@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 
 import nautilus
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.eval import practice as report
 from nautilus.eval.pipeline import told_of
 from nautilus.posttrain.drafter import NoDrafts
@@ -37,7 +37,6 @@ from nautilus.recipes import boost, mopd, rlvr, sft
 from nautilus.runtime import UserError, continue_or_create, keep_memory
 from nautilus.serve.prefixes import fingerprint
 from nautilus.tasks.asked import Asked
-from nautilus.train.optim import setting
 
 SHORT: dict[str, Any] = {"tokens": 192, "turn_tokens": 64, "together": 256, "measured": 32, "save_every": 0}
 

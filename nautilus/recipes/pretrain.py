@@ -21,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from nautilus.config import Config, PrecisionTable
+from nautilus.config import Config, PrecisionTable, setting
 from nautilus.data.blend import read_blend, sources_of
 from nautilus.data.mix import Stream
 from nautilus.data.prepare import Prepared, prepare
@@ -41,7 +41,7 @@ from nautilus.train.continuing import Following, begin, checkpoints, open_run
 from nautilus.train.layout import Layout, Work, refuse_pieces
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain as objective
-from nautilus.train.optim import adamw, schedule, setting
+from nautilus.train.optim import adamw, schedule
 from nautilus.train.parallel import start
 from nautilus.train.plan import plan_of, refuse_too_large
 from nautilus.train.ranks import Ranks

@@ -15,11 +15,12 @@ runs/sft tasks=sort age=1                       answers are drawn while training
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.batch import Batch
 from nautilus.eval import practice as report
 from nautilus.model.language import Language
@@ -32,13 +33,12 @@ from nautilus.posttrain.profile import curve, examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, telling, trained_on
 from nautilus.posttrain.teachers import score
 from nautilus.runtime import UserError, keep_memory
-from nautilus.train.optim import setting
 from nautilus.train.policy import Correction, Surrogate, policy
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Judged):
-    out: Path = field(default=Path("runs/rlvr"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/rlvr"), "the run's folder; gone on with if it is there")
     overlong: bool = setting(True, "answers that were cut off are learnt from too")
     advantage: float = setting(20.0, "most of an advantage, either way")
     low: float = setting(

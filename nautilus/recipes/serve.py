@@ -18,12 +18,13 @@ from types import ModuleType
 from typing import Any
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.template import template_of
 from nautilus.data.tokenizer import load_tokenizer
 from nautilus.model.weights import local_folder
 from nautilus.runtime import UserError, installing
 from nautilus.serve import Engine
-from nautilus.serve.api.settings import Defaults, Limits, setting
+from nautilus.serve.api.settings import Defaults, Limits
 from nautilus.serve.draft.settings import drafts_of
 from nautilus.serve.events import KvEvents, Publisher
 from nautilus.serve.memory import SHARE, memory_bytes

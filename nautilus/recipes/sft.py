@@ -12,14 +12,14 @@ runs/demo data=chats.jsonl loss=sample off=0.1 cut=0.03     every conversation s
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from rich.console import Console
 
 import nautilus
-from nautilus.config import to_dict
+from nautilus.config import setting, to_dict
 from nautilus.data.conversations import Conversation, Taught, Teaching, conversations_in, taught
 from nautilus.data.mix import Stream, number_of
 from nautilus.data.pack import pack_best_fit
@@ -33,7 +33,7 @@ from nautilus.tasks.asked import asked
 from nautilus.train.checkpoint import Checkpoints
 from nautilus.train.loop import fit
 from nautilus.train.objective import pretrain
-from nautilus.train.optim import OptimConfig, adamw, schedule, setting
+from nautilus.train.optim import OptimConfig, adamw, schedule
 
 LEAST = {"problems": 1, "steps": 0, "rows": 1, "length": 2, "mtp_depths": 0, "mtp_weight": 0, "aux_weight": 0}
 LEAST |= {"balance": 0, "save_every": 0, "seed": 0}
@@ -45,7 +45,7 @@ class Settings:
     data: tuple[Path, ...] = setting((), "files of conversations, a JSON line each")
     tasks: tuple[str, ...] = setting((), "tasks whose worked answers are learnt: sort, sort:1-3, sort:2*0.5")
     problems: int = setting(4096, "worked answers, of all tasks together")
-    out: Path = field(default=Path("runs/sft"), metadata={"help": "the run's folder; gone on with if it is there"})
+    out: Path = setting(Path("runs/sft"), "the run's folder; gone on with if it is there")
     template: str = setting("", "how chats are written: a file, or nemotron, the family's (as the model says)")
     steps: int = setting(500, "updates; 0: as many as take every sample once")
     rows: int = setting(16, "rows of a step")

@@ -20,6 +20,7 @@ from typing import Any
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.tokenizer import Tokenizer
 from nautilus.eval import speculation_report as report
 from nautilus.eval.contest import ALL_KNOWING, Contest, Means, Question
@@ -33,7 +34,6 @@ from nautilus.posttrain.traces import read_prompts
 from nautilus.runtime import UserError, continue_or_create, program
 from nautilus.serve.draft.predictor import load_predictor
 from nautilus.serve.prefixes import fingerprint
-from nautilus.train.optim import setting
 
 ABOUT = "The same prompts answered plainly and with every way to draft that there is."
 LEAST = {"each": 1, "answer": 1, "drafts": 1, "depth": 1, "repeats": 1, "max_tokens": 2}

@@ -14,12 +14,13 @@ runs/chat texts=notes against=mcqa@exam.jsonl given=false     without an exam's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 import nautilus
+from nautilus.config import setting
 from nautilus.data.template import template_of
 from nautilus.eval import synthesis as report
 from nautilus.posttrain.synthesis import Synthesis, listed, open_synthesis, synthesise
@@ -29,9 +30,7 @@ from nautilus.runtime import UserError, keep_memory, program
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Synthesis):
-    out: Path = field(
-        default=Path("runs/synthesize"), metadata={"help": "the run's folder; gone on with if it is there"}
-    )
+    out: Path = setting(Path("runs/synthesize"), "the run's folder; gone on with if it is there")
 
 
 def main(settings: Settings) -> None:

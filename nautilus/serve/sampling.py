@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nautilus.config import setting
 from nautilus.runtime import UserError
 
 
@@ -15,31 +16,23 @@ from nautilus.runtime import UserError
 class Sampling:
     """How a request's tokens are chosen and when it ends. What ends an answer is not part of its text."""
 
-    temperature: float = field(
-        default=1.0, metadata={"help": "0 takes the most probable token, 1 draws from the model"}
+    temperature: float = setting(1.0, "0 takes the most probable token, 1 draws from the model")
+    top_k: int = setting(0, "draw from the k most probable tokens (0: all)")
+    top_p: float = setting(1.0, "draw from the fewest tokens with this share (1: all)")
+    min_p: float = setting(0.0, "least probability, as a part of the highest (0: all)")
+    seed: int = setting(0, "same seed, same answer")
+    max_tokens: int = setting(256, "longest answer in tokens")
+    min_tokens: int = setting(0, "no end of the answer before so many tokens")
+    stop: tuple[str, ...] = setting((), "strings that end an answer")
+    stop_tokens: tuple[int, ...] = setting((), "tokens that end an answer, with the model's own")
+    ignore_eos: bool = setting(False, "go on past the model's own end tokens")
+    repetition_penalty: float = setting(1.0, "above 1: tokens of the prompt and answer come less often again")
+    presence_penalty: float = setting(0.0, "taken off the logits of tokens that the answer holds already")
+    frequency_penalty: float = setting(0.0, "the same, once for every time that it holds them")
+    thinking_budget: int | None = setting(
+        None, "reasoning is closed at the first line end after so many tokens (none: never)"
     )
-    top_k: int = field(default=0, metadata={"help": "draw from the k most probable tokens (0: all)"})
-    top_p: float = field(default=1.0, metadata={"help": "draw from the fewest tokens with this share (1: all)"})
-    min_p: float = field(default=0.0, metadata={"help": "least probability, as a part of the highest (0: all)"})
-    seed: int = field(default=0, metadata={"help": "same seed, same answer"})
-    max_tokens: int = field(default=256, metadata={"help": "longest answer in tokens"})
-    min_tokens: int = field(default=0, metadata={"help": "no end of the answer before so many tokens"})
-    stop: tuple[str, ...] = field(default=(), metadata={"help": "strings that end an answer"})
-    stop_tokens: tuple[int, ...] = field(
-        default=(), metadata={"help": "tokens that end an answer, with the model's own"}
-    )
-    ignore_eos: bool = field(default=False, metadata={"help": "go on past the model's own end tokens"})
-    repetition_penalty: float = field(
-        default=1.0, metadata={"help": "above 1: tokens of the prompt and answer come less often again"}
-    )
-    presence_penalty: float = field(
-        default=0.0, metadata={"help": "taken off the logits of tokens that the answer holds already"}
-    )
-    frequency_penalty: float = field(default=0.0, metadata={"help": "the same, once for every time that it holds them"})
-    thinking_budget: int | None = field(
-        default=None, metadata={"help": "reasoning is closed at the first line end after so many tokens (none: never)"}
-    )
-    thinking_grace: int = field(default=0, metadata={"help": "at the latest after so many more"})
+    thinking_grace: int = setting(0, "at the latest after so many more")
     # For callers in code: what no word on a command line spells, or what a terminal does not show.
     logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False, metadata={"setting": False})
     bad_tokens: tuple[tuple[int, ...], ...] = field(default=(), metadata={"setting": False})

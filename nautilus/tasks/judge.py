@@ -21,6 +21,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from nautilus.config import setting
 from nautilus.tasks.task import Message, Reply, user
 
 MIDDLE = 3.5  # of the ranks
@@ -85,10 +86,10 @@ class LengthControl:
     """How much shorter answers count, within those to one prompt. bonus: of the one that is shortest, if its base is
     among the best `top` of them."""
 
-    thinking: float = 0.5
-    answer: float = 0.5
-    bonus: float = 0.5
-    top: float = 0.2
+    thinking: float = setting(0.5, "how much shorter thinking counts, beside other answers to the prompt")
+    answer: float = setting(0.5, "how much a shorter answer does")
+    bonus: float = setting(0.5, "of the shortest, if it is among the best")
+    top: float = setting(0.2, "which these are, as a share")
 
     def __post_init__(self):
         if min(self.thinking, self.answer, self.bonus) < 0 or not 0 < self.top <= 1:

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import torch
 
-from nautilus.config import Based, Config, from_dict, to_dict
+from nautilus.config import Based, Config, from_dict, setting, to_dict
 from nautilus.config.override import asked_int, record_type
 from nautilus.data.turns import check_lengths
 from nautilus.model.initialise import initial_values
@@ -43,7 +43,7 @@ from nautilus.runtime import (
 from nautilus.train.checkpoint import Checkpoints, newest_sound, read_record, state_folders
 from nautilus.train.guard import Guard
 from nautilus.train.moments import restore_moments
-from nautilus.train.optim import OptimConfig, learning_rate, schedule, setting
+from nautilus.train.optim import OptimConfig, learning_rate, schedule
 from nautilus.train.published import LATER, published
 from nautilus.train.ranks import ALONE, Ranks
 

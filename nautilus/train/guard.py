@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nautilus.config import setting
 from nautilus.runtime import UserError, read_metrics, write_atomic
-from nautilus.train.optim import setting
 
 WATCHED = ("loss", "grad_norm")
 LEAST = 8  # steps, before which a median says too little

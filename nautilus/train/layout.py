@@ -14,9 +14,8 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
-from nautilus.config import Attention, Config, Experts, Mamba, Mlp
+from nautilus.config import Attention, Config, Experts, Mamba, Mlp, setting
 from nautilus.runtime import UserError
-from nautilus.train.optim import setting
 from nautilus.train.stages import stages_at_most
 
 MOST = 10**18  # tokens of a step, above which only a slip of the pen can be

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from nautilus.config import setting
 from nautilus.model.held import refuse_training
 from nautilus.train.ranks import ALONE, Ranks
 
@@ -18,11 +18,6 @@ SHAPES: dict[str, Callable[[float], float]] = {
     "linear": lambda x: 1 - x,
     "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
 }
-
-
-def setting(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +34,7 @@ class OptimConfig:
     decay: float = setting(0.2, "share of all updates over which the rate falls")
     shape: str = setting("minus_sqrt", "of the fall: minus_sqrt, linear or cosine")
     betas: tuple[float, float] = setting((0.9, 0.95), "AdamW's two memories")
-    eps: float = 1e-8
+    eps: float = setting(1e-8, "beside the root of the second memory")
     weight_decay: float = setting(0.1, "of matrices; vectors and biases have none")
     clip: float = setting(1.0, "largest norm of the gradient, 0: any")
 

@@ -24,6 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nautilus.config import setting
 from nautilus.data.batch import Batch
 from nautilus.model.language import Language
 from nautilus.ops.loss import token_logprob, weighted_nll
@@ -133,8 +134,8 @@ class Mtp:
     model: weight / depths * (L_1 + .. + L_depths). It alone learns from that: no gradient reaches the trunk, the
     embeddings or the head. (The public settings of Nemotron 3: 5 depths, weight 0.3.)"""
 
-    depths: int = 0
-    weight: float = 0.3
+    depths: int = setting(0, "tokens further ahead that the prediction block learns from answers, 0: none")
+    weight: float = setting(0.3, "of these in the loss, together")
 
     @property
     def coefficients(self) -> dict[str, float]:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from nautilus.config import setting
 from nautilus.runtime import UserError
 from nautilus.serve import Sampling
 
 MAY_BE_NONE = {
     "tools", "stop", "biases", "bad_words", "first", "responses", "response_bytes", "key_requests", "key_rate",
 }  # fmt: skip
-
-
-def setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True, kw_only=True)
