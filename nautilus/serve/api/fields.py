@@ -106,8 +106,8 @@ class Asked(Record):
     min_tokens: int | None = None
     ignore_eos: bool | None = None
     bad_words: list[str] | None = None
-    thinking_token_budget: int | None = None
-    thinking_token_grace: int | None = None
+    thinking_token_budget: int | None = Field(default=None, ge=0)
+    thinking_token_grace: int | None = Field(default=None, ge=0)
     truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_token_sources: bool | None = None

@@ -281,6 +281,8 @@ def test_unknown_fields_are_left_out_with_a_message(api, caplog):
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"n": True}, "n", "valid integer"),
         ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"thinking_token_budget": -3}, "thinking_token_budget", "greater than or equal to 0"),
+        ({"thinking_token_grace": -1}, "thinking_token_grace", "greater than or equal to 0"),
         ({"stream": "yes"}, "stream", "valid boolean"),
         ({"return_token_sources": "yes"}, "return_token_sources", "valid boolean"),
         ({"stop": [1]}, "stop.0", "valid string"),
