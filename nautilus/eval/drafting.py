@@ -107,7 +107,7 @@ def render(run: Run, found: Drafting) -> str:
     facts = [*map(list, (dict(found.facts) | environment()).items())]
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(found.about, 'lead')}</header><main>",
-        section("acceptance", "Acceptance", grid(lengths, by_depth), table(HEAD, found.rows, kind="words")),
+        section("acceptance", "Acceptance", grid(lengths, by_depth)),
         section("training", "Training", grid(loss_chart(read_metrics(run.metrics)))),
         section("reproduce", "Reproduce", f"<pre>{text(found.command)}</pre>", table(("", ""), facts)),
         "</main><footer>Written by Nautilus.</footer>",

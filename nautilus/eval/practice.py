@@ -20,11 +20,13 @@ from nautilus.eval.material import family, series, smooth, thin
 from nautilus.eval.page import absent, chart, grid, page, paragraph, section, table, text
 from nautilus.eval.pipeline import More
 from nautilus.eval.report import environment
+from nautilus.eval.suite import wilson
 from nautilus.posttrain.profile import Score, mean
 from nautilus.runtime import Run, program, read_metrics, write_atomic
 from nautilus.runtime.progress import finite
 
 MARKS = "os^Dv"
+NARROW = 14  # characters of an interval
 HEAD = "task", "model", "reward", "95 % interval", "answers", "lost"
 CURVE = "task", "budget", "reward", "95 % interval", "thinking", "longest", "rises", "within"
 PARTS = "task", "part", "model", "mean", "answers"
@@ -103,10 +105,7 @@ def interval(one: Score) -> tuple[float, float]:
     answers, and of such as are all right; otherwise 1.96 standard errors, where rewards are 0 to 1 within these."""
     count = len(one.rewards)
     if count and {*one.rewards} <= {0, 1}:
-        far = 1.96**2 / count
-        middle = (one.mean + far / 2) / (1 + far)
-        more = math.sqrt(far * (one.mean * (1 - one.mean) + far / 4)) / (1 + far)
-        return middle - more, middle + more
+        return wilson(one.mean, count)
     low, high = one.mean - 1.96 * one.error, one.mean + 1.96 * one.error
     within = count > 1 and 0 <= min(one.rewards) and max(one.rewards) <= 1
     return (max(0.0, low), min(1.0, high)) if within else (low, high)
@@ -125,7 +124,10 @@ def summary(found: Practised) -> list[Table]:
     known = ("Reward", HEAD, found.rows), ("Thinking budget", CURVE, found.by_budget), *found.more
     for title, head, rows in known:
         if rows:
-            shown.append(Table(*head, title=title))
+            shown.append(Table(title=title))
+            for name, cells in zip(head, zip(*rows, strict=True), strict=True):
+                # On a narrow terminal names are folded, and numbers stay whole.
+                shown[-1].add_column(name, overflow="fold", no_wrap=max(map(len, cells)) <= NARROW)
             for row in rows:
                 shown[-1].add_row(*row)
     return shown
@@ -178,11 +180,12 @@ def rewards(rows: Sequence[Mapping]) -> list[Line]:
 
 def render(found: Practised, rows: Sequence[Mapping]) -> str:
     image = picture(draw_scores, found, height=max(2.7, 1 + 0.2 * max(len(found.scores), len(found.tasks))))
-    scores = chart("Reward by task", ABOUT, image, table(HEAD, found.rows, kind="words"))
+    says = "Means with their 95 % intervals."
+    scores = chart("Reward by task", says, image, table(HEAD, found.rows, kind="words"))
     facts = [*map(list, (dict(found.facts) | environment()).items())]
     parts = [
         f"<header><h1>{text(found.title)}</h1>{paragraph(ABOUT, 'lead')}</header><main>",
-        section("scores", "Scores", grid(scores, *budgets(found)), table(HEAD, found.rows, kind="words")),
+        section("scores", "Scores", grid(scores, *budgets(found))),
         *(
             section(title.lower(), title, table(head, rows, kind="words"))
             for title, head, rows in (("Parts", PARTS, found.parts), *found.more)
