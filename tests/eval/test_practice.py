@@ -7,6 +7,7 @@ import pytest
 
 from nautilus.eval import practice
 from nautilus.eval.practice import Practised, draw_scores, interval, kept, summary, write
+from nautilus.eval.suite import Z
 from nautilus.posttrain.profile import Score
 from nautilus.runtime import Run
 
@@ -99,7 +100,7 @@ def test_the_longer_of_models_and_tasks_has_the_lines_and_the_other_is_told_apar
 
 def test_intervals_stay_within_what_can_be_and_few_answers_say_little():
     low, high = interval(Score(rewards=[1.0] * 4))
-    assert high == pytest.approx(1) and low == pytest.approx(4 / (4 + 1.96**2))
+    assert high == pytest.approx(1) and low == pytest.approx(4 / (4 + Z**2))
     low, high = interval(Score(rewards=[1.0] * 800 + [0.0] * 200))
     assert (low, high) == pytest.approx((0.774, 0.824), abs=1e-3)  # of Wilson
     low, high = interval(Score(rewards=[0.9, 1.0, 0.5]))
