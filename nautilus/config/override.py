@@ -82,9 +82,9 @@ def changed(settings, changes: Sequence[Change]):
     try:
         return dataclasses.replace(settings, **values)
     except ValueError as bad:
-        if not where or str(bad).startswith(where):
-            raise
-        raise type(bad)(f"{where}: {bad}") from bad
+        if where and not str(bad).startswith(where):
+            bad.args = (f"{where}: {bad}",)  # errors of any kind stay what they are
+        raise
 
 
 def require_name(settings, change: Change) -> None:
