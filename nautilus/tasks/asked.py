@@ -22,11 +22,11 @@ from __future__ import annotations
 import math
 import random
 import re
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from nautilus.runtime import UserError, installing
@@ -92,18 +92,18 @@ def named(what: str) -> Task:
 
 
 def of_file(place: str) -> Task:
-    """An instance of a class that is defined in a Python file. The module is not entered among those that are imported,
-    so that other processes are sent the class itself."""
+    """An instance of a class that is defined in a Python file. What it defines does not stay among the modules that are
+    imported, so that other processes are sent the class itself."""
     file, _, name = place.partition("#")
-    module = ModuleType(Path(file).stem)
+    module = Path(file).stem
     try:
-        exec(compile(Path(file).read_bytes(), file, "exec"), module.__dict__)
+        defined = runpy.run_path(file, run_name=module)
     except Exception as bad:  # of a program that somebody wrote
         raise UserError(f"the tasks in {file} could not be read: {type(bad).__name__}: {bad}") from bad
     own = {
         kind.__name__: kind
-        for kind in vars(module).values()
-        if isinstance(kind, type) and issubclass(kind, Task) and kind.__module__ == module.__name__
+        for kind in defined.values()
+        if isinstance(kind, type) and issubclass(kind, Task) and kind.__module__ == module
     }
     if (name or len(own) > 1) and name not in own:
         raise UserError(f"the task {name!r} of {file} was asked for; there is {', '.join(own) or 'none'}: {file}#NAME")

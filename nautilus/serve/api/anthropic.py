@@ -78,7 +78,7 @@ class ToolChoice(Record):
 
 class ThinkingConfig(Record):
     type: Literal["enabled", "adaptive", "disabled"]
-    budget_tokens: int | None = None
+    budget_tokens: int | None = Field(default=None, ge=0)
 
 
 class OutputFormat(Record):

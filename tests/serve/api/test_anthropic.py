@@ -185,7 +185,7 @@ def test_tokens_are_counted(client, here):
         ({"tool_choice": {"type": "any"}}, "no tools"),
         ({"tool_choice": {"type": "tool"}, "tools": [TOOL]}, "needs a name"),
         ({"thinking": {"type": "enabled"}}, "budget_tokens"),
-        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking_budget"),
+        ({"thinking": {"type": "enabled", "budget_tokens": -1}}, "thinking.budget_tokens"),
         ({"stop_sequences": [""]}, "stop"),
     ],
 )  # fmt: skip

@@ -14,6 +14,9 @@ SOURCES = sorted(pathlib.Path(nautilus.__file__).parent.rglob("*.py"))
 # What runs code out of data; and a hash that differs between processes and can be made to collide.
 MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "yaml"}
 CALLS = {"eval", "exec", "compile", "hash", "__import__", "torch.load", "os.system", "os.popen"}
+CALLS |= {"runpy.run_path", "runpy.run_module"}
+# A program of the user that was asked for by its file's name is no data.
+MEANT = {"tasks/asked.py": ["runpy.run_path(file, run_name=module)"]}
 
 
 def faults(source):
@@ -35,7 +38,9 @@ def faults(source):
 
 
 def test_no_code_is_run_out_of_data():
-    assert {str(path): found for path in SOURCES if (found := faults(path.read_text()))} == {}
+    root = pathlib.Path(nautilus.__file__).parent
+    found = {path.relative_to(root).as_posix(): [what for _, what in faults(path.read_text())] for path in SOURCES}
+    assert {path: what for path, what in found.items() if what} == MEANT
 
 
 @pytest.mark.parametrize(
@@ -43,6 +48,7 @@ def test_no_code_is_run_out_of_data():
     [
         "import pickle", "from yaml import load", "import os, marshal", "eval(x)", "torch.load(f, weights_only=True)",
         "hash(key)", "np.load(f, allow_pickle=True)", "subprocess.run(x, shell=True)",
+        "runpy.run_path(x)",
     ],
 )  # fmt: skip
 def test_the_reader_of_the_source_sees_it(line):
