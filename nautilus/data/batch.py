@@ -26,6 +26,7 @@ class Batch:
     alike, common: rows with equal numbers in `alike`, of shape (B,), have the same first `common` columns, documents
     included; None: nothing is known of that (`train/shared.py`).
     teacher: who teaches the rows, by name, where it is asked of more than the log-probs of their tokens.
+    update: which one of its step it is learnt by, where the step has several.
     told: (sum, count) of what is worth a place in the step's metrics and no objective knows of.
     A packed Batch is itself a source of rows: it has a length, a fingerprint, and gives rows by number.
     """
@@ -41,6 +42,7 @@ class Batch:
     alike: Tensor | None = None
     common: int = 0
     teacher: str = ""
+    update: int = 0
     told: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     def __post_init__(self):

@@ -33,7 +33,7 @@ from nautilus.posttrain.profile import curve, examined, with_rates
 from nautilus.posttrain.stream import Group, Scoring, batches_of, telling, trained_on
 from nautilus.posttrain.teachers import score
 from nautilus.runtime import UserError, keep_memory
-from nautilus.train.policy import Correction, Surrogate, policy
+from nautilus.train.policy import Correction, Surrogate, before_updates, policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +41,9 @@ class Settings(Judged):
     out: Path = setting(Path("runs/rlvr"), "the run's folder; gone on with if it is there")
     overlong: bool = setting(True, "answers that were cut off are learnt from too")
     advantage: float = setting(20.0, "most of an advantage, either way")
-    low: float = setting(
-        0.2, "how far several updates on an answer may lower a probability; idle here, where it gets one"
-    )
-    high: float = setting(0.28, "how far they may raise it; idle likewise")
+    updates: int = setting(1, "updates of a step, each by the answers to a part of its problems")
+    low: float = setting(0.2, "share by which the updates of a step may lower a probability, where it has several")
+    high: float = setting(0.28, "share by which they may raise it")
     correction: str = setting("truncate", "of answers that other weights drew: none, truncate, mask or sequence")
     least: float | None = setting(None, "weight below which a token is raised to it, or left out; none: by correction")
     most: float | None = setting(None, "weight above which it is lowered to it, or left out; none: by correction")
@@ -65,6 +64,10 @@ class Settings(Judged):
             )
         if self.group < 2:
             raise UserError(f"group={self.group} was asked for; an answer is compared with others: give 2 or more")
+        if not 1 <= self.updates <= self.prompts:
+            raise UserError(
+                f"updates={self.updates} of a step were asked for, with prompts={self.prompts}; each takes some of them"
+            )
         if not self.advantage > 0:
             raise UserError(f"advantage={self.advantage} was asked for, the most of one; give more than 0")
         if self.age and self.correction == "none":
@@ -99,6 +102,7 @@ def main(settings: Settings) -> None:
     learnt = partial(rows, settings, model.config.pad)
     if settings.kl:
         learnt = beside(copy_of(model), learnt)
+    learnt = in_parts(model, settings.updates, learnt)
     practise(run, settings, model, tokenizer, blend, learnt, policy(settings.surrogate(), settings.mtp), judges)
     after = exam("after", model)
     model.save(run.model, tokenizer=tokenizer, facts={"trained": f"by reinforcement on {', '.join(settings.tasks)}"})
@@ -112,6 +116,18 @@ def main(settings: Settings) -> None:
 def beside(reference: Language, learnt: Rows) -> Rows:
     """With the log-probs of the reference."""
     return lambda groups: [replace(batch, teacher_logprob=score(reference, batch)) for batch in learnt(groups)]
+
+
+def in_parts(model: Language, updates: int, learnt: Rows) -> Rows:
+    """For so many updates, each by the answers to a part of every task's problems; those of the later ones with the
+    log-probs that they have before the first."""
+
+    def parted(groups: Sequence[Group]) -> list[Batch]:
+        parts = [found for first in range(updates) if (found := learnt(groups[first::updates]))]
+        later = [replace(before_updates(model, one), update=n) for n, part in enumerate(parts) if n for one in part]
+        return [*parts[0], *later] if parts else []
+
+    return parted
 
 
 def rows(settings: Settings, pad: int, groups: Sequence[Group]) -> list[Batch]:

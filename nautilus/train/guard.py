@@ -17,8 +17,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from nautilus.config import setting
+from nautilus.data.batch import Batch
 from nautilus.runtime import UserError, read_metrics, write_atomic
+from nautilus.train.ranks import Ranks
+from nautilus.train.sums import Sums
 
 WATCHED = ("loss", "grad_norm")
 LEAST = 8  # steps, before which a median says too little
@@ -124,3 +130,31 @@ def endure(guard: Guard, path: Path, so_far: list[dict], spike: Spike) -> None:
         f"{spike}. The run has gone back guard.rollbacks={guard.rollbacks} times before (spikes at steps {steps}; see "
         f"{path}); lower the rate, start the decay with anneal=, or raise guard.rollbacks"
     ) from spike
+
+
+def divergence(
+    model: nn.Module, ranks: Ranks, step: int, batches: list[Batch], sums: Sums, marks: list[str]
+) -> str:  # fmt: skip
+    """The message for a loss or gradient that is no number, the same on all processes."""
+    bad = [i for i, loss in enumerate(sums.losses) if not torch.isfinite(loss)]
+    terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())
+    found = [
+        f"({terms}) in micro-batch {i + 1} of {len(batches)} "
+        f"(batch {batches[i].fingerprint}, {tuple(batches[i].tokens.shape)} tokens)"
+        for i in bad[:1]
+    ]
+    if losses := each_once(ranks.gather(found)):
+        what, where = f"the loss is not finite {losses[0]}", ""
+    else:
+        bad_names = [
+            name
+            for name, p in model.named_parameters()
+            if p.grad is not None and not ranks.own(p.grad).isfinite().all()
+        ]
+        names = each_once(ranks.gather(bad_names))
+        what = f"the loss is finite but the gradient is not, in {', '.join(names[:4])}"
+        where = f" ({len(names)} parameters; batches {', '.join(marks)})"
+    return (
+        f"training stopped at step {step}: {what}{where}. This update was not made and the last saved state is "
+        f"untouched; lower the learning rate, look at that data, or resume from an earlier state"
+    )

@@ -4,6 +4,7 @@
         counts    = sum of the weights of every term, over the step's micro-batches and ranks
         gradient += d/dw sum over terms of coefficient * sum / count         for each micro-batch
         clip, update the weights, then the load-balancing biases
+        the same with the next micro-batches, where the step has several updates
         write one line of metrics; save when it is time, or when somebody asked to stop
 
 Because counts are known before the first forward, the update does not depend on how the step is cut into micro-batches.
@@ -16,7 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -29,13 +31,13 @@ from nautilus.model.precision import Lowered, rows_taken
 from nautilus.runtime import UserError
 from nautilus.train.balance import take_loads, update_biases
 from nautilus.train.checkpoint import Checkpoints, Saver
-from nautilus.train.guard import Guard, Spike, Watch, each_once
+from nautilus.train.guard import Guard, Spike, Watch, divergence, each_once
 from nautilus.train.health import gradient_health, load_health, residual_rms, speed
 from nautilus.train.interrupt import Stop, leave, stop_signals
 from nautilus.train.objective import Objective, Pairs, Terms
 from nautilus.train.optim import clip_gradients, gradient_norm
 from nautilus.train.ranks import ALONE, Ranks
-from nautilus.train.sums import Sums, means
+from nautilus.train.sums import Sums, means, over_updates
 
 
 def silent(metrics: dict) -> None:
@@ -59,10 +61,11 @@ def fit(
     ranks: Ranks = ALONE,
     log: Callable[[dict], None] = silent,
 ) -> dict:
-    """Trains until `steps` updates are made, and returns the last one's metrics (none if none was left to make).
+    """Trains until `steps` are made, and returns the last one's metrics (none if none was left to make).
 
-    stream: gives the list of micro-batches of one step at a time; with `checkpoints` it must also have state() and
-    restore(dict). schedule: update number → learning rate. balance: move of the load-balancing biases, 0: none.
+    stream: gives the list of micro-batches of one step at a time, which are learnt by one update, or by one for each
+    `update` that they name; with `checkpoints` it must also have state() and restore(dict). schedule: step number →
+    learning rate. balance: move of the load-balancing biases, 0: none.
     checkpoints: save there, continue from what is there, and stop cleanly (SystemExit) on SIGINT and SIGTERM.
     guard: what counts as a spike, and how often the run may go back because of one (needs checkpoints).
     ranks: the processes that train together, which have shared the model out. log: is handed each step's metrics.
@@ -163,9 +166,24 @@ class Job:
 
 
 def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], stop: Stop) -> dict | None:
-    """One update and its metrics. None, with the model as it was, if a stop was asked for between micro-batches."""
-    begin = time.perf_counter()
-    checked, given = job.health_every > 0 and step % job.health_every == 0, next_step(stream, step)
+    """The updates of a step, mostly one, and the means of their metrics. None, with the model as it was, if a stop was
+    asked for between micro-batches; once one update is made, the others are too."""
+    begin, before, found = time.perf_counter(), tokens, list[dict[str, float]]()
+    for _, part in groupby(next_step(stream, step), attrgetter("update")):
+        done = make_update(job, step, tokens, [*part], Stop() if found else stop, first=not found)
+        if done is None:
+            return None
+        tokens += int(done.pop("fed"))
+        found.append(done)
+    rate = speed(job.model, (tokens - before) / (time.perf_counter() - begin), job.peak_flops)
+    return {"step": step, "tokens": tokens, **over_updates(found), **rate}
+
+
+def make_update(
+    job: Job, step: int, tokens: int, given: list[Batch], stop: Stop, *, first: bool
+) -> dict[str, float] | None:  # fmt: skip
+    """One update: its metrics, and how many tokens it was `fed`. None, before it is made, if a stop is asked for."""
+    checked = first and job.health_every > 0 and step % job.health_every == 0
     rows = [rows_of(job, batch) for batch in given]
     if job.model.lowered is not None:
         job.model.lowered.begin(step, tokens, row=job.ranks.before(sum(rows)), watched=checked)
@@ -182,16 +200,8 @@ def train_step(job: Job, step: int, tokens: int, stream: Iterator[list[Batch]], 
     health = check_up(job, batches[0], loads) if checked else {}
     update(job, step, norm, loads)
     fed = int(job.ranks.total(torch.tensor(sum(batch.tokens.numel() for batch in given)))) // job.ranks.readers
-    return {
-        "step": step,
-        "loss": loss,
-        "lr": job.optimizer.param_groups[0]["lr"],
-        "grad_norm": norm.item(),
-        "tokens": tokens + fed,
-        **speed(job.model, fed / (time.perf_counter() - begin), job.peak_flops),
-        **means(sums, counts, job.ranks),
-        **health,
-    }
+    known = {"loss": loss, "lr": job.optimizer.param_groups[0]["lr"], "grad_norm": norm.item(), "fed": fed}
+    return known | means(sums, counts, job.ranks) | health
 
 
 def rows_of(job: Job, batch: Batch) -> int:
@@ -290,31 +300,5 @@ def refuse_spikes(job: Job, step: int, batches: list[Batch], sums: Sums, found: 
     # What was found is the same on all processes, so all of them come here.
     marks = each_once(job.ranks.gather([batch.fingerprint for batch in batches]))
     if diverged:
-        raise Spike(divergence(job, step, batches, sums, marks), step, marks, found)
+        raise Spike(divergence(job.model, job.ranks, step, batches, sums, marks), step, marks, found)
     job.watch.refuse(step, found, marks)
-
-
-def divergence(job: Job, step: int, batches: list[Batch], sums: Sums, marks: list[str]) -> str:
-    """The message for a loss or gradient that is no number, the same on all processes."""
-    bad = [i for i, loss in enumerate(sums.losses) if not torch.isfinite(loss)]
-    terms = ", ".join(f"{name}={(pair[0] / pair[1]).item():.4g}" for name, pair in sums.pairs.items())
-    found = [
-        f"({terms}) in micro-batch {i + 1} of {len(batches)} "
-        f"(batch {batches[i].fingerprint}, {tuple(batches[i].tokens.shape)} tokens)"
-        for i in bad[:1]
-    ]
-    if losses := each_once(job.ranks.gather(found)):
-        what, where = f"the loss is not finite {losses[0]}", ""
-    else:
-        bad_names = [
-            name
-            for name, p in job.model.named_parameters()
-            if p.grad is not None and not job.ranks.own(p.grad).isfinite().all()
-        ]
-        names = each_once(job.ranks.gather(bad_names))
-        what = f"the loss is finite but the gradient is not, in {', '.join(names[:4])}"
-        where = f" ({len(names)} parameters; batches {', '.join(marks)})"
-    return (
-        f"training stopped at step {step}: {what}{where}. This update was not made and the last saved state is "
-        f"untouched; lower the learning rate, look at that data, or resume from an earlier state"
-    )

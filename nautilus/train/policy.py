@@ -8,8 +8,8 @@ fixed, where there is one update), lp_gen that under the engine that drew it, ma
     L   = -(1/N) sum of m_t w_t min(r_t A_t, clip(r_t, 1 - low, 1 + high) A_t)   +  kl * (1/N) sum of m_t k3_t
     k3  = exp(d) - d - 1,  d = lp_ref - lp
 
-m_t is `batch.weights["policy"]` and N its sum over the whole step: every drawn token has the same say. With one
-update of a batch of answers, which is what recipes make, r_t = 1 and the clip holds nothing back. Sources: Nemotron 3
+m_t is `batch.weights["policy"]` and N its sum over the whole update: every drawn token has the same say. In the first
+update of a step r_t = 1, and the clip holds nothing back. Sources: Nemotron 3
 Super (arXiv 2604.12374) and Ultra (arXiv 2606.15007), the public code of NeMo-RL, and for k3
 http://joschu.net/blog/kl-approx.html.
 """
@@ -117,6 +117,12 @@ class Surrogate:
 def drawn_logprob(model: Language, batch: Batch, term: str) -> Tensor:
     """log p(token t | tokens < t) where the batch's weights of the term are not 0, and 0 elsewhere. Shape (B, T)."""
     return read(model, dataclasses.replace(batch, routes=None), term)[0]
+
+
+@torch.no_grad()
+def before_updates(model: Language, batch: Batch) -> Batch:
+    """With the log-probs of its drawn tokens as they are now, for an update that others come before."""
+    return dataclasses.replace(batch, proximal_logprob=read(model, batch, "policy")[0])
 
 
 def read(model: Language, batch: Batch, term: str) -> tuple[Tensor, Tensor]:

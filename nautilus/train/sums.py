@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -51,3 +53,10 @@ def means(sums: Sums, counts: dict[str, float], ranks: Ranks) -> dict[str, float
         if count:
             out[name] = total / count
     return out
+
+
+def over_updates(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each metric over those that know it; of one update alone, what it told."""
+    if len(found) == 1:
+        return found[0]
+    return {name: fmean(one[name] for one in found if name in one) for one in found for name in one}

@@ -140,8 +140,21 @@ def weights(folder):
     return nautilus.load(folder)[0].state_dict()
 
 
-def test_a_run_that_was_stopped_goes_on_exactly(taught, tmp_path, monkeypatch):
-    whole, halves = (rlvr.Settings(model=str(taught), out=tmp_path / name, **SMALL) for name in ("whole", "halves"))
+def test_several_updates_of_a_step_stay_near_where_it_began(taught, tmp_path):
+    how = {**SMALL, "prompts": 8, "optim": OptimConfig(lr=1e-3, min_lr=1e-3, warmup=-1), "low": 0.01, "high": 0.01}
+    for updates in (1, 2):
+        out = tmp_path / str(updates)
+        rlvr.main(rlvr.Settings(model=str(taught), out=out, updates=updates, **how))
+        rows = read_metrics(out / "metrics.jsonl")
+        assert [row["step"] for row in rows] == [0, 1, 2]
+        assert all(row["mismatch"] == 0 for row in rows), "what drew it is what was before the first of them"
+        assert all((row["clipped"] > 0) == (updates > 1) for row in rows)
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_run_that_was_stopped_goes_on_exactly(taught, tmp_path, monkeypatch, updates):
+    how = {"model": str(taught), "updates": updates, **SMALL}
+    whole, halves = (rlvr.Settings(out=tmp_path / name, **how) for name in ("whole", "halves"))
     rlvr.main(whole)
     from nautilus.posttrain.onpolicy import Fresh
 
@@ -425,6 +438,7 @@ def test_tasks_without_a_teacher_and_teachers_with_other_words_are_refused(taugh
         ({"less_effort": 2.0}, "less_effort=2"), ({"silence": 0.0}, "silence=0"),
         ({"mtp": Mtp(depths=200)}, "mtp.depths=200"), ({"judges": ("count=nowhere",)}, "nowhere"),
         ({"judges": ("count=a", "count=b")}, "two judges"),
+        ({"updates": 0}, "updates=0"), ({"updates": 5}, "updates=5 of a step were asked for, with prompts=4"),
     ],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused_at_once(taught, tmp_path, wrong, words):

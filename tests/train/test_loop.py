@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -225,6 +226,37 @@ def test_metrics_are_means_over_the_whole_step(small_model, random_rows):
     assert lines[0]["rows"] == (1 + 9) / 4
 
 
+def test_several_updates_of_a_step_are_as_many_steps(small_model, random_rows):
+    parts = [[random_rows(3, seed=1), random_rows(2, seed=2)], [random_rows(2, seed=3)], [random_rows(seed=4)]]
+    one, three = small_model(), small_model()
+    want = trained(one, parts)
+    (got,) = trained(three, [[replace(batch, update=n) for n, part in enumerate(parts) for batch in part]])
+    assert all(torch.equal(value, one.state_dict()[name]) for name, value in three.state_dict().items())
+    assert got["step"] == 0 and got["tokens"] == want[-1]["tokens"]
+    for name in ("loss", "next_token", "grad_norm"):
+        assert got[name] == pytest.approx(sum(line[name] for line in want) / 3)
+
+
+def job_of(model, objective):
+    return Job(
+        model=model, objective=Objective(objective), optimizer=adamw(model, OptimConfig()), schedule=None, clip=1.0,
+        balance=1e-3, health_every=0, peak_flops=0.0, ranks=ALONE,
+    )  # fmt: skip
+
+
+def test_a_stop_waits_for_the_last_update_of_a_step(small_model, random_rows):
+    stop, seen = Stop(), []
+
+    def asked_for_by_the_second(model, batch):
+        seen.append(batch)
+        stop.asked = "SIGINT" if len(seen) == 2 else stop.asked
+        return next_token(model, batch)
+
+    job = job_of(small_model().train(), asked_for_by_the_second)
+    found = train_step(job, 0, 0, iter([[replace(random_rows(), update=n) for n in range(3)]]), stop)
+    assert found is not None and len(seen) == 3
+
+
 def test_a_stop_between_micro_batches_leaves_the_model_as_it_was(small_model, random_rows):
     model, stop = small_model().train(), Stop()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -233,17 +265,7 @@ def test_a_stop_between_micro_batches_leaves_the_model_as_it_was(small_model, ra
         stop.asked = "SIGINT"
         return next_token(model, batch)
 
-    job = Job(
-        model=model,
-        objective=Objective(asked_for_meanwhile),
-        optimizer=adamw(model, OptimConfig()),
-        schedule=None,
-        clip=1.0,
-        balance=1e-3,
-        health_every=0,
-        peak_flops=0.0,
-        ranks=ALONE,
-    )
+    job = job_of(model, asked_for_meanwhile)
     assert train_step(job, 0, 0, iter([[random_rows(), random_rows()]]), stop) is None
     assert all(p.grad is None for p in model.parameters())
     assert not any(mixer.load_E.any() for mixer in experts_mixers(model).values())
