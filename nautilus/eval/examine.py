@@ -35,9 +35,11 @@ def examine(
     Without texts there are no scores. `start` is the token that stood before every document in training, if any did.
     """
     with bars() as progress:
-        task = progress.add_task("scoring held-out text", total=None)
-        watch = lambda done, total: progress.update(task, completed=done, total=total)
-        scores = held_out(model, tokenizer.encode, texts, start=start, watch=watch) if texts else None
+        scores = None
+        if texts:
+            task = progress.add_task("scoring held-out text", total=None)
+            watch = lambda done, total: progress.update(task, completed=done, total=total)
+            scores = held_out(model, tokenizer.encode, texts, start=start, watch=watch)
         last = progress.add_task("writing the report", total=2)
         answers = Engine(model, tokenizer).generate(prompts, SAMPLING)
         progress.advance(last)
