@@ -79,7 +79,6 @@ def main(settings: Settings) -> None:
     with server.bound(settings.host, settings.port) as listening:  # a port in use is told before the model is read
         for warning in api_module("words").warnings(settings):
             print(f"nautilus: {warning}", file=sys.stderr)
-        print(f"nautilus: opening {settings.model}", file=sys.stderr, flush=True)
         if settings.replicas == 1:
             asyncio.run(serve(engine_of(settings), settings, known, listening))
         else:
