@@ -9,9 +9,8 @@ fixed, where there is one update), lp_gen that under the engine that drew it, ma
     k3  = exp(d) - d - 1,  d = lp_ref - lp
 
 m_t is `batch.weights["policy"]` and N its sum over the whole update: every drawn token has the same say. In the first
-update of a step r_t = 1, and the clip holds nothing back. Sources: Nemotron 3
-Super (arXiv 2604.12374) and Ultra (arXiv 2606.15007), the public code of NeMo-RL, and for k3
-http://joschu.net/blog/kl-approx.html.
+update of a step r_t = 1, and the clip holds nothing back. Sources: Nemotron 3 Super (arXiv 2604.12374) and Ultra (arXiv
+2606.15007), the public code of NeMo-RL, and for k3 http://joschu.net/blog/kl-approx.html.
 """
 
 from __future__ import annotations

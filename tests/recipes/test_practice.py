@@ -24,7 +24,7 @@ from nautilus.posttrain import crew
 from nautilus.posttrain.blend import Blend
 from nautilus.posttrain.credit import Effort
 from nautilus.posttrain.crew import routed
-from nautilus.posttrain.stream import Group
+from nautilus.posttrain.stream import Group, batches_of
 from nautilus.recipes import dpo, mopd, rlvr, sft
 from nautilus.runtime import Run, UserError, read_metrics
 from nautilus.tasks import distinct
@@ -35,7 +35,7 @@ from nautilus.tasks.pivot import OneTurn
 from nautilus.tasks.rows import row_of
 from nautilus.tasks.task import Asked, Problem, Verdict, told
 from nautilus.train.optim import OptimConfig
-from nautilus.train.policy import Mtp
+from nautilus.train.policy import Mtp, drawn_logprob
 from tests.posttrain.test_stream import group, rollout
 
 LAYERS = lay(
@@ -149,6 +149,26 @@ def test_several_updates_of_a_step_stay_near_where_it_began(taught, tmp_path):
         assert [row["step"] for row in rows] == [0, 1, 2]
         assert all(row["mismatch"] == 0 for row in rows), "what drew it is what was before the first of them"
         assert all((row["clipped"] > 0) == (updates > 1) for row in rows)
+
+
+def test_each_update_has_a_part_of_every_tasks_problems(base):
+    model, seen = nautilus.load(base)[0], []
+    groups = [group(rollout(asked=f"{task}{number}")) for task in "ab" for number in range(4)]
+
+    def learnt(some):
+        seen.append([one.problem.messages[-1]["content"] for one in some])
+        return [] if "a0" in seen[-1] and silent else batches_of(
+            [(one, 1.0) for each in some for one in each.rollouts], tokens=1000, pad=0
+        )  # fmt: skip
+
+    silent = False
+    first, later = rlvr.in_parts(model, 2, learnt)(groups)
+    assert seen == [["a0", "a2", "b0", "b2"], ["a1", "a3", "b1", "b3"]]
+    assert first.update == 0 and first.proximal_logprob is None
+    assert later.update == 1 and torch.equal(later.proximal_logprob, drawn_logprob(model, later, "policy"))
+    silent = True
+    (alone,) = rlvr.in_parts(model, 2, learnt)(groups)
+    assert alone.update == 0 and alone.proximal_logprob is None, "of the first part nothing could be learnt"
 
 
 @pytest.mark.parametrize("updates", [1, 2])
